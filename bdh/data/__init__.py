@@ -1,0 +1,1 @@
+"""Text to tokens to blocks. This room knows neither models nor training."""

@@ -1,0 +1,418 @@
+"""The Dragon Hatchling language model (BDH; Kosowski et al., arXiv 2509.26507), in one file.
+
+What is notable about it, for a reader who knows transformers:
+
+* A token excites *neurons*: X = relu(x E). They are many (32768 at the defaults), positive, and a minority is active.
+* Attention is linear and has no softmax. Query and key are one vector R, the neurons' activity turned by rotary
+  phases; the value is the token's own vector x, the same for all heads. A token sees only tokens before it.
+* So the past enters through a sum, S = sum of R_s^T x_s: *the synapses*, of a size that never grows. `BDHState` is
+  that sum and each sequence's position; it stands where other models have a cache of keys and values.
+* All layers share one set of weights: `BDHModel` holds one `BDHLayer` and applies it L times.
+* There are no biases and layer norms have no parameters.
+
+Shapes in comments: B sequences, T tokens, D `n_embd`, h `n_head`, N neurons of one head, n = h * N neurons,
+L `n_layer`, V `vocab_size`.
+
+This file is copied into every export (`trust_remote_code=True` loads it), so it needs torch and transformers only.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_bdh import BDHConfig
+
+# ------------------------------------------------------------------------------------------------ the state
+
+
+class BDHState:
+    """The synapses of a batch of sequences, and how far each has been read.
+
+    `forward` consumes a state and leaves it advanced by the tokens it read; `clone()` first to keep the old one. With
+    gradients enabled the tensors are replaced, not overwritten, so that gradients flow through a carried state.
+
+    Attributes:
+        synapses: One tensor (B, h, N, D) a layer, S in the equations; float32 unless moved.
+        position: Real tokens read so far, by sequence, padding not counted: (B,) int64.
+        length: Columns read so far, padding counted: what `generate()` takes for the length of the past.
+    """
+
+    def __init__(self, synapses: Sequence[Tensor], position: Tensor, length: int):
+        self.synapses = list(synapses)
+        self.position = position
+        self.length = length
+
+    @classmethod
+    def zeros(
+        cls,
+        config: BDHConfig,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "BDHState":
+        """The state before the first token: no synapses, position 0."""
+        shape = (batch_size, config.n_head, config.neurons_per_head, config.n_embd)
+        return cls(
+            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)],
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+            0,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.position.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the synapses take; constant however long the sequences grow."""
+        return sum(S.numel() * S.element_size() for S in self.synapses)
+
+    def clone(self) -> "BDHState":
+        """A copy that shares nothing with this one."""
+        return BDHState([S.clone() for S in self.synapses], self.position.clone(), self.length)
+
+    def detach(self) -> "BDHState":
+        """The same numbers, cut off from the graph that made them (truncated back-propagation)."""
+        return BDHState([S.detach() for S in self.synapses], self.position, self.length)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "BDHState":
+        """The state on another device, the synapses in another dtype; positions stay integers."""
+        return BDHState(
+            [S.to(device=device, dtype=dtype) for S in self.synapses], self.position.to(device=device), self.length
+        )
+
+    def select(self, indices: Tensor) -> "BDHState":
+        """A new state of the sequences `indices` (int64, any order, repeats allowed)."""
+        return BDHState([S[indices] for S in self.synapses], self.position[indices], self.length)
+
+    # The next four are what `generate()` asks of a cache.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rearranges the sequences in place, as beam search does after each step."""
+        chosen = self.select(beam_idx.to(self.position.device))
+        self.synapses, self.position = chosen.synapses, chosen.position
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+# ------------------------------------------------------------------------------------- rotary phases (section 2)
+
+
+def rotary_phases(positions: Tensor, n: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of the phases t * theta^(-2i/N) of each neuron pair (2i, 2i+1), laid out for `rotate`.
+
+    The phase is worked out in float64 and in turns, modulo 1, so that it keeps its digits at any position (float32
+    phases are off by more than a degree beyond some 10^5 tokens); only cos and sin are rounded to `dtype`.
+
+    Args:
+        positions: Token positions, (B or 1, T) int64.
+        n: Neurons of one head (N, even).
+        theta: Base of the phases.
+        dtype: Of the result.
+
+    Returns:
+        Two tensors (B or 1, 1, T, N) of `dtype`: (cos, cos) and (-sin, sin) for each pair.
+    """
+    where = "cpu" if positions.device.type == "mps" else positions.device  # Apple's GPUs have no float64
+    pair = torch.arange(0, n, 2, dtype=torch.float64, device=where)  # (N/2)
+    turns_per_token = theta ** (-pair / n) / (2 * math.pi)  # (N/2)
+    turns = positions.to(where, torch.float64)[:, None, :, None] * turns_per_token  # (B|1, 1, T, N/2)
+    angle = (turns - turns.floor()) * (2 * math.pi)  # (B|1, 1, T, N/2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)  # (B|1, 1, T, N/2)
+    cos, sin = torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
+    return cos.to(positions.device), sin.to(positions.device)  # (B|1, 1, T, N)
+
+
+def rotate(X: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each neighbouring pair of the last dimension by its phase. (B, h, T, N) -> (B, h, T, N)."""
+    partner = X.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (B, h, T, N)  2i and 2i+1 swapped
+    return torch.addcmul(X * cos, partner, sin)  # (B, h, T, N)
+
+
+# ------------------------------------------------- attention: three forms of A_t = sum over s<t of (R_t . R_s) x_s
+
+
+def synapse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What synapses are kept in beside activity of `dtype`: a sum over the whole past wants float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def read_synapses(R: Tensor, S: Tensor) -> Tensor:
+    """What the synapses say to each token: R S. (B, h, T, N), (B, h, N, D) -> (B, h, T, D) in R's dtype."""
+    if R.shape[2] == 1:  # one token: cheaper, and exact, to widen R than to narrow S
+        return (R.to(S.dtype) @ S).to(R.dtype)  # (B, h, 1, D)
+    return R @ S.to(R.dtype)  # (B, h, T, D)
+
+
+def write_synapses(R: Tensor, x: Tensor, S: Tensor) -> Tensor:
+    """The synapses after these tokens: S + R^T x, in place when no gradient is recorded.
+
+    Args:
+        R: Rotated activity, (B, h, T, N).
+        x: Values, (B, T, D).
+        S: Synapses before, (B, h, N, D).
+    """
+    Rt, values = R.mT, x[:, None]  # (B, h, N, T), (B, 1, T, D)
+    if R.shape[2] == 1:  # one token: an outer product in the synapses' own precision
+        Rt, values = Rt.to(S.dtype), values.to(S.dtype)
+        return S + Rt * values if torch.is_grad_enabled() else S.addcmul_(Rt, values)  # (B, h, N, D)
+    written = Rt @ values  # (B, h, N, D)
+    return S + written if torch.is_grad_enabled() else S.add_(written)
+
+
+def attention_quadratic(R: Tensor, x: Tensor, S: Tensor | None = None) -> Tensor:
+    """All pairs of tokens at once: A = tril(R R^T, -1) x, and R S for the past. Cost T * n a token.
+
+    Args:
+        R: Rotated activity, (B, h, T, N).
+        x: Values, (B, T, D); zero where a token is padding.
+        S: Synapses of the tokens before, (B, h, N, D), or None at the start.
+
+    Returns:
+        A, (B, h, T, D).
+    """
+    scores = (R @ R.mT).tril(-1)  # (B, h, T, T)
+    A = scores @ x[:, None]  # (B, h, T, D)
+    return A if S is None else A + read_synapses(R, S)
+
+
+def attention_chunked(R: Tensor, x: Tensor, S: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Quadratic within chunks, synapses between them. Cost chunk_size * n + 2 * n * D a token, whatever T.
+
+    Arguments as for `attention_quadratic`; returns A (B, h, T, D) and the synapses after the last token.
+    """
+    pieces = []
+    for R_c, x_c in zip(R.split(chunk_size, dim=2), x.split(chunk_size, dim=1), strict=True):
+        pieces.append(attention_quadratic(R_c, x_c, S))  # (B, h, C, D)
+        S = write_synapses(R_c, x_c, S)
+    return torch.cat(pieces, dim=2), S
+
+
+def attention_recurrent(R: Tensor, x: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """Token by token: A_t = R_t S_t, then S_(t+1) = S_t + R_t^T x_t. Cost 2 * n * D a token.
+
+    Arguments as for `attention_quadratic`; returns A (B, h, T, D) and the synapses after the last token.
+    """
+    steps = []
+    for t in range(R.shape[2]):
+        R_t, x_t = R[:, :, t : t + 1], x[:, t : t + 1]  # (B, h, 1, N), (B, 1, D)
+        steps.append(read_synapses(R_t, S))  # (B, h, 1, D)
+        S = write_synapses(R_t, x_t, S)
+    return torch.cat(steps, dim=2), S
+
+
+def attend(R: Tensor, x: Tensor, S: Tensor | None, chunk_size: int) -> tuple[Tensor, Tensor | None]:
+    """Chooses the form by the length and by whether synapses come in. Returns A and the new synapses, if any."""
+    T = R.shape[2]
+    if S is not None and T == 1:
+        return attention_recurrent(R, x, S)
+    if T <= chunk_size:
+        A = attention_quadratic(R, x, S)
+        return A, None if S is None else write_synapses(R, x, S)
+    if S is None:
+        B, h, _, N = R.shape
+        S = R.new_zeros(B, h, N, x.shape[-1], dtype=synapse_dtype(R.dtype))  # (B, h, N, D)
+        return attention_chunked(R, x, S, chunk_size)[0], None
+    return attention_chunked(R, x, S, chunk_size)
+
+
+# ------------------------------------------------------------------------------------------------- the model
+
+
+class BDHLayer(GradientCheckpointingLayer):
+    """The one layer of a BDH model, applied L times."""
+
+    def __init__(self, config: BDHConfig):
+        super().__init__()
+        D, h, N = config.n_embd, config.n_head, config.neurons_per_head
+        self.config = config
+        self.encoder = nn.Linear(D, h * N, bias=False)
+        # A head decodes its own attention, so encoder_v is h matrices; separate modules keep each a plain nn.Linear.
+        self.encoder_v = nn.ModuleList(nn.Linear(D, N, bias=False) for _ in range(h))  # h x (D -> N)
+        self.decoder = nn.Linear(h * N, D, bias=False)
+
+    def forward(
+        self, x: Tensor, phases: tuple[Tensor, Tensor], mask: Tensor | None, S: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One layer: x (B, T, D), synapses S (B, h, N, D) or None -> the next x, the synapses after these tokens.
+
+        `mask` (B, T, 1) is 0 at padding, whose values are then neither seen nor written.
+        """
+        h = self.config.n_head
+        X = F.relu(self.encoder(x)).unflatten(-1, (h, -1))  # (B, T, h, N)  who fires
+        R = rotate(X.transpose(1, 2), *phases)  # (B, h, T, N)  query and key
+        values = (x if mask is None else x * mask).to(R.dtype)  # (B, T, D)
+        A, S = attend(R, values, S, self.config.chunk_size)  # (B, h, T, D)
+        A = self.norm(A)  # (B, h, T, D)
+        Z = torch.cat(  # (B, T, n)  X o Y, head by head
+            [
+                X_k * F.relu(encoder_k(A_k))  # (B, T, N)
+                for X_k, A_k, encoder_k in zip(X.unbind(2), A.unbind(1), self.encoder_v, strict=True)
+            ],
+            dim=-1,
+        )
+        Z = F.dropout(Z, self.config.dropout, self.training)  # (B, T, n)
+        return self.norm(x + self.norm(self.decoder(Z))), S  # (B, T, D)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Layer norm over D, without scale or shift."""
+        return F.layer_norm(x, x.shape[-1:], eps=self.config.layer_norm_eps)
+
+
+class BDHPreTrainedModel(PreTrainedModel):
+    """Initial weights (every one from N(0, initializer_range^2)), loading and saving, by the library's machinery."""
+
+    config_class = BDHConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BDHLayer"]
+
+
+class BDHModel(BDHPreTrainedModel):
+    """BDH without its head: tokens in, vectors of width D out."""
+
+    def __init__(self, config: BDHConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layer = BDHLayer(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: BDHState | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: object,
+    ) -> BaseModelOutputWithPast:
+        """Reads T tokens, from the beginning or from where `past_key_values` stopped.
+
+        Args:
+            input_ids: Tokens, (B, T) int64; or give `inputs_embeds` (B, T, D).
+            attention_mask: 1 for tokens and 0 for padding, (B, T) or (B, past + T), of which the last T count. Padding
+                writes nothing into the state and takes no position; it may stand left or right.
+            past_key_values: State to go on from; left advanced by these tokens.
+            use_cache: Whether to return the state (made if none came in). Default: no while training, else
+                `config.use_cache`.
+            output_hidden_states: Whether to return x before the first layer and after each.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
+        B, T, _ = embeds.shape
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        state = past_key_values
+        if state is None and use_cache:
+            state = BDHState.zeros(self.config, B, embeds.device, synapse_dtype(embeds.dtype))
+        if state is not None and state.batch_size != B:
+            raise ValueError(f"the state holds {state.batch_size} sequences, the input {B}")
+
+        mask = None if attention_mask is None else attention_mask[:, -T:].to(torch.int64)  # (B, T)
+        phases = self.phases(T, mask, state, embeds)  # 2 x (B|1, 1, T, N/2)
+        x = self.layer.norm(embeds)  # (B, T, D)
+        values_mask = None if mask is None else mask.to(x.dtype)[:, :, None]  # (B, T, 1)
+        trace = [x]
+        for i in range(self.config.n_layer):
+            S = None if state is None else state.synapses[i]  # (B, h, N, D)
+            x, S = self.layer(x, phases, values_mask, S)  # (B, T, D)
+            if state is not None:
+                state.synapses[i] = S
+            trace.append(x)
+        if state is not None:
+            state.position = state.position + (T if mask is None else mask.sum(1))  # (B,)
+            state.length += T
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=state if use_cache else None,
+            hidden_states=tuple(trace) if output_hidden_states else None,
+        )
+
+    def phases(self, T: int, mask: Tensor | None, state: BDHState | None, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary phases of the next T tokens; padding takes no position."""
+        if mask is None:
+            positions = torch.arange(T, device=embeds.device)[None]  # (1, T)
+        else:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), padding before the first token counts as 0
+        if state is not None:
+            positions = positions + state.position[:, None]  # (B, T)
+        dtype = embeds.dtype
+        if torch.is_autocast_enabled(embeds.device.type):
+            dtype = torch.get_autocast_dtype(embeds.device.type)
+        return rotary_phases(positions, self.config.neurons_per_head, self.config.rope_theta, dtype)
+
+
+class BDHForCausalLM(BDHPreTrainedModel, GenerationMixin):
+    """BDH with its language-model head: logits, loss, and `generate()`."""
+
+    def __init__(self, config: BDHConfig):
+        super().__init__(config)
+        self.model = BDHModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: BDHState | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: object,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V), or of the last `logits_to_keep` tokens, and the mean cross-entropy in nats if labels come.
+
+        Args:
+            labels: Tokens (B, T); the library's convention, so they are shifted here: position t is scored against
+                label t + 1, and -100 is not scored. Labels already shifted go in as `shift_labels` beside `labels`.
+            The others as for `BDHModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, T, V)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes its own BDHState; there are no keys and values to keep
+
+
+__all__ = ["BDHConfig", "BDHForCausalLM", "BDHModel", "BDHPreTrainedModel", "BDHState"]

@@ -1,0 +1,1 @@
+"""Training: the configuration, the loop, and everything that makes a run survive."""

@@ -1,0 +1,290 @@
+"""The configuration of a run: nested dataclasses that are the YAML and the command line at once.
+
+Nothing here imports torch, so that a wrong setting is answered at once. What can be wrong with one setting by itself is
+in `LIMITS`; what two settings make impossible together is in `validate`.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from bdh.errors import BDHError
+
+
+@dataclass
+class ModelConfig:
+    """Architecture: the fields of BDHConfig.
+
+    Args:
+        n_layer: How many times the shared layer is applied (L).
+        n_embd: Width of a token's vector (D).
+        n_head: Heads (h); must divide the neurons into even parts.
+        mlp_internal_dim_multiplier: Neurons per unit of n_embd: n = n_embd * multiplier.
+        vocab_size: Tokens the model knows (V); null takes the tokenizer's.
+        dropout: Probability of silencing a neuron's product while training.
+        rope_theta: Base of the rotary phases.
+        layer_norm_eps: Epsilon of the layer norms.
+        initializer_range: Standard deviation of the initial weights.
+        chunk_size: Longer sequences are read in chunks of this many tokens; changes speed, not the function.
+    """
+
+    n_layer: int = 6
+    n_embd: int = 256
+    n_head: int = 4
+    mlp_internal_dim_multiplier: int = 128
+    vocab_size: int | None = None
+    dropout: float = 0.1
+    rope_theta: float = 65536.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    chunk_size: int = 512
+
+
+@dataclass
+class DataConfig:
+    """Text and how it is cut.
+
+    Args:
+        corpus: A corpus by name; data.path goes before it.
+        path: A UTF-8 text file, or a folder of them.
+        train_split: Share of the text to train on; the rest, at its end, validates.
+        block_size: Tokens of a training sequence (T).
+        cache_dir: Where downloaded corpora are kept.
+    """
+
+    corpus: Literal["pydoc", "stdlib", "shakespeare"] = "pydoc"
+    path: str | None = None
+    train_split: float = 0.9
+    block_size: int = 512
+    cache_dir: str = "~/.cache/bdh"
+
+
+@dataclass
+class TrainingConfig:
+    """The loop.
+
+    Args:
+        seed: Of the weights, the data order and dropout.
+        device: Where to train; auto takes the GPU if there is one.
+        precision: bfloat16 means autocast over float32 weights; auto takes it where the hardware has it.
+        compile: Whether to compile the model with torch.compile (needs a C++ compiler; slow to start, then faster).
+        gradient_checkpointing: Recompute each layer in the backward pass: less memory, about a third more work.
+        max_steps: Optimizer steps of the whole run.
+        batch_size: Sequences of one optimizer step, however many processes or pieces share it.
+        micro_batch_size: Sequences of one forward pass; gradients accumulate over the pieces. Null: the whole batch.
+        learning_rate: Peak learning rate.
+        min_learning_rate: Where cosine and wsd end.
+        schedule: cosine, constant, or wsd (constant, then a straight line down over the last steps), after the warm-up.
+        warmup_steps: Steps of linear warm-up.
+        decay_steps: Steps of wsd's descent.
+        weight_decay: AdamW's, on matrices only.
+        beta1: AdamW's first decay rate.
+        beta2: AdamW's second decay rate.
+        gradient_clip: Largest global norm of the gradient; 0 never clips.
+        eval_interval: Steps between validations; each checkpoint is validated as well.
+        eval_windows: Validate on this many windows, always the same; null means the whole split.
+        eval_batch_size: Sequences of one forward pass in validation.
+    """
+
+    seed: int = 1337
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    max_steps: int = 3000
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 1e-4
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    decay_steps: int = 500
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    gradient_clip: float = 1.0
+    eval_interval: int = 250
+    eval_windows: int | None = None
+    eval_batch_size: int = 8
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints.
+
+    Args:
+        interval: Steps between checkpoints; one more is written at the end.
+        keep: How many of the last checkpoints stay on disk; the best one stays besides.
+    """
+
+    interval: int = 500
+    keep: int = 2
+
+
+@dataclass
+class LoggingConfig:
+    """What is said along the way.
+
+    Args:
+        interval: Steps between lines of metrics.jsonl and of plain output.
+        sample_interval: Steps between samples written to samples.md; 0 writes none.
+        sample_prompts: What the samples go on from.
+        sample_tokens: Tokens of a sample.
+        sample_temperature: Its temperature; 0 always takes the likeliest token.
+    """
+
+    interval: int = 10
+    sample_interval: int = 500
+    sample_prompts: list[str] = field(default_factory=lambda: ["The ", "In "])
+    sample_tokens: int = 200
+    sample_temperature: float = 0.7
+
+
+@dataclass
+class TrainConfig:
+    """A run.
+
+    Args:
+        run_dir: The run's folder: configuration, checkpoints, metrics, samples, curves and the export.
+        model: Architecture.
+        data: Text.
+        training: The loop.
+        checkpoint: Checkpoints.
+        logging: Output.
+    """
+
+    run_dir: str = "runs/bdh"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+# What a checkpoint cannot be resumed, or averaged, without sharing.
+ARCHITECTURE = (
+    "n_layer",
+    "n_embd",
+    "n_head",
+    "mlp_internal_dim_multiplier",
+    "vocab_size",
+    "rope_theta",
+    "layer_norm_eps",
+)
+
+# field: (smallest value, largest value, whether these two themselves are allowed)
+Limit = tuple[float, float, str]
+_INF = float("inf")
+LIMITS: dict[str, Limit] = {
+    "model.n_layer": (1, _INF, "[]"),
+    "model.n_embd": (1, _INF, "[]"),
+    "model.n_head": (1, _INF, "[]"),
+    "model.mlp_internal_dim_multiplier": (1, _INF, "[]"),
+    "model.vocab_size": (1, _INF, "[]"),
+    "model.dropout": (0, 1, "[)"),
+    "model.rope_theta": (0, _INF, "()"),
+    "model.layer_norm_eps": (0, _INF, "()"),
+    "model.initializer_range": (0, _INF, "()"),
+    "model.chunk_size": (1, _INF, "[]"),
+    "data.train_split": (0, 1, "()"),
+    "data.block_size": (1, _INF, "[]"),
+    "training.seed": (0, 2**63 - 1, "[]"),
+    "training.max_steps": (1, _INF, "[]"),
+    "training.batch_size": (1, _INF, "[]"),
+    "training.micro_batch_size": (1, _INF, "[]"),
+    "training.learning_rate": (0, _INF, "()"),
+    "training.min_learning_rate": (0, _INF, "[)"),
+    "training.warmup_steps": (0, _INF, "[]"),
+    "training.decay_steps": (1, _INF, "[]"),
+    "training.weight_decay": (0, _INF, "[)"),
+    "training.beta1": (0, 1, "[)"),
+    "training.beta2": (0, 1, "[)"),
+    "training.gradient_clip": (0, _INF, "[)"),
+    "training.eval_interval": (1, _INF, "[]"),
+    "training.eval_windows": (1, _INF, "[]"),
+    "training.eval_batch_size": (1, _INF, "[]"),
+    "checkpoint.interval": (1, _INF, "[]"),
+    "checkpoint.keep": (1, _INF, "[]"),
+    "logging.interval": (1, _INF, "[]"),
+    "logging.sample_interval": (0, _INF, "[]"),
+    "logging.sample_tokens": (1, _INF, "[]"),
+    "logging.sample_temperature": (0, _INF, "[)"),
+}
+
+
+def validate(config: TrainConfig) -> None:
+    """Refuses a configuration that cannot run.
+
+    Raises:
+        BDHError: One line that names the field, its value, and what is allowed.
+    """
+    settings = flatten(config)
+    for name, limit in LIMITS.items():
+        check_limit(name, settings[name], limit)
+
+    model, training = config.model, config.training
+    neurons = model.n_embd * model.mlp_internal_dim_multiplier
+    sizes = f"model.n_embd {model.n_embd} * model.mlp_internal_dim_multiplier {model.mlp_internal_dim_multiplier}"
+    if neurons % model.n_head:
+        raise BDHError(f"model.n_head is {model.n_head}; it must divide the {neurons} neurons ({sizes})")
+    if neurons // model.n_head % 2:
+        raise BDHError(
+            f"model.n_head is {model.n_head}, which leaves {neurons // model.n_head} neurons a head ({sizes}); "
+            "the number must be even"
+        )
+    if training.micro_batch_size is not None and training.batch_size % training.micro_batch_size:
+        raise BDHError(
+            f"training.micro_batch_size is {training.micro_batch_size}; it must divide training.batch_size "
+            f"{training.batch_size}"
+        )
+    if training.min_learning_rate > training.learning_rate:
+        raise BDHError(
+            f"training.min_learning_rate is {training.min_learning_rate}; it must not exceed training.learning_rate "
+            f"{training.learning_rate}"
+        )
+    falling = training.warmup_steps + (training.decay_steps if training.schedule == "wsd" else 0)
+    if falling > training.max_steps:
+        raise BDHError(
+            f"training.max_steps is {training.max_steps}, too few for training.warmup_steps {training.warmup_steps}"
+            + (f" and training.decay_steps {training.decay_steps}" if training.schedule == "wsd" else "")
+            + f"; it must be at least {falling}"
+        )
+    if not config.run_dir:
+        raise BDHError("run_dir is empty; it must name a folder for the run")
+
+
+def check_limit(name: str, value: Any, limit: Limit) -> None:
+    """Refuses a value outside its limit; None is always allowed. Raises BDHError."""
+    low, high, brackets = limit
+    if value is None:
+        return
+    above = value > low or (value == low and brackets[0] == "[")
+    below = value < high or (value == high and brackets[1] == "]")
+    if not (above and below):  # NaN fails both
+        lower = f"{'at least' if brackets[0] == '[' else 'above'} {low:g}"
+        upper = "" if high == _INF else f" and {'at most' if brackets[1] == ']' else 'below'} {high:g}"
+        raise BDHError(f"{name} is {value}; it must be {lower}{upper}")
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """All settings as `section.field: value`, in the order they are declared."""
+    flat: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if hasattr(value, "__dataclass_fields__"):
+            flat.update({f"{entry.name}.{key}": setting for key, setting in asdict(value).items()})
+        else:
+            flat[entry.name] = value
+    return flat
+
+
+def from_dict(settings: dict[str, Any]) -> TrainConfig:
+    """The configuration that `dataclasses.asdict` made `settings` from; settings it lacks take their defaults."""
+    sections = {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "training": TrainingConfig,
+        "checkpoint": CheckpointConfig,
+        "logging": LoggingConfig,
+    }
+    parts = {name: kind(**settings.get(name, {})) for name, kind in sections.items()}
+    return TrainConfig(run_dir=settings["run_dir"], **parts)

@@ -1,0 +1,42 @@
+"""Where a run computes, in which precision, and what it keeps in memory."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from bdh.errors import BDHError
+from bdh.model import BDHForCausalLM
+from bdh.training.config import TrainingConfig
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; auto takes CUDA, then the CPU. Raises BDHError if the machine lacks it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present[name]:
+        here = ", ".join(kind for kind, there in present.items() if there)
+        raise BDHError(f"training.device is {name}, which this machine lacks; it has {here}")
+    return torch.device(name)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run in hardware, where they are worth having."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    return False
+
+
+def autocast(config: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:
+    """The context a forward pass runs in: bfloat16 autocast, or nothing for float32."""
+    wanted = config.precision == "bfloat16" or (config.precision == "auto" and has_fast_bfloat16(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
+
+
+def recompute_layers(model: BDHForCausalLM) -> None:
+    """Keeps only each layer's input for the backward pass and computes the rest again."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # transformers' newer name for the same
+    (enable or model.gradient_checkpointing_enable)()

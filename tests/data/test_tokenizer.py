@@ -1,0 +1,43 @@
+"""The byte tokenizer: ids are the bytes, nothing is lost."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from bdh.data.blocks import tokenize
+from bdh.data.tokenizer import byte_level_symbols, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+
+
+@given(any_text)
+def test_ids_are_the_bytes_and_decoding_gives_the_text_back(text: str) -> None:
+    ids = TOKENIZER(text).input_ids
+    assert ids == list(text.encode("utf-8"))
+    assert TOKENIZER.decode(ids) == text
+
+
+@given(any_text.map(lambda t: t * 300))
+def test_long_texts_are_tokenized_in_pieces_without_loss(text: str) -> None:
+    assert bytes(tokenize(text, TOKENIZER).tobytes()) == text.encode("utf-8")
+
+
+@pytest.mark.parametrize("text", ["", " ", "\r\n\t\0", "<s></s><unk>", "Ġ Ċ Ā", "e\u0301 é", "👩‍👩‍👧", "שלום مرحبا"])
+def test_corners(text: str) -> None:
+    assert TOKENIZER(text).input_ids == list(text.encode()) and TOKENIZER.decode(list(text.encode())) == text
+
+
+def test_the_vocabulary_is_256_and_nothing_else(tmp_path: object) -> None:
+    assert isinstance(TOKENIZER, PreTrainedTokenizerFast)
+    assert len(TOKENIZER) == TOKENIZER.vocab_size == 256
+    assert len(set(byte_level_symbols())) == 256
+    assert not TOKENIZER.all_special_tokens
+    TOKENIZER.save_pretrained(str(tmp_path))
+    again = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert again("a\x00é").input_ids == [97, 0, 195, 169] and len(again) == 256
+
+
+def test_bytes_that_are_no_utf8_decode_to_replacement_marks() -> None:
+    assert TOKENIZER.decode([0xFF, 0x41]) == "\ufffdA"
