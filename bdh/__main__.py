@@ -1,0 +1,5 @@
+"""`python -m bdh` is `bdh`."""
+
+from bdh.cli.main import entry
+
+entry()

@@ -1,0 +1,80 @@
+"""`bdh`: finds the command and runs it. Loads nothing heavy, so that `bdh --help` answers at once."""
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+
+from bdh import __version__
+from bdh.errors import BDHError
+
+COMMANDS = {
+    "quickstart": "train a small model on text that is already here, and let it write (about 2 minutes)",
+    "train": "train a model, from the beginning or from a checkpoint",
+    "export": "turn a run or a checkpoint into a model folder that from_pretrained() reads",
+    "generate": "let a model write on from a prompt",
+    "eval": "score a model on a text: loss, perplexity, bits per byte, accuracy",
+    "convert": "turn a published checkpoint into an export, or back",
+    "average": "average the weights of several checkpoints into an export",
+    "info": "show a model's sizes: parameters, memory, state",
+}
+
+USAGE = "usage: bdh COMMAND [options]"
+
+
+def overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {line}" for name, line in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"bdh {__version__}: Dragon Hatchling language models",
+            "",
+            USAGE,
+            "",
+            *lines,
+            "",
+            "bdh COMMAND --help tells a command's options. To begin: bdh quickstart",
+        ]
+    )
+
+
+def quiet_libraries() -> None:
+    """Keeps remarks of libraries about themselves off a terminal where our own lines are to be read."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0 done, 2 an error the user can mend, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"bdh {__version__}")
+        return 0
+    name = argv[0]
+    quiet_libraries()
+    try:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+            raise BDHError(f"{name} is not a command; {hint}")
+        return importlib.import_module(f"bdh.cli.{name}").run(argv[1:])
+    except BDHError as error:
+        prog = f"bdh {name}" if name in COMMANDS else "bdh"
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `bdh ... | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def entry() -> None:
+    """The console command."""
+    sys.exit(main())

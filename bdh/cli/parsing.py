@@ -1,0 +1,89 @@
+"""Command lines and YAML to settings, and mistakes in them to one line."""
+
+import difflib
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from bdh.errors import BDHError
+from bdh.training.config import TrainConfig, validate
+
+
+def ready_configs() -> dict[str, str]:
+    """The configurations that come with the package: name to path."""
+    folder = files("bdh") / "configs"
+    return {entry.name.removesuffix(".yaml"): str(entry) for entry in folder.iterdir() if entry.name.endswith(".yaml")}
+
+
+class ReadyConfigFile(ActionConfigFile):
+    """`--config`: a YAML file, or the name of a ready configuration."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, ready_configs().get(values, values), option_string)
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are one line, with the nearest spelling where there is one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise BDHError(self.explain(message)) from ex
+
+    def explain(self, message: str) -> str:
+        """jsonargparse's message in the words of someone who has to mend it."""
+        message = " ".join(message.split())
+        known = [action.dest for action in self._actions]
+        if match := re.match(r"unrecognized arguments: (\S+)", message):
+            return f"{match[1]} is not an option{_nearest(match[1].lstrip('-').split('=')[0], known, '--')}"
+        if match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", message):
+            return f"{match[1]}.{match[2]} is not a setting{_nearest(f'{match[1]}.{match[2]}', known)}"
+        if match := re.match(r"Option '([^']+)' is not accepted", message):
+            return f"{match[1]} is not a setting{_nearest(match[1], known)}"
+        if match := re.match(r'Parser key "config": File does not exist: \'?([^\']+)', message):
+            ready, given = ready_configs(), match[1].removeprefix(f"{Path.cwd()}/")
+            near = _nearest(Path(given).name, list(ready))
+            return f"--config {given} does not exist{near or '; ready ones are ' + ', '.join(sorted(ready))}"
+        if match := re.match(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: ?(.*)', message):
+            near = _nearest(match[3], _choices(match[2]))
+            return f"{match[1]} is {match[3] or 'empty'}; it must be {_kind(match[2])}{near}"
+        return re.sub(r"<class '(\w+)'>", r"\1", message)
+
+
+def _nearest(word: str, known: list[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _choices(kind: str) -> list[str]:
+    return re.findall(r"'([^']+)'", kind) if kind.startswith("typing.Literal") else []
+
+
+def _kind(kind: str) -> str:
+    if choices := _choices(kind):
+        return f"one of {', '.join(choices)}"
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    words = re.sub(r"<class '(\w+)'>", r"\1", kind)
+    return names.get(words, words)
+
+
+def train_parser(prog: str, description: str) -> Parser:
+    """A parser of all settings of a run: flags, YAML files in order, and BDH_SECTION__FIELD variables."""
+    parser = Parser(prog=prog, description=description, default_env=True, env_prefix="BDH")
+    ready = ", ".join(sorted(ready_configs()))
+    parser.add_argument(
+        "--config",
+        action=ReadyConfigFile,
+        help=f"YAML file, or a ready configuration ({ready}); may be given several times, later ones win",
+    )
+    parser.add_class_arguments(TrainConfig)
+    return parser
+
+
+def build_config(parser: Parser, parsed: Any) -> TrainConfig:
+    """The parsed settings as a validated TrainConfig. Raises BDHError."""
+    settings = parser.instantiate(parsed)
+    config = TrainConfig(**{name: getattr(settings, name) for name in TrainConfig.__dataclass_fields__})
+    validate(config)
+    return config

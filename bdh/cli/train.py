@@ -1,0 +1,50 @@
+"""`bdh train`: all settings by flag, YAML and environment; `--resume` takes a run up again."""
+
+from pathlib import Path
+from typing import Any
+
+from bdh.cli.parsing import Parser, build_config, train_parser
+
+DESCRIPTION = (
+    "Train a model. Settings come from --config files, in order, then BDH_SECTION__FIELD environment variables are "
+    "overridden by flags. --resume continues the run in run_dir; --resume PATH continues that run or checkpoint, with "
+    "the settings it was saved with unless others are given."
+)
+
+
+def run(argv: list[str]) -> int:
+    parser = train_parser("bdh train", DESCRIPTION)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        default=None,
+        type=str,
+        metavar="PATH",
+        help="go on from the latest checkpoint of run_dir, or from PATH: a run or one of its checkpoints",
+    )
+    parsed = parser.parse_args(argv)
+    if parsed.resume is None:
+        return finish(build_config(parser, parsed), None)
+    return resume(parser, parsed, argv)
+
+
+def resume(parser: Parser, parsed: Any, argv: list[str]) -> int:
+    """Parses once more with the saved configuration underneath what the command line says."""
+    from bdh.training.checkpoint import find_checkpoint
+
+    where = find_checkpoint(Path(parsed.resume or parsed.run_dir), report=lambda line: print(f"notice: {line}"))
+    saved = where.parent.parent / "config.yaml"
+    given = argv
+    if saved.is_file():
+        given = ["--config", str(saved), *argv]
+    if parsed.resume and not any(arg.split("=")[0] == "--run_dir" for arg in argv):
+        given = [*given, "--run_dir", str(where.parent.parent)]
+    return finish(build_config(parser, parser.parse_args(given)), where)
+
+
+def finish(config: Any, checkpoint: Path | None) -> int:
+    from bdh.training.loop import train
+
+    outcome = train(config, checkpoint)
+    return 0 if outcome.signal is None else 128 + outcome.signal

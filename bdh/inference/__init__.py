@@ -1,0 +1,1 @@
+"""Inference: from a model and a prompt to text."""

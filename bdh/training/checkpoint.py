@@ -1,0 +1,320 @@
+"""Checkpoints: everything a run needs to go on as if nothing had happened.
+
+    checkpoints/
+      checkpoint-0001000/   shard-*.safetensors   weights and optimizer, by torch.distributed.checkpoint
+                            state.json            step, data position, random states, configuration, best loss
+                            manifest.json         size and SHA-256 of the other files, written last
+      latest -> …  best -> …
+
+A checkpoint is written under a temporary name, synced, and renamed, so that a kill at any moment leaves the last
+complete one. Nothing in it is a pickle: tensors are safetensors, the rest is JSON.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import load as dcp_load
+from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from bdh.errors import BDHError
+
+NAME = re.compile(r"checkpoint-(\d{7,})")
+FORMAT = 1
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        directory: `runs/NAME/checkpoints`.
+        keep: How many of the last stay; the best one stays besides.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory = directory
+        self.keep = keep
+
+    def paths(self) -> list[Path]:
+        """All checkpoints by step, oldest first, damaged ones included."""
+        if not self.directory.is_dir():
+            return []
+        found = [path for path in self.directory.iterdir() if NAME.fullmatch(path.name) and not path.is_symlink()]
+        return sorted(found, key=step_of)
+
+    def latest(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is whole, and a line about each newer one that is not."""
+        complaints: list[str] = []
+        for path in reversed(self.paths()):
+            reason = damage(path)
+            if reason is None:
+                return path, complaints
+            complaints.append(f"{path} is damaged: {reason}")
+        return None, complaints
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+        """Writes a checkpoint, renames it into place, moves the links, and removes the oldest beyond `keep`.
+
+        Args:
+            step: Optimizer steps done.
+            model: Its weights are saved.
+            optimizer: Its moments are saved; its settings come from the configuration.
+            state: All else, as JSON; `best_checkpoint` names the best checkpoint so far.
+
+        Raises:
+            OSError: The disk is full or not writable. The partial files are gone, the older checkpoints untouched.
+        """
+        final = self.directory / f"checkpoint-{step:07d}"
+        partial = self.directory / f".partial-{final.name}"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            with _as_one_process():
+                dcp_save(
+                    _tensors(model, optimizer),
+                    storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
+                    no_dist=True,
+                )
+            _write_json(partial / "state.json", {"format": FORMAT, "step": step, "random": random_state(), **state})
+            _write_json(
+                partial / "manifest.json", {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
+            )
+            for file in [*partial.iterdir(), partial]:
+                _sync(file)
+            replaced = self.directory / f".replaced-{final.name}"
+            if final.exists():  # an earlier attempt at this step, damaged since
+                final.rename(replaced)
+            partial.rename(final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            _sync(self.directory)
+            self._link("latest", final.name)
+            if state.get("best_checkpoint"):
+                self._link("best", state["best_checkpoint"])
+        except (OSError, CheckpointException) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _os_error(error) from error
+        self._remove_old(state.get("best_checkpoint"))
+        return final
+
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Renames checkpoints later than `step`, so that a run taken up at an older one does not mix with them."""
+        moved = []
+        for path in self.paths():
+            if step_of(path) > step:
+                number = sum(1 for _ in self.directory.glob(f"superseded-*-{path.name}"))
+                target = self.directory / f"superseded-{number}-{path.name}"
+                path.rename(target)
+                moved.append(target)
+        return moved
+
+    def _link(self, name: str, target: str) -> None:
+        temporary = self.directory / f".{name}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        temporary.replace(self.directory / name)
+
+    def _remove_old(self, best: str | None) -> None:
+        for path in self.paths()[: -self.keep]:
+            if path.name != best:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = NAME.fullmatch(path.name)
+    if match is None:
+        raise BDHError(f"{path} is not a checkpoint; its name should look like checkpoint-0001000")
+    return int(match[1])
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None if each is there with its recorded size and SHA-256."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if "state.json" not in manifest:
+            return "manifest.json is incomplete"
+        for name, expected in manifest.items():
+            file = path / Path(name).name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+            if _fingerprint(file) != expected:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json cannot be read ({type(error).__name__})"
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint. Raises BDHError if it is of a format this version does not know."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT:
+        raise BDHError(f"{path} has checkpoint format {state.get('format')}; this version of bdh reads {FORMAT}")
+    return state
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Puts a checkpoint into a model and its optimizer, restores the random states, and returns the rest."""
+    state = read_state(path)
+    tensors = _tensors(model, optimizer)
+    _read_tensors(path, tensors)
+    set_model_state_dict(model, _under("model.", tensors))
+    settings = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    set_optimizer_state_dict(model, optimizer, {**settings, **_under("optimizer.", tensors)}, options=_FLAT)
+    restore_random_state(state["random"])
+    return state
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Puts a checkpoint's weights, nothing else, into a model of its architecture."""
+    tensors = _model_tensors(model)
+    _read_tensors(path, tensors)
+    set_model_state_dict(model, _under("model.", tensors))
+
+
+def find_checkpoint(
+    where: Path, prefer: Literal["latest", "best"] = "latest", report: Callable[[str], None] = lambda line: None
+) -> Path:
+    """The checkpoint meant by a path to one, to a link to one, or to a run.
+
+    Args:
+        where: A checkpoint's folder, or a run's.
+        prefer: Which one of a run.
+        report: Told a line about each damaged checkpoint passed over.
+
+    Raises:
+        BDHError: There is nothing there, or a checkpoint named by itself is damaged.
+    """
+    if not where.exists():
+        raise BDHError(f"{where} does not exist; give a run's folder or one of its checkpoints")
+    if where.is_symlink():
+        where = where.parent / where.resolve().name
+    if NAME.fullmatch(where.name):
+        if reason := damage(where):
+            older, _ = CheckpointStore(where.parent, keep=1).latest()
+            hint = f"; the newest whole one is {older}" if older else ""
+            raise BDHError(f"{where} is damaged: {reason}{hint}")
+        return where
+    store = CheckpointStore(where if where.name == "checkpoints" else where / "checkpoints", keep=1)
+    best = store.directory / "best"
+    if prefer == "best" and best.is_dir():
+        best = store.directory / best.resolve().name
+        reason = damage(best)
+        if reason is None:
+            return best
+        report(f"{best} is damaged: {reason}")
+    latest, complaints = store.latest()
+    for line in complaints:
+        report(line)
+    if latest is None:
+        raise BDHError(f"{where} holds no whole checkpoint")
+    return latest
+
+
+def random_state() -> dict[str, Any]:
+    """The random states of Python, NumPy and torch, as JSON."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": _to_text(torch.get_rng_state()),
+        "cuda": [_to_text(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Puts back what `random_state` returned; CUDA's only where as many devices are present."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_from_text(state["torch"]))
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_from_text(text) for text in state["cuda"]])
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    weights: dict[str, Any] = get_model_state_dict(model)
+    return {f"model.{name}": tensor for name, tensor in weights.items()}
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    kept = {f"optimizer.{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
+    return {**_model_tensors(model), **kept}
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _read_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    with _as_one_process():
+        dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+
+
+@contextmanager
+def _as_one_process() -> Iterator[None]:
+    """Silences the remark that no process group is there: one process is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _os_error(error: BaseException) -> OSError:
+    """The OSError at the root of what torch.distributed.checkpoint raises."""
+    if isinstance(error, CheckpointException):
+        for cause, _ in error.failures.values():
+            if isinstance(cause, OSError):
+                return cause
+        return OSError(str(error))
+    return error if isinstance(error, OSError) else OSError(str(error))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _to_text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _from_text(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

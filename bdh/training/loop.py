@@ -1,0 +1,429 @@
+"""The training loop: read it from `train` down.
+
+Everything it does is decided by the TrainConfig and the checkpoint it starts from; on the CPU the same two give the
+same bits. Random numbers are drawn by dropout alone: data and samples have generators of their own.
+"""
+
+import os
+import platform
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from transformers import PreTrainedTokenizerFast
+
+from bdh import __version__
+from bdh.data.blocks import RandomBlocks, TokenSplit, ValidationWindows, checksum, split_tokens
+from bdh.data.corpora import load_corpus
+from bdh.data.tokenizer import byte_tokenizer
+from bdh.errors import BDHError
+from bdh.inference.generation import SamplingSettings, generate_text
+from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.training import checkpoint
+from bdh.training.config import ARCHITECTURE, TrainConfig, flatten, from_dict, validate
+from bdh.training.device import autocast, choose_device, recompute_layers
+from bdh.training.evaluation import Evaluation, evaluate
+from bdh.training.export import export_checkpoint
+from bdh.training.optimizer import build_optimizer, learning_rate_at
+from bdh.training.tracking import Tracker, draw_curves, write_atomically
+
+
+@dataclass
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+        run_dir: The run's folder.
+        step: Steps done.
+        signal: The signal that stopped it, or None if it reached the end.
+        evaluation: The last validation, if there was one.
+        seconds: Time spent training, earlier parts of the run included.
+    """
+
+    run_dir: Path
+    step: int
+    signal: signal.Signals | None
+    evaluation: Evaluation | None
+    seconds: float
+
+
+@dataclass
+class RunState:
+    """What changes while a run goes on, besides weights, optimizer and random states; all of it is in a checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluation: Evaluation | None = None
+    evaluated_at: int = -1
+    best_validation_loss: float | None = None
+    best_checkpoint: str | None = None
+    saved_at: int = -1
+
+
+def train(config: TrainConfig, resume: Path | None = None) -> Outcome:
+    """Trains to the end of the configuration, or until SIGINT or SIGTERM.
+
+    Args:
+        config: All settings; changed only in that `model.vocab_size` is filled in.
+        resume: A checkpoint to go on from, None to begin.
+
+    Raises:
+        BDHError: The configuration cannot run, the run's folder is taken, the loss is not finite, or the last
+            checkpoint cannot be written.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BDHError("this version of bdh trains in one process; start bdh train without torchrun")
+    validate(config)
+    return Trainer(config, resume).run()
+
+
+class Trainer:
+    """One run: the parts, put together by `__init__`, and the loop over them."""
+
+    def __init__(self, config: TrainConfig, resume: Path | None):
+        settings = config.training
+        self.device = choose_device(settings.device)
+        self.tokenizer: PreTrainedTokenizerFast = byte_tokenizer()
+        self.config = with_vocabulary(config, len(self.tokenizer))
+        self.run_dir = Path(config.run_dir)
+        self.store = checkpoint.CheckpointStore(self.run_dir / "checkpoints", config.checkpoint.keep)
+        saved = None if resume is None else checkpoint.read_state(resume)
+        notices = [] if saved is None else compare(saved["config"], self.config)
+
+        self.split = self.load_data()
+        self.blocks = RandomBlocks(self.split.train, config.data.block_size, settings.batch_size, settings.seed)
+        self.windows = ValidationWindows(self.split.validation, config.data.block_size, settings.eval_windows)
+        seed_everything(settings.seed)
+        self.model = BDHForCausalLM(BDHConfig(**asdict(self.config.model))).to(self.device)
+        if settings.gradient_checkpointing:
+            recompute_layers(self.model)
+        self.optimizer = build_optimizer(self.model, settings)
+        self.forward_model = compiled(self.model) if settings.compile else self.model
+
+        self.prepare_folder(resume)
+        self.resumed_from = resume
+        self.state = RunState()
+        if resume is not None:
+            self.restore(resume)
+            if saved is not None and saved["train_tokens_checksum"] != checksum(self.split.train):
+                notices.append("the text to train on is not the one the checkpoint was trained on")
+        self.timed_from = (self.state.step, self.state.seconds)
+        self.tracker = Tracker(self.run_dir, settings.max_steps, self.state.step)
+        for notice in notices:
+            self.tracker.say(f"notice: {notice}")
+
+    # ------------------------------------------------------------------------------------------------ setting up
+
+    def load_data(self) -> TokenSplit:
+        data = self.config.data
+        corpus = load_corpus(data.corpus, data.path, data.cache_dir)
+        return split_tokens(corpus, self.tokenizer, data.train_split, data.block_size)
+
+    def prepare_folder(self, resume: Path | None) -> None:
+        """Makes the run's folder and writes the resolved configuration; refuses to mix two runs."""
+        if resume is None and self.store.paths():
+            raise BDHError(
+                f"run_dir {self.run_dir} already holds a run; go on with it: bdh train --resume {self.run_dir}, "
+                "or name another: --run_dir DIR"
+            )
+        try:
+            self.store.directory.mkdir(parents=True, exist_ok=True)
+            if resume is None:
+                for name in ("metrics.jsonl", "samples.md", "loss.png"):  # of a run that never reached a checkpoint
+                    (self.run_dir / name).unlink(missing_ok=True)
+            write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(asdict(self.config), sort_keys=False))
+        except OSError as error:
+            raise BDHError(f"run_dir {self.run_dir} cannot be written: {error.strerror}") from error
+
+    def restore(self, path: Path) -> None:
+        """Takes everything up as the checkpoint left it."""
+        saved = checkpoint.load(path, self.model, self.optimizer)
+        self.blocks.load_state_dict(saved["data"])
+        self.state = RunState(**{name: saved[name] for name in RunState.__dataclass_fields__ if name in saved})
+        if saved["evaluation"] is not None:
+            self.state.evaluation = Evaluation(**saved["evaluation"])
+        if path.parent.resolve() == self.store.directory.resolve():
+            self.state.saved_at = self.state.step
+            for moved in self.store.set_aside_after(self.state.step):
+                print(f"notice: the later checkpoint is now {moved}")
+        else:  # a new run that starts from another run's checkpoint has no best checkpoint of its own yet
+            self.state.best_checkpoint = self.state.best_validation_loss = None
+
+    # -------------------------------------------------------------------------------------------------- the loop
+
+    def run(self) -> Outcome:
+        settings, state, said = self.config.training, self.state, self.tracker.say
+        sequences = f"{settings.batch_size} x {self.config.data.block_size} tokens a step"
+        parameters = sum(p.numel() for p in self.model.parameters())
+        precision = "bfloat16" if isinstance(self.precision(), torch.autocast) else "float32"
+        said(f"{parameters:,} parameters, {len(self.split.train):,} tokens of text, {sequences}")
+        said(f"on {hardware(self.device)} in {precision}, into {self.run_dir}")
+        if state.step:
+            said(f"going on from step {state.step} of {settings.max_steps}")
+        with self.tracker, caught_signals() as caught:
+            self.model.train()
+            while state.step < settings.max_steps and not caught:
+                self.step()
+            if caught and state.step < settings.max_steps:
+                return self.interrupted(caught[0])
+            self.finish()
+        return Outcome(self.run_dir, state.step, None, state.evaluation, state.seconds)
+
+    def step(self) -> None:
+        """One optimizer step and whatever is due after it."""
+        state, settings, logging = self.state, self.config.training, self.config.logging
+        started = time.perf_counter()
+        learning_rate = learning_rate_at(state.step, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = self.accumulate(self.blocks.next_batch())
+        clip = settings.gradient_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
+        if not np.isfinite(loss) or not np.isfinite(norm):
+            raise BDHError(self.not_finite(loss, norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        elapsed = time.perf_counter() - started
+
+        state.step += 1
+        state.tokens += settings.batch_size * self.config.data.block_size
+        state.seconds += elapsed
+        last = state.step == settings.max_steps
+        if state.step % logging.interval == 0 or last or state.step == 1:
+            self.tracker.step(
+                {
+                    "step": state.step,
+                    "tokens": state.tokens,
+                    "loss": loss,
+                    "learning_rate": learning_rate,
+                    "gradient_norm": norm,
+                    **self.speed(),
+                    "seconds": state.seconds,
+                }
+            )
+        if state.step % settings.eval_interval == 0:
+            self.evaluate()
+        if logging.sample_interval and (state.step % logging.sample_interval == 0 or last):
+            self.sample()
+        if state.step % self.config.checkpoint.interval == 0 and not last:
+            self.evaluate()
+            self.save()
+
+    def speed(self) -> dict[str, float]:
+        """Tokens and seconds of a step, averaged since this was last asked; evaluation and saving not counted."""
+        steps, seconds = self.state.step - self.timed_from[0], self.state.seconds - self.timed_from[1]
+        self.timed_from = (self.state.step, self.state.seconds)
+        tokens = self.config.training.batch_size * self.config.data.block_size
+        return {"tokens_per_second": steps * tokens / seconds, "seconds_per_step": seconds / steps}
+
+    def accumulate(self, blocks: torch.Tensor) -> float:
+        """Forward and backward over a batch (B, T + 1), in pieces; leaves the gradient of the mean loss, returns it."""
+        settings = self.config.training
+        piece = settings.micro_batch_size or settings.batch_size
+        total = 0.0
+        for part in blocks.split(piece):
+            part = part.to(self.device, non_blocking=True)  # (b, T + 1)
+            inputs, targets = part[:, :-1], part[:, 1:].contiguous()  # (b, T) each
+            with self.precision():
+                loss = self.forward_model(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+            loss = loss * (len(part) / len(blocks))
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def evaluate(self) -> None:
+        """Validates, unless this step has been."""
+        state, settings = self.state, self.config.training
+        if state.evaluated_at == state.step:
+            return
+        started = time.perf_counter()
+        state.evaluation = evaluate(
+            self.model, self.windows, self.split.validation_bytes_per_token, settings.eval_batch_size, self.precision
+        )
+        state.evaluated_at = state.step
+        result = state.evaluation
+        self.tracker.evaluation(
+            {
+                "step": state.step,
+                "tokens": state.tokens,
+                "validation_loss": result.loss,
+                "perplexity": result.perplexity,
+                "bits_per_byte": result.bits_per_byte,
+                "accuracy": result.accuracy,
+                "evaluation_seconds": time.perf_counter() - started,
+            }
+        )
+
+    def sample(self) -> None:
+        """Lets the model write on from the fixed prompts, with a seed of their own."""
+        logging = self.config.logging
+        settings = SamplingSettings(
+            logging.sample_tokens, logging.sample_temperature, seed=self.config.training.seed + self.state.step
+        )
+        prompts = logging.sample_prompts
+        texts = [(prompt, generate_text(self.model, self.tokenizer, prompt, settings)) for prompt in prompts]
+        self.tracker.samples(self.state.step, texts)
+
+    # ----------------------------------------------------------------------------------- checkpoints and endings
+
+    def save(self) -> bool:
+        """Writes a checkpoint; says so and returns False if the disk does not let it."""
+        state = self.state
+        name = f"checkpoint-{state.step:07d}"
+        best = (state.best_validation_loss, state.best_checkpoint)
+        if state.evaluated_at == state.step and state.evaluation is not None:
+            loss = state.evaluation.loss
+            if best[0] is None or loss < best[0]:
+                state.best_validation_loss, state.best_checkpoint = loss, name
+        try:
+            self.store.save(state.step, self.model, self.optimizer, self.saved_state())
+        except OSError as error:
+            state.best_validation_loss, state.best_checkpoint = best
+            self.tracker.say(
+                f"warning: {self.store.directory / name} could not be written ({error.strerror or error}); the partial "
+                "file is removed, and training goes on until the next checkpoint is due"
+            )
+            return False
+        state.saved_at = state.step
+        return True
+
+    def saved_state(self) -> dict[str, Any]:
+        """The JSON part of a checkpoint."""
+        progress = asdict(self.state)
+        progress.pop("saved_at")
+        return {
+            **progress,
+            "data": self.blocks.state_dict(),
+            "train_tokens": len(self.split.train),
+            "train_tokens_checksum": checksum(self.split.train),
+            "config": asdict(self.config),
+            "hardware": hardware(self.device),
+            "versions": {
+                "bdh": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def finish(self) -> None:
+        """The end of a run: a last validation and checkpoint, the curves, and the export of the best checkpoint."""
+        if self.state.saved_at != self.state.step:
+            self.evaluate()
+            if not self.save():
+                raise BDHError(
+                    f"the last checkpoint could not be written to {self.store.directory}; make room, then take the run "
+                    f"up again: bdh train --resume {self.run_dir}"
+                )
+        self.draw()
+        best = checkpoint.find_checkpoint(self.run_dir, prefer="best")
+        export_checkpoint(best, self.run_dir / "model")
+        self.tracker.say(f"done: {self.run_dir / 'model'} is the export of {best.name}, the best by validation loss")
+
+    def interrupted(self, number: signal.Signals) -> Outcome:
+        """Stopped by a signal: save, draw what there is, say how to go on."""
+        state = self.state
+        saved = state.saved_at == state.step or self.save()
+        self.draw()
+        if saved:
+            where = f"saved at step {state.step} of {self.config.training.max_steps}"
+            self.tracker.say(f"stopped by {number.name}, {where}; go on with: bdh train --resume {self.run_dir}")
+        return Outcome(self.run_dir, state.step, number, state.evaluation, state.seconds)
+
+    def draw(self) -> None:
+        try:
+            draw_curves(self.tracker.metrics_path, self.run_dir / "loss.png")
+        except OSError as error:
+            self.tracker.say(f"warning: {self.run_dir / 'loss.png'} could not be drawn ({error.strerror or error})")
+
+    def not_finite(self, loss: float, norm: float) -> str:
+        good = self.store.latest()[0] or self.resumed_from
+        kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        return (
+            f"step {self.state.step + 1}: the loss is {loss} and the gradient's norm {norm}, so training stops; "
+            f"{kept}; try a lower training.learning_rate, a longer training.warmup_steps, or training.precision float32"
+        )
+
+    def precision(self) -> Any:
+        return autocast(self.config.training, self.device)
+
+
+def with_vocabulary(config: TrainConfig, tokens: int) -> TrainConfig:
+    """The configuration with `model.vocab_size` filled in; refuses one smaller than the tokenizer's."""
+    size = config.model.vocab_size
+    if size is not None and size < tokens:
+        raise BDHError(f"model.vocab_size is {size}; it must be at least {tokens}, the tokens of the tokenizer")
+    return replace(config, model=replace(config.model, vocab_size=tokens if size is None else size))
+
+
+def compare(saved: dict[str, Any], config: TrainConfig) -> list[str]:
+    """What differs between a checkpoint's configuration and the one to go on with, a line each.
+
+    Raises:
+        BDHError: The architecture differs; all differing fields are named.
+    """
+    before, now = flatten(from_dict(saved)), flatten(config)
+    different = [name for name in now if before[name] != now[name] and name != "run_dir"]
+    clashes = [name for name in different if name.removeprefix("model.") in ARCHITECTURE]
+    if clashes:
+        listed = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in clashes)
+        raise BDHError(f"the checkpoint has another architecture: {listed}; keep these settings, or begin a new run")
+    return [f"{name} was {before[name]} and is now {now[name]}" for name in different]
+
+
+def compiled(model: BDHForCausalLM) -> Any:
+    """The model through torch.compile, tried on one token. Raises BDHError where there is no compiler for it."""
+    forward = torch.compile(model)
+    try:
+        forward(torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BDHError(f"training.compile is true, but torch.compile does not work here: {reason}") from error
+    return forward
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def hardware(device: torch.device) -> str:
+    """What computes, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{'CPU' if device.type == 'cpu' else device.type} ({threads} thread{'s' if threads > 1 else ''})"
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[signal.Signals]]:
+    """Collects SIGINT and SIGTERM instead of dying; a second SIGINT interrupts at once. Main thread only."""
+    caught: list[signal.Signals] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(signal.Signals(number))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,160 @@
+"""What a run says while it goes: metrics.jsonl, the progress bar or plain lines, samples.md, loss.png."""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SAMPLE_HEADING = re.compile(r"^## Step (\d+)$", re.MULTILINE)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a whole file under a temporary name, then renames it, so that nobody ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line torn by a kill is left out. A missing file has none."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return records
+
+
+class Tracker:
+    """Writes a run's figures to its folder and shows them to whoever watches.
+
+    A terminal gets a progress bar; anything else gets plain lines. Trouble with the disk is said once and does not end
+    the run.
+    """
+
+    def __init__(self, run_dir: Path, max_steps: int, first_step: int):
+        self.metrics_path = run_dir / "metrics.jsonl"
+        self.samples_path = run_dir / "samples.md"
+        self.max_steps = max_steps
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.complained = False
+        self._forget_after(first_step)
+        self.progress: Progress | None = None
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.progress.add_task("training", total=max_steps, completed=first_step, figures="")
+
+    def __enter__(self) -> "Tracker":
+        if self.progress:
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def say(self, line: str) -> None:
+        """A line for people."""
+        self.console.print(line, markup=False)
+        if not self.progress:
+            sys.stdout.flush()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """The figures of a training step that is logged."""
+        self._append(self.metrics_path, json.dumps(record) + "\n")
+        figures = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
+        if self.progress:
+            self.progress.update(self.task, completed=record["step"], figures=figures)
+        else:
+            left = (self.max_steps - record["step"]) * record["seconds_per_step"]
+            self.say(
+                f"step {record['step']}/{self.max_steps}  {figures}  lr {record['learning_rate']:.2e}  "
+                f"left {time.strftime('%H:%M:%S', time.gmtime(left)) if left < 86400 else f'{left / 86400:.1f} days'}"
+            )
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """The figures of a validation."""
+        self._append(self.metrics_path, json.dumps(record) + "\n")
+        self.say(
+            f"step {record['step']}  validation: loss {record['validation_loss']:.4f}, perplexity "
+            f"{record['perplexity']:.2f}, {record['bits_per_byte']:.3f} bits per byte, "
+            f"accuracy {record['accuracy']:.1%}"
+        )
+
+    def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
+        """What the model writes at a step: pairs of prompt and continuation."""
+        blocks = [f"## Step {step}\n"]
+        for prompt, continuation in texts:
+            body = "\n".join(f"    {line}" for line in (prompt + continuation).splitlines())
+            blocks.append(f"\n{body}\n")
+        self._append(self.samples_path, "".join(blocks) + "\n")
+        if texts:
+            prompt, continuation = texts[0]
+            self.say(f"step {step}  it writes: {' '.join((prompt + continuation).split())[:160]}")
+
+    def _append(self, path: Path, text: str) -> None:
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            if not self.complained:
+                self.say(f"warning: {path} cannot be written ({error.strerror}); training goes on without it")
+                self.complained = True
+
+    def _forget_after(self, step: int) -> None:
+        """Drops what was written after the checkpoint a run goes on from, so that nothing stands there twice."""
+        if self.metrics_path.exists():
+            kept = [record for record in read_metrics(self.metrics_path) if record["step"] <= step]
+            write_atomically(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+        if self.samples_path.exists():
+            text = self.samples_path.read_text(encoding="utf-8")
+            later = next((m.start() for m in SAMPLE_HEADING.finditer(text) if int(m[1]) > step), None)
+            if later is not None:
+                write_atomically(self.samples_path, text[:later])
+
+
+def draw_curves(metrics_path: Path, picture: Path) -> None:
+    """Draws the training and validation loss of a run, in nats a token, over its steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = read_metrics(metrics_path)
+    training = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    validation = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    if training:
+        axes.plot(*zip(*training, strict=True), color="#9ab8d8", linewidth=1, label="training")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="#c2410c", marker="o", markersize=4, label="validation")
+        step, loss = validation[-1]
+        axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="right")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    temporary = picture.with_name(f".{picture.name}.tmp")
+    figure.savefig(temporary, format="png")
+    pyplot.close(figure)
+    temporary.replace(picture)

@@ -1,0 +1,154 @@
+"""Every mistake a user can make with a command: one line on stderr, exit code 2, nothing half-written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import TEXT, TINY, Run, environment
+
+
+def prepare(folder: Path, finished: Path) -> None:
+    """What the mistakes below need around them."""
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "short.txt").write_text("too short")
+    (folder / "empty.txt").write_text("")
+    (folder / "latin.txt").write_bytes(b"caf\xe9" * 100)
+    (folder / "one.txt").write_text("x")
+    (folder / "emptydir").mkdir()
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.txt").write_text("years")
+    (folder / "junk.pt").write_bytes(b"not a checkpoint")
+    (folder / "junk.safetensors").write_bytes(b"not one either")
+    torch.save({"weight": torch.zeros(2)}, folder / "other.pt")
+    (folder / "gpt2").mkdir()
+    (folder / "gpt2" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (folder / "bad.yaml").write_text("model: {n_lyer: 3}\n")
+    (folder / "torn.yaml").write_text("model: [\n")
+    (folder / "run").symlink_to(finished)
+    shutil.copytree(finished, folder / "damaged", symlinks=True)
+    for shard in (folder / "damaged").glob("checkpoints/*/*.safetensors"):
+        os.truncate(shard, 10)
+    shutil.copytree(finished / "model", folder / "torn_model")
+    (folder / "torn_model" / "model.safetensors").write_bytes(b"torn")
+
+
+CASES: dict[str, str] = {
+    # the command itself
+    "trian": "bdh: error: trian is not a command; did you mean train?",
+    "xyzzy": "bdh: error: xyzzy is not a command; there are quickstart, train,",
+    # settings (all kinds are in tests/training/test_config.py; here through the command)
+    "train --model.n_lyer 3": "bdh train: error: --model.n_lyer is not an option; did you mean --model.n_layer?",
+    "train --config bad.yaml": "model.n_lyer is not a setting; did you mean model.n_layer?",
+    "train --config torn.yaml": "bdh train: error: Problems parsing config",
+    "train --config quickstrat": "--config quickstrat does not exist; did you mean quickstart?",
+    "train --model.n_head 3": "model.n_head is 3; it must divide the 32768 neurons",
+    "train --training.learning_rate -1": "training.learning_rate is -1.0; it must be above 0",
+    "train --model.vocab_size 100": "model.vocab_size is 100; it must be at least 256, the tokens of the tokenizer",
+    "train --training.device cuda": "training.device is cuda, which this machine lacks; it has cpu",
+    # text
+    "train --data.path nowhere.txt": "data.path nowhere.txt does not exist",
+    "train --data.path empty.txt": "data.path empty.txt is empty",
+    "train --data.path latin.txt": "data.path latin.txt is not UTF-8 text: byte 3 is 0xe9",
+    "train --data.path emptydir": "data.path emptydir holds no text",
+    "train --data.path short.txt": "data.block_size is 512, but the training part of short.txt has 8 tokens; use a "
+    "block of at most 7",
+    "train --data.corpus shakespeare": "cannot be reached",
+    # runs
+    "train --run_dir run": "run_dir run already holds a run; go on with it: bdh train --resume run, or name another",
+    "train --run_dir text.txt --data.path text.txt --data.block_size 16": "run_dir text.txt cannot be written: ",
+    "train --resume nowhere": "nowhere does not exist; give a run's folder or one of its checkpoints",
+    "train --resume emptydir": "emptydir holds no whole checkpoint",
+    "train --resume damaged": "damaged holds no whole checkpoint",
+    "train --resume damaged/checkpoints/checkpoint-0000040": "checkpoint-0000040 is damaged: ",
+    "train --resume run --model.n_layer 3 --model.n_embd 32": "the checkpoint has another architecture: "
+    "model.n_layer 2 -> 3, model.n_embd 16 -> 32",
+    "quickstart --training.max_steps 0": "bdh quickstart: error: training.max_steps is 0; it must be at least 1",
+    # exports
+    "export nowhere out": "nowhere does not exist",
+    "export run mine": "mine holds something that is not an export",
+    "export run text.txt": "text.txt is a file; name a folder for the export",
+    "export damaged out": "damaged holds no whole checkpoint",
+    "export run": "bdh export: error: ",
+    "generate --model nowhere --prompt x": "nowhere does not exist; give the folder of an export",
+    "generate --model run --prompt x": "run has no config.json; bdh export run DIR makes an export of it",
+    "generate --model emptydir --prompt x": "emptydir has no config.json; give the folder of an export",
+    "generate --model text.txt --prompt x": "text.txt is a file; give the folder of an export",
+    "generate --model gpt2 --prompt x": "gpt2 is a gpt2 model, not a bdh one",
+    "generate --model torn_model --prompt x": "the weights in torn_model cannot be loaded",
+    "generate --model run/model --prompt=": "the prompt is empty",
+    "generate --model run/model --prompt x --temperature -1": "temperature is -1.0; it must be at least 0",
+    "generate --model run/model --prompt x --top_p 2": "top_p is 2.0; it must be above 0 and at most 1",
+    "generate --model run/model --prompt x --max_new_tokens 0": "max_new_tokens is 0; it must be at least 1",
+    "generate --model run/model --prompt x --top_kk 3": "--top_kk is not an option; did you mean --top_k?",
+    "generate --model run/model": "bdh generate: error: ",
+    "generate --model run/model --prompt x --device cuda": "device is cuda, which this machine lacks",
+    "eval --model run/model --data.path nowhere.txt": "data.path nowhere.txt does not exist",
+    "eval --model run/model --data.path one.txt": "one.txt has 1 tokens; at least 2 are needed",
+    "eval --model run/model --data.block_size 0": "data.block_size is 0; it must be at least 1",
+    "eval --model run/model --batch_size 0": "batch_size is 0; it must be at least 1",
+    "convert nowhere.pt out": "nowhere.pt does not exist",
+    "convert emptydir out": "emptydir is not a file",
+    "convert junk.pt out": "junk.pt cannot be read as a checkpoint",
+    "convert junk.safetensors out": "junk.safetensors cannot be read as a checkpoint",
+    "convert other.pt out": "is not a published BDH checkpoint: it lacks embed.weight, encoder",
+    "convert other.pt mine": "mine holds something that is not an export",
+    "convert run/model out.bin --to-published": "out.bin should end in .safetensors or .pt",
+    "convert nowhere out.pt --to-published": "nowhere does not exist",
+    "average run --output out": "only run is given; averaging takes two checkpoints or more",
+    "average run nowhere --output out": "nowhere does not exist",
+    "average run run": "bdh average: error: ",
+    "info nowhere": "nowhere does not exist",
+    "info emptydir": "emptydir has no config.json",
+}
+
+
+@pytest.fixture(scope="module")
+def around(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> Path:
+    folder = tmp_path_factory.mktemp("mistakes")
+    prepare(folder, finished_run)
+    return folder
+
+
+@pytest.mark.parametrize("line", list(CASES))
+def test_one_line_exit_code_two_and_nothing_left_behind(line: str, around: Path, bdh: Run) -> None:
+    before = sorted(path.name for path in around.iterdir())
+    env = environment(BDH_SHAKESPEARE_URL="http://127.0.0.1:9/x", HOME=str(around))
+    done = bdh(*line.split(), cwd=around, env=env)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and CASES[line] in lines[0], done.stderr
+    assert lines[0].startswith("bdh") and ": error: " in lines[0]
+    assert sorted(path.name for path in around.iterdir()) == before
+    assert (around / "mine" / "thesis.txt").read_text() == "years"
+
+
+def test_averaging_different_architectures(finished_run: Path, tmp_path: Path, bdh: Run) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert bdh("train", "--data.path", "text.txt", "--run_dir", "wide", *TINY, "--model.n_embd", 32).returncode == 0
+    done = bdh("average", finished_run, "wide", "--output", "out")
+    assert done.returncode == 2 and "have different architectures: n_embd 16 and 32" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_before_training_is_quiet(tmp_path: Path, bdh: Run) -> None:
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bdh", "train", "--config", "quickstart"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(1.0)  # still loading libraries
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stderr.strip() == "interrupted"

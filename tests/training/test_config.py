@@ -1,0 +1,144 @@
+"""The configuration: flags, files, environment; and one line for every mistake."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bdh.cli.parsing import build_config, ready_configs, train_parser
+from bdh.errors import BDHError
+from bdh.model import BDHConfig
+from bdh.training.config import LIMITS, ModelConfig, TrainConfig, flatten, from_dict, validate
+
+
+def parse(*argv: str) -> TrainConfig:
+    parser = train_parser("bdh train", "")
+    return build_config(parser, parser.parse_args(list(argv)))
+
+
+def test_later_files_win_and_flags_win_over_files(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("model: {n_layer: 3, n_embd: 64}\ntraining: {max_steps: 500}\n")
+    (tmp_path / "b.yaml").write_text("model: {n_layer: 4}\n")
+    config = parse("--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml"), "--model.n_embd", "32")
+    assert (config.model.n_layer, config.model.n_embd, config.training.max_steps) == (4, 32, 500)
+    assert config.data == TrainConfig().data
+
+
+def test_environment_variables_set_fields_and_flags_win_over_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BDH_TRAINING__LEARNING_RATE", "0.002")
+    monkeypatch.setenv("BDH_MODEL__N_LAYER", "5")
+    config = parse("--model.n_layer", "2")
+    assert config.training.learning_rate == 0.002 and config.model.n_layer == 2
+
+
+@pytest.mark.parametrize("name", ["quickstart", "shakespeare", "large"])
+def test_ready_configurations_are_valid_and_found_by_name(name: str) -> None:
+    config = parse("--config", name)
+    assert config == parse("--config", ready_configs()[name])
+    assert config.run_dir == f"runs/{name}"
+
+
+def test_the_published_recipe() -> None:
+    config = parse("--config", "shakespeare")
+    training = config.training
+    assert (training.batch_size, config.data.block_size, training.max_steps) == (32, 512, 3000)
+    assert (training.learning_rate, training.weight_decay) == (1e-3, 0.1)
+    assert config.model == ModelConfig()
+
+
+def test_the_large_model_has_101_million_parameters() -> None:
+    model = parse("--config", "large").model
+    assert round(3 * model.n_embd**2 * model.mlp_internal_dim_multiplier / 1e6) == 101
+
+
+def test_what_is_saved_reads_back_the_same(tmp_path: Path) -> None:
+    config = parse("--config", "quickstart", "--logging.sample_prompts", "[a, 'b: c']", "--data.path", "x.txt")
+    (tmp_path / "saved.yaml").write_text(yaml.safe_dump(asdict(config)))
+    assert parse("--config", str(tmp_path / "saved.yaml")) == config == from_dict(asdict(config))
+
+
+def test_every_number_has_a_limit_and_every_field_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {k for k, v in flatten(TrainConfig()).items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    assert numbers <= set(LIMITS)
+    with pytest.raises(SystemExit):
+        train_parser("bdh train", "").parse_args(["--help"])
+    shown = capsys.readouterr().out
+    for name in flatten(TrainConfig()):
+        entry = shown.split(f"--{name} ", 2)[-1].split("ARG:")[0]
+        words = [line for line in entry.splitlines() if line.strip() and "ENV:" not in line][1:]
+        assert words and not words[0].strip().startswith("(type:"), f"{name} is not explained"
+
+
+def test_model_settings_are_those_of_the_model() -> None:
+    defaults, model = BDHConfig(), ModelConfig()
+    for name, value in asdict(model).items():
+        assert getattr(defaults, name) == (value if name != "vocab_size" else 256)
+
+
+MISTAKES = {
+    "--model.n_lyer 3": "--model.n_lyer is not an option; did you mean --model.n_layer?",
+    "--model.n_layer x": "model.n_layer is x; it must be a whole number",
+    "--model.n_layer 0": "model.n_layer is 0; it must be at least 1",
+    "--model.n_head 3": "model.n_head is 3; it must divide the 32768 neurons (model.n_embd 256 * model.mlp_internal_"
+    "dim_multiplier 128)",
+    "--model.n_head 32768": "model.n_head is 32768, which leaves 1 neurons a head (model.n_embd 256 * model.mlp_"
+    "internal_dim_multiplier 128); the number must be even",
+    "--model.dropout 1": "model.dropout is 1.0; it must be at least 0 and below 1",
+    "--training.learning_rate nan": "training.learning_rate is nan; it must be a number",
+    "--training.learning_rate fast": "training.learning_rate is fast; it must be a number",
+    "--training.schedule cosin": "training.schedule is cosin; it must be one of cosine, constant, wsd; did you mean "
+    "cosine?",
+    "--training.micro_batch_size 5": "training.micro_batch_size is 5; it must divide training.batch_size 32",
+    "--training.min_learning_rate 1": "training.min_learning_rate is 1.0; it must not exceed training.learning_rate "
+    "0.001",
+    "--training.max_steps 50": "training.max_steps is 50, too few for training.warmup_steps 100; it must be "
+    "at least 100",
+    "--training.schedule wsd --training.max_steps 550": "training.max_steps is 550, too few for training.warmup_steps "
+    "100 and training.decay_steps 500; it must be at least 600",
+    "--training.compile maybe": "training.compile is maybe; it must be true or false",
+    "--data.train_split 1": "data.train_split is 1.0; it must be above 0 and below 1",
+    "--data.corpus shakespear": "data.corpus is shakespear; it must be one of pydoc, stdlib, shakespeare; did you mean "
+    "shakespeare?",
+    "--config quikstart": "does not exist; did you mean quickstart?",
+    "--config nowhere/at_all.yaml": "does not exist; ready ones are large, quickstart, shakespeare",
+    "--run_dir=": "run_dir is empty; it must name a folder for the run",
+    "stray": "stray is not an option",
+}
+
+
+@pytest.mark.parametrize("flags", list(MISTAKES))
+def test_a_mistake_on_the_command_line_is_one_clear_line(flags: str) -> None:
+    with pytest.raises(BDHError) as caught:
+        parse(*flags.split())
+    assert MISTAKES[flags] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {n_lyer: 3}", "model.n_lyer is not a setting; did you mean model.n_layer?"),
+        ("trainin: {max_steps: 3}", "trainin.max_steps is not a setting; did you mean training.max_steps?"),
+        ("training: {max_steps: many}", "training.max_steps is many; it must be a whole number"),
+        ("model: [", "Problems parsing config"),
+        ("training: {eval_interval: 0}", "training.eval_interval is 0; it must be at least 1"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(BDHError) as caught:
+        parse("--config", str(tmp_path / "bad.yaml"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_mistake_in_the_environment_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BDH_MODEL__N_LAYER", "several")
+    with pytest.raises(BDHError, match=r"model\.n_layer is several; it must be a whole number"):
+        parse()
+
+
+def test_limits_hold_for_configurations_made_in_python_too() -> None:
+    config = TrainConfig()
+    config.training.batch_size = 0
+    with pytest.raises(BDHError, match=r"training\.batch_size is 0; it must be at least 1"):
+        validate(config)

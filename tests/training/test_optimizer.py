@@ -1,0 +1,72 @@
+"""The optimizer's groups and the learning-rate schedule."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from bdh.training.config import TrainingConfig
+from bdh.training.optimizer import build_optimizer, learning_rate_at
+
+
+def test_only_matrices_decay() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    optimizer = build_optimizer(model, TrainingConfig(weight_decay=0.3, learning_rate=0.01, beta1=0.8, beta2=0.9))
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {p.ndim: d for p, d in decay.items()} == {2: 0.3, 1: 0.0} and len(decay) == 4
+    assert optimizer.defaults["betas"] == (0.8, 0.9) and optimizer.defaults["fused"]
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = nn.Linear(3, 4)
+    model.bias.requires_grad_(False)
+    groups = build_optimizer(model, TrainingConfig()).param_groups
+    assert sum(len(group["params"]) for group in groups) == 1
+
+
+def test_weights_shrink_by_the_decay_alone_when_gradients_are_zero() -> None:
+    model = nn.Linear(3, 4, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = build_optimizer(model, TrainingConfig(weight_decay=0.5, learning_rate=0.1))
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    assert torch.allclose(model.weight, before * (1 - 0.1 * 0.5))
+
+
+schedules = st.sampled_from(["cosine", "constant", "wsd"])
+
+
+@given(
+    schedule=schedules,
+    warmup=st.integers(0, 50),
+    decay=st.integers(1, 50),
+    extra=st.integers(2, 200),
+    peak=st.floats(1e-5, 1e-1),
+    share=st.floats(0, 1),
+)
+def test_warm_up_peak_and_end(schedule: str, warmup: int, decay: int, extra: int, peak: float, share: float) -> None:
+    config = TrainingConfig(
+        schedule=schedule,  # type: ignore[arg-type]
+        warmup_steps=warmup,
+        decay_steps=decay,
+        max_steps=warmup + decay + extra,
+        learning_rate=peak,
+        min_learning_rate=peak * share,
+    )
+    rates = [learning_rate_at(step, config) for step in range(config.max_steps)]
+    assert (max(rates) == pytest.approx(peak) and min(rates) > 0) or share == 0
+    assert all(b > a for a, b in pairwise(rates[:warmup]))
+    assert all(b <= a * (1 + 1e-12) for a, b in pairwise(rates[warmup:]))
+    assert rates[-1] == pytest.approx(peak if schedule == "constant" else peak * share)
+    if schedule == "wsd":
+        assert rates[warmup : -decay - 1] == [peak] * (extra - 1)
+
+
+def test_cosine_is_half_way_in_the_middle() -> None:
+    config = TrainingConfig(warmup_steps=0, max_steps=101, learning_rate=1.0, min_learning_rate=0.2)
+    assert learning_rate_at(50, config) == pytest.approx(0.6)
+    assert learning_rate_at(25, config) == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi / 4)))

@@ -1,0 +1,167 @@
+"""Kills, signals, damage: a run goes on as if nothing had happened."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bdh.training.checkpoint import find_checkpoint
+from bdh.training.tracking import read_metrics
+from tests.conftest import TEXT, TINY, Run, environment
+from tests.training.test_loop import assert_same_end
+
+STEPS = 400
+SETTINGS = [
+    *TINY,
+    *("--training.max_steps", str(STEPS), "--checkpoint.interval", "7", "--training.eval_interval", "30"),
+    *("--training.micro_batch_size", "2", "--logging.sample_interval", "50", "--model.dropout", "0.2"),
+    *("--logging.interval", "3"),
+]
+
+
+def start(folder: Path, *argv: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "bdh", "train", *map(str, argv)]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "text.txt").write_text(TEXT)
+    process = start(folder, "--data.path", "text.txt", "--run_dir", "run", *SETTINGS)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return folder / "run"
+
+
+def wait_until(process: "subprocess.Popen[str]", run: Path, step: int) -> bool:
+    """Waits until a run has logged `step`; False if it ended before."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        records = read_metrics(run / "metrics.jsonl")
+        if records and records[-1]["step"] >= step:
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} did not come")
+
+
+def test_ten_kills_at_random_moments_change_no_bit(tmp_path: Path, undisturbed: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    run, kills, moments = tmp_path / "run", 0, random.Random(20261122)
+    arguments: list[object] = ["--data.path", "text.txt", "--run_dir", "run", *SETTINGS]
+    while kills < 10:
+        process = start(tmp_path, *arguments)
+        target = moments.randint(STEPS * kills // 11 + 1, STEPS * (kills + 1) // 11)
+        assert wait_until(process, run, target), process.communicate()[0]
+        time.sleep(moments.uniform(0, 0.05))  # anywhere: in a step, in an evaluation, in the middle of a checkpoint
+        process.kill()
+        process.wait()
+        assert process.returncode == -signal.SIGKILL, "it ended before the kill"
+        kills += 1
+        if (run / "checkpoints").is_dir() and any((run / "checkpoints").glob("checkpoint-*/manifest.json")):
+            arguments = ["--resume", "run"]
+    process = start(tmp_path, *arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert re.search(r"going on from step \d+ of 400", output)
+    assert_same_end(undisturbed, run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_finish_the_step_save_and_say_how_to_go_on(
+    tmp_path: Path, undisturbed: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    run = tmp_path / "run"
+    process = start(tmp_path, "--data.path", "text.txt", "--run_dir", "run", *SETTINGS)
+    assert wait_until(process, run, 100)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in output
+    match = re.search(
+        rf"stopped by {number.name}, saved at step (\d+) of 400; go on with: bdh train --resume run", output
+    )
+    assert match and find_checkpoint(run).name == f"checkpoint-{int(match[1]):07d}"
+    assert (run / "loss.png").exists()
+
+    process = start(tmp_path, "--resume", "run")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and f"going on from step {match[1]} of 400" in output
+    assert_same_end(undisturbed, run)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, finished_run: Path, bdh: Run) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run, symlinks=True)
+    (tmp_path / "text.txt").write_text(TEXT)
+    newest = find_checkpoint(run)
+    shard = next(newest.glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    done = bdh("train", "--resume", "run")
+    assert done.returncode == 0, done.stderr
+    assert "notice: run/checkpoints/checkpoint-0000040 is damaged: " in done.stdout
+    assert "going on from step 30 of 40" in done.stdout
+    assert_same_end(finished_run, run)
+
+
+def test_an_older_checkpoint_can_be_taken_up_and_later_ones_are_set_aside(
+    tmp_path: Path, finished_run: Path, bdh: Run
+) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run, symlinks=True)
+    (tmp_path / "text.txt").write_text(TEXT)
+    done = bdh("train", "--resume", "run/checkpoints/checkpoint-0000030")
+    assert done.returncode == 0, done.stderr
+    assert "the later checkpoint is now" in done.stdout
+    assert (run / "checkpoints" / "superseded-0-checkpoint-0000040").is_dir()
+    assert_same_end(finished_run, run)
+
+
+def test_a_run_can_be_lengthened_and_says_what_changed(tmp_path: Path, finished_run: Path, bdh: Run) -> None:
+    done = bdh(
+        *("train", "--resume", finished_run / "checkpoints" / "latest", "--run_dir", tmp_path / "longer"),
+        *("--training.max_steps", 50, "--training.learning_rate", 1e-3),
+        cwd=finished_run.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "notice: training.max_steps was 40 and is now 50" in done.stdout
+    assert "notice: training.learning_rate was 0.003 and is now 0.001" in done.stdout
+    assert "going on from step 40 of 50" in done.stdout
+    assert find_checkpoint(tmp_path / "longer").name == "checkpoint-0000050"
+    assert find_checkpoint(finished_run).name == "checkpoint-0000040"
+
+
+def test_another_text_is_noticed(tmp_path: Path, finished_run: Path, bdh: Run) -> None:
+    (tmp_path / "other.txt").write_text(TEXT.upper())
+    done = bdh(
+        *("train", "--resume", finished_run, "--run_dir", tmp_path / "other", "--training.max_steps", 45),
+        *("--data.path", tmp_path / "other.txt"),
+        cwd=finished_run.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the text to train on is not the one the checkpoint was trained on" in done.stdout
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, finished_run: Path, bdh: Run) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run, symlinks=True)
+    (tmp_path / "text.txt").write_text(TEXT)
+    done = bdh("train", "--run_dir", "run", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_end(finished_run, run)
