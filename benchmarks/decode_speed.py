@@ -3,14 +3,16 @@
     python -m benchmarks.decode_speed [--contexts 64 512 2048] [--quadratic 64 512] [--device cpu]
 
 The default 25.3 M model with random weights, one sequence, through `generate()` of transformers, the way `bdh generate`
-decodes. "quadratic" is the published way: for every token, the whole context goes through the model again. Contexts are
-taken in turn, several rounds in one process, and the median is reported, so that a machine that drifts treats all alike.
+decodes. "quadratic" is the published way: for every token, the whole context goes through the model again. Contexts
+are taken in turn, several rounds in one process, and the median is reported, so that a machine that drifts treats all
+alike.
 Writes results/decode_speed_DEVICE.json and .png.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -21,27 +23,21 @@ from benchmarks.record import RESULTS, save
 @torch.inference_mode()
 def seconds_per_token(model: BDHForCausalLM, context: int, tokens: int, use_state: bool) -> float:
     """Wall seconds of one new token after `context` others; the reading of the context is not counted with a state."""
-    device = model.device
-    prompt = torch.randint(256, (1, context), device=device)
-    if not use_state:
-        return (
-            timed(lambda: model.generate(prompt, max_new_tokens=tokens, do_sample=False, use_cache=False), device)
-            / tokens
-        )
-    state = model(prompt[:, :-1], logits_to_keep=1).past_key_values
-    return (
-        timed(lambda: model.generate(prompt, past_key_values=state, max_new_tokens=tokens, do_sample=False), device)
-        / tokens
-    )
+    prompt = torch.randint(256, (1, context), device=model.device)
+    settings = {"max_new_tokens": tokens, "do_sample": False}
+    if use_state:
+        state = model(prompt[:, :-1], logits_to_keep=1).past_key_values
+        return timed(lambda: model.generate(prompt, past_key_values=state, **settings)) / tokens
+    return timed(lambda: model.generate(prompt, use_cache=False, **settings)) / tokens
 
 
-def timed(work: object, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def timed(work: Callable[[], object]) -> float:
+    """Wall seconds of some work, the GPU's included."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     started = time.perf_counter()
-    work()  # type: ignore[operator]
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    work()
+    wait()
     return time.perf_counter() - started
 
 

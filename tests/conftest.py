@@ -42,8 +42,9 @@ def run_bdh(
 ) -> "subprocess.CompletedProcess[str]":
     """Runs `bdh` in a process of its own."""
     command = [sys.executable, "-m", "bdh", *map(str, argv)]
-    return subprocess.run(  # type: ignore[call-overload,no-any-return]
-        command, cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=300, **options
+    given = {"text": True, **options}
+    return subprocess.run(  # type: ignore[call-overload]
+        command, cwd=cwd, env=env or environment(), capture_output=True, timeout=300, **given
     )
 
 

@@ -24,6 +24,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--tokenizer", choices=["bytes", "none"], default="bytes", help="what to put beside the model")
     args = parser.parse_args(argv)
 
+    from bdh.data.tokenizer import byte_tokenizer
     from bdh.model import published
 
     if args.to_published:
@@ -31,7 +32,7 @@ def run(argv: list[str]) -> int:
         print(f"{args.target} is {args.source} in the published layout")
         return 0
     given = {name: getattr(args, name) for name in ("n_layer", "n_head", "dropout") if getattr(args, name) is not None}
-    notes = published.convert(args.source, args.target, given, with_tokenizer=args.tokenizer == "bytes")
+    notes = published.convert(args.source, args.target, given, byte_tokenizer() if args.tokenizer == "bytes" else None)
     for note in notes:
         print(f"notice: {note}")
     print(f"{args.target} is the export of {args.source}")

@@ -3,6 +3,7 @@
 import sys
 
 from bdh.cli.parsing import Parser
+from bdh.errors import BDHError
 
 
 def run(argv: list[str]) -> int:
@@ -30,7 +31,7 @@ def run(argv: list[str]) -> int:
     settings = SamplingSettings(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     model, tokenizer = load_export(args.model)
     model.to(choose_device(args.device))
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = read_stdin() if args.prompt == "-" else args.prompt
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
@@ -42,3 +43,10 @@ def run(argv: list[str]) -> int:
     else:
         print(prompt + generate_text(model, tokenizer, prompt, settings))
     return 0
+
+
+def read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BDHError(f"the prompt on stdin is not UTF-8 text: byte {error.start}") from error

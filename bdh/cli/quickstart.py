@@ -1,5 +1,7 @@
 """`bdh quickstart`: a model trained and talking in about two minutes, on text every Python carries."""
 
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -33,13 +35,22 @@ def run(argv: list[str]) -> int:
         settings = SamplingSettings(max_new_tokens=240, temperature=0.6, seed=seed)
         text = prompt + generate_text(model, tokenizer, prompt, settings)
         print("\n".join(f"  | {line}" for line in text.splitlines()) + "\n")
+    bdh = command_name()
     print(
         "Try next:\n"
-        f'  bdh generate --model {folder} --prompt "Python is" --stream\n'
-        f"  bdh eval --model {folder} --data.corpus pydoc\n"
-        "  bdh train --config quickstart --data.path YOUR_TEXT.txt --run_dir runs/mine"
+        f'  {bdh} generate --model {folder} --prompt "Python is" --stream\n'
+        f"  {bdh} eval --model {folder} --data.corpus pydoc\n"
+        f"  {bdh} train --config quickstart --data.path YOUR_TEXT.txt --run_dir runs/mine"
     )
     return 0
+
+
+def command_name() -> str:
+    """How this shell can call `bdh`: by name if it is on the path, else by the path to it."""
+    if shutil.which("bdh"):
+        return "bdh"
+    beside_python = Path(sys.executable).parent / "bdh"
+    return str(beside_python.relative_to(Path.cwd()) if beside_python.is_relative_to(Path.cwd()) else beside_python)
 
 
 def free_run_dir() -> Path:

@@ -86,8 +86,12 @@ def generate_text(
     state of the process is left as it was when a seed is given.
 
     Raises:
-        BDHError: The prompt has no tokens.
+        BDHError: The prompt has no tokens, or cannot be encoded.
     """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BDHError(f"the prompt is not valid text: character {error.start} is half of one") from error
     ids = tokenizer(prompt, return_tensors="pt").input_ids  # (1, T)
     if ids.shape[1] == 0:
         raise BDHError("the prompt is empty; give at least one character to go on from")

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from bdh.errors import BDHError
@@ -26,9 +27,9 @@ def save_export(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast | None
         (partial / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise BDHError(f"{directory} cannot be written: {error.strerror or error}") from error
+        raise BDHError(f"{directory} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def check_target(directory: Path) -> None:

@@ -158,6 +158,11 @@ def read_synapses(R: Tensor, S: Tensor) -> Tensor:
     return R @ S.to(R.dtype)  # (B, h, T, D)
 
 
+def may_overwrite(S: Tensor) -> bool:
+    """Whether synapses can be updated in place: no gradient is recorded, and torch allows it for this tensor."""
+    return not torch.is_grad_enabled() and S.is_inference() == torch.is_inference_mode_enabled()
+
+
 def write_synapses(R: Tensor, x: Tensor, S: Tensor) -> Tensor:
     """The synapses after these tokens: S + R^T x, in place when no gradient is recorded.
 
@@ -169,9 +174,9 @@ def write_synapses(R: Tensor, x: Tensor, S: Tensor) -> Tensor:
     Rt, values = R.mT, x[:, None]  # (B, h, N, T), (B, 1, T, D)
     if R.shape[2] == 1:  # one token: an outer product in the synapses' own precision
         Rt, values = Rt.to(S.dtype), values.to(S.dtype)
-        return S + Rt * values if torch.is_grad_enabled() else S.addcmul_(Rt, values)  # (B, h, N, D)
+        return S.addcmul_(Rt, values) if may_overwrite(S) else S + Rt * values  # (B, h, N, D)
     written = Rt @ values  # (B, h, N, D)
-    return S + written if torch.is_grad_enabled() else S.add_(written)
+    return S.add_(written) if may_overwrite(S) else S + written  # (B, h, N, D)
 
 
 def attention_quadratic(R: Tensor, x: Tensor, S: Tensor | None = None) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from bdh.data.tokenizer import byte_tokenizer
 from bdh.errors import BDHError
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.card import model_card
@@ -27,14 +27,16 @@ CONFIG_FIELDS = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "
 DEFAULT_LAYERS = 6
 
 
-def convert(source: Path, directory: Path, given: dict[str, Any], with_tokenizer: bool = True) -> list[str]:
+def convert(
+    source: Path, directory: Path, given: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None = None
+) -> list[str]:
     """Writes the export of a published checkpoint.
 
     Args:
         source: A .safetensors file, or a .pt file holding a state dict.
         directory: The export to write.
         given: Configuration fields that the caller knows; they go before the file's metadata.
-        with_tokenizer: Put the byte tokenizer beside the model, if the vocabulary has room for it.
+        tokenizer: Put beside the model, if the vocabulary has room for it.
 
     Returns:
         What had to be assumed, a line each.
@@ -49,11 +51,9 @@ def convert(source: Path, directory: Path, given: dict[str, Any], with_tokenizer
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     model = BDHForCausalLM(config).to(dtype)
     load_published(model, tensors)
-    tokenizer = None
-    if with_tokenizer and config.vocab_size >= 256:
-        tokenizer = byte_tokenizer()
-    elif with_tokenizer:
-        notes.append(f"no tokenizer is written: the vocabulary of {config.vocab_size} is too small for bytes")
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        notes.append(f"no tokenizer is written: it has {len(tokenizer)} tokens, the model {config.vocab_size}")
+        tokenizer = None
     card = model_card(source.stem, config, [("Origin", {"converted from": source.name})])
     save_export(model.eval(), tokenizer, directory, card)
     return notes

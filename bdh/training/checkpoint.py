@@ -109,9 +109,7 @@ class CheckpointStore:
             partial.rename(final)
             shutil.rmtree(replaced, ignore_errors=True)
             _sync(self.directory)
-            self._link("latest", final.name)
-            if state.get("best_checkpoint"):
-                self._link("best", state["best_checkpoint"])
+            self.link(final.name, state.get("best_checkpoint"))
         except (OSError, CheckpointException) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise _os_error(error) from error
@@ -129,11 +127,14 @@ class CheckpointStore:
                 moved.append(target)
         return moved
 
-    def _link(self, name: str, target: str) -> None:
-        temporary = self.directory / f".{name}.tmp"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target)
-        temporary.replace(self.directory / name)
+    def link(self, latest: str, best: str | None) -> None:
+        """Points `latest`, and `best` if there is one, at checkpoints by name."""
+        for name, target in (("latest", latest), ("best", best)):
+            if target is not None:
+                temporary = self.directory / f".{name}.tmp"
+                temporary.unlink(missing_ok=True)
+                temporary.symlink_to(target)
+                temporary.replace(self.directory / name)
 
     def _remove_old(self, best: str | None) -> None:
         for path in self.paths()[: -self.keep]:

@@ -25,8 +25,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, ARM
     return False
 
 
@@ -40,3 +40,11 @@ def recompute_layers(model: BDHForCausalLM) -> None:
     """Keeps only each layer's input for the backward pass and computes the rest again."""
     enable = getattr(model, "activation_checkpointing_enable", None)  # transformers' newer name for the same
     (enable or model.gradient_checkpointing_enable)()
+
+
+def hardware(device: torch.device) -> str:
+    """What computes, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{'CPU' if device.type == 'cpu' else device.type} ({threads} thread{'s' if threads > 1 else ''})"

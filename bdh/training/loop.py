@@ -8,13 +8,9 @@ import os
 import platform
 import random
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -32,10 +28,11 @@ from bdh.inference.generation import SamplingSettings, generate_text
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.training import checkpoint
 from bdh.training.config import ARCHITECTURE, TrainConfig, flatten, from_dict, validate
-from bdh.training.device import autocast, choose_device, recompute_layers
+from bdh.training.device import autocast, choose_device, hardware, recompute_layers
 from bdh.training.evaluation import Evaluation, evaluate
 from bdh.training.export import export_checkpoint
 from bdh.training.optimizer import build_optimizer, learning_rate_at
+from bdh.training.signals import caught_signals
 from bdh.training.tracking import Tracker, draw_curves, write_atomically
 
 
@@ -133,14 +130,17 @@ class Trainer:
 
     def prepare_folder(self, resume: Path | None) -> None:
         """Makes the run's folder and writes the resolved configuration; refuses to mix two runs."""
+        begun_before = (self.run_dir / "config.yaml").is_file()
         if resume is None and self.store.paths():
             raise BDHError(
                 f"run_dir {self.run_dir} already holds a run; go on with it: bdh train --resume {self.run_dir}, "
                 "or name another: --run_dir DIR"
             )
+        if not begun_before and self.run_dir.is_dir() and any(self.run_dir.iterdir()):
+            raise BDHError(f"run_dir {self.run_dir} holds something that is not a run; name another: --run_dir DIR")
         try:
             self.store.directory.mkdir(parents=True, exist_ok=True)
-            if resume is None:
+            if resume is None and begun_before:
                 for name in ("metrics.jsonl", "samples.md", "loss.png"):  # of a run that never reached a checkpoint
                     (self.run_dir / name).unlink(missing_ok=True)
             write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(asdict(self.config), sort_keys=False))
@@ -158,6 +158,7 @@ class Trainer:
             self.state.saved_at = self.state.step
             for moved in self.store.set_aside_after(self.state.step):
                 print(f"notice: the later checkpoint is now {moved}")
+            self.store.link(path.name, self.state.best_checkpoint)
         else:  # a new run that starts from another run's checkpoint has no best checkpoint of its own yet
             self.state.best_checkpoint = self.state.best_validation_loss = None
 
@@ -270,7 +271,9 @@ class Trainer:
         """Lets the model write on from the fixed prompts, with a seed of their own."""
         logging = self.config.logging
         settings = SamplingSettings(
-            logging.sample_tokens, logging.sample_temperature, seed=self.config.training.seed + self.state.step
+            logging.sample_tokens,
+            logging.sample_temperature,
+            seed=(self.config.training.seed + self.state.step) % 2**63,
         )
         prompts = logging.sample_prompts
         texts = [(prompt, generate_text(self.model, self.tokenizer, prompt, settings)) for prompt in prompts]
@@ -398,32 +401,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def hardware(device: torch.device) -> str:
-    """What computes, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{'CPU' if device.type == 'cpu' else device.type} ({threads} thread{'s' if threads > 1 else ''})"
-
-
-@contextmanager
-def caught_signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGINT and SIGTERM instead of dying; a second SIGINT interrupts at once. Main thread only."""
-    caught: list[signal.Signals] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(signal.Signals(number))
-
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

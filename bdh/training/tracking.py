@@ -87,8 +87,8 @@ class Tracker:
         else:
             left = (self.max_steps - record["step"]) * record["seconds_per_step"]
             self.say(
-                f"step {record['step']}/{self.max_steps}  {figures}  lr {record['learning_rate']:.2e}  "
-                f"left {time.strftime('%H:%M:%S', time.gmtime(left)) if left < 86400 else f'{left / 86400:.1f} days'}"
+                f"step {record['step']}/{self.max_steps}  {figures}  lr {record['learning_rate']:.2e}"
+                + (f"  left {duration(left)}" if record["step"] > 1 else "")  # the first step also warms up
             )
 
     def evaluation(self, record: dict[str, Any]) -> None:
@@ -132,6 +132,11 @@ class Tracker:
                 write_atomically(self.samples_path, text[:later])
 
 
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, or days where there are many."""
+    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
+
+
 def draw_curves(metrics_path: Path, picture: Path) -> None:
     """Draws the training and validation loss of a run, in nats a token, over its steps."""
     import matplotlib
@@ -152,7 +157,8 @@ def draw_curves(metrics_path: Path, picture: Path) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if training or validation:
+        axes.legend()
     figure.tight_layout()
     temporary = picture.with_name(f".{picture.name}.tmp")
     figure.savefig(temporary, format="png")

@@ -3,6 +3,10 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +63,7 @@ CASES: dict[str, str] = {
     "train --data.corpus shakespeare": "cannot be reached",
     # runs
     "train --run_dir run": "run_dir run already holds a run; go on with it: bdh train --resume run, or name another",
+    "train --run_dir mine --data.path text.txt --data.block_size 16": "run_dir mine holds something that is not a run",
     "train --run_dir text.txt --data.path text.txt --data.block_size 16": "run_dir text.txt cannot be written: ",
     "train --resume nowhere": "nowhere does not exist; give a run's folder or one of its checkpoints",
     "train --resume emptydir": "emptydir holds no whole checkpoint",
@@ -126,6 +131,21 @@ def test_one_line_exit_code_two_and_nothing_left_behind(line: str, around: Path,
     assert (around / "mine" / "thesis.txt").read_text() == "years"
 
 
+def test_text_that_is_no_text(finished_run: Path, bdh: Run) -> None:
+    prompt = ["generate", "--model", finished_run / "model", "--prompt"]
+    done = bdh(*prompt, os.fsdecode(b"caf\xe9"))
+    assert done.returncode == 2 and "the prompt is not valid text: character 3" in done.stderr
+    done = bdh(*prompt, "-", text=None, input=b"caf\xe9")
+    assert done.returncode == 2 and "the prompt on stdin is not UTF-8 text: byte 3" in str(done.stderr)
+
+
+def test_an_export_that_does_not_fit_on_the_disk(finished_run: Path, tmp_path: Path) -> None:
+    command = f"ulimit -f 20; exec {sys.executable} -m bdh export {finished_run} out"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "out cannot be written: " in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_averaging_different_architectures(finished_run: Path, tmp_path: Path, bdh: Run) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     assert bdh("train", "--data.path", "text.txt", "--run_dir", "wide", *TINY, "--model.n_embd", 32).returncode == 0
@@ -135,11 +155,6 @@ def test_averaging_different_architectures(finished_run: Path, tmp_path: Path, b
 
 
 def test_ctrl_c_before_training_is_quiet(tmp_path: Path, bdh: Run) -> None:
-    import signal
-    import subprocess
-    import sys
-    import time
-
     process = subprocess.Popen(
         [sys.executable, "-m", "bdh", "train", "--config", "quickstart"],
         cwd=tmp_path,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bdh.data.tokenizer import byte_tokenizer
 from bdh.errors import BDHError
 from bdh.model.export import load_export, load_model_only
 from bdh.model.published import NAMES, convert, save_published, work_out_config
@@ -76,7 +77,7 @@ def test_a_converted_golden_checkpoint_gives_the_golden_logits(golden: str, tmp_
 def test_configuration_comes_from_metadata_then_shapes(tmp_path: Path) -> None:
     tensors = published()
     save_file(tensors, tmp_path / "a.safetensors", metadata={"config": json.dumps({"n_layer": 4, "dropout": 0.25})})
-    assert convert(tmp_path / "a.safetensors", tmp_path / "a", {}) == []
+    assert convert(tmp_path / "a.safetensors", tmp_path / "a", {}, byte_tokenizer()) == []
     config = load_export(tmp_path / "a")[0].config
     assert (config.n_layer, config.dropout, config.n_head, config.n_embd) == (4, 0.25, 2, 8)
     assert (config.mlp_internal_dim_multiplier, config.vocab_size) == (4, 256)
@@ -84,7 +85,7 @@ def test_configuration_comes_from_metadata_then_shapes(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "b.safetensors")
     notes = convert(tmp_path / "b.safetensors", tmp_path / "b", {})
     assert len(notes) == 1 and "6 assumed" in notes[0]
-    assert load_export(tmp_path / "b")[0].config.n_layer == 6
+    assert load_model_only(tmp_path / "b").config.n_layer == 6
 
 
 def test_frequencies_for_the_reference_code_follow_from_the_sizes(tmp_path: Path) -> None:
@@ -136,6 +137,6 @@ def test_odd_neurons_are_refused() -> None:
 
 def test_a_small_vocabulary_gets_no_byte_tokenizer(tmp_path: Path) -> None:
     torch.save(published(V=48), tmp_path / "a.pt")
-    notes = convert(tmp_path / "a.pt", tmp_path / "export", {"n_layer": 1})
-    assert any("too small for bytes" in note for note in notes)
+    notes = convert(tmp_path / "a.pt", tmp_path / "export", {"n_layer": 1}, byte_tokenizer())
+    assert notes == ["no tokenizer is written: it has 256 tokens, the model 48"]
     assert not (tmp_path / "export" / "tokenizer.json").exists()

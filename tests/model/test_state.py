@@ -62,6 +62,15 @@ def test_moving_to_another_dtype_keeps_positions_whole(model: BDHForCausalLM) ->
     assert torch.isfinite(logits).all()
 
 
+def test_a_state_made_in_inference_mode_goes_on_outside_of_it(model: BDHForCausalLM) -> None:
+    tokens = torch.randint(11, (1, 8))
+    with torch.inference_mode():
+        state = model(tokens[:, :5]).past_key_values
+    with torch.no_grad():
+        logits = model(tokens[:, 5:], past_key_values=state).logits
+    assert torch.allclose(logits, model(tokens).logits[:, 5:], atol=1e-6)
+
+
 def test_detach_cuts_the_graph(model: BDHForCausalLM) -> None:
     state = model(torch.randint(11, (1, 5)), use_cache=True).past_key_values
     assert state.synapses[1].requires_grad

@@ -30,6 +30,9 @@ def test_environment_variables_set_fields_and_flags_win_over_them(monkeypatch: p
     monkeypatch.setenv("BDH_MODEL__N_LAYER", "5")
     config = parse("--model.n_layer", "2")
     assert config.training.learning_rate == 0.002 and config.model.n_layer == 2
+    monkeypatch.setenv("BDH_DATA__BLOCK_SIZE", "77")
+    assert parse("--config", "quickstart").data.block_size == 128  # a file, too, wins over the environment
+    assert parse("--data.corpus", "stdlib").data.block_size == 77
 
 
 @pytest.mark.parametrize("name", ["quickstart", "shakespeare", "large"])
