@@ -9,6 +9,7 @@ from bdh.errors import BDHError
 def run(argv: list[str]) -> int:
     parser = Parser(
         prog="bdh average",
+        allow_abbrev=False,
         description="Average the weights of checkpoints (or exports) of one architecture and write an export.",
     )
     parser.add_argument("sources", metavar="CKPT", nargs="+", type=Path, help="checkpoints, runs or exports")

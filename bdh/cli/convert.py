@@ -8,6 +8,7 @@ from bdh.cli.parsing import Parser
 def run(argv: list[str]) -> int:
     parser = Parser(
         prog="bdh convert",
+        allow_abbrev=False,
         description="Turn a checkpoint in the published layout (.safetensors, or .pt holding a state dict) into an "
         "export, or with --to-published an export into such a checkpoint. The round trip is exact.",
     )
@@ -19,7 +20,6 @@ def run(argv: list[str]) -> int:
         "--to-published", dest="to_published", action="store_true", help="from an export to a checkpoint"
     )
     parser.add_argument("--n_layer", type=int, default=None, help="layers, where the file does not say (default 6)")
-    parser.add_argument("--n_head", type=int, default=None, help="heads, where neither file nor shapes say")
     parser.add_argument("--dropout", type=float, default=None, help="dropout for further training (default 0.1)")
     parser.add_argument("--tokenizer", choices=["bytes", "none"], default="bytes", help="what to put beside the model")
     args = parser.parse_args(argv)
@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
         published.save_published(args.source, args.target)
         print(f"{args.target} is {args.source} in the published layout")
         return 0
-    given = {name: getattr(args, name) for name in ("n_layer", "n_head", "dropout") if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in ("n_layer", "dropout") if getattr(args, name) is not None}
     notes = published.convert(args.source, args.target, given, byte_tokenizer() if args.tokenizer == "bytes" else None)
     for note in notes:
         print(f"notice: {note}")

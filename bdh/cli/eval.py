@@ -11,10 +11,9 @@ def run(argv: list[str]) -> int:
 
     parser = Parser(
         prog="bdh eval",
+        allow_abbrev=False,
         description="Score a model on a text: --data.path FILE as a whole, or the validation part of a corpus. Windows "
         "of data.block_size tokens, each predicted from its own beginning.",
-        default_env=True,
-        env_prefix="BDH",
     )
     parser.add_argument("--model", metavar="DIR", type=str, required=True, help="folder of an export")
     parser.add_class_arguments(DataConfig, "data")

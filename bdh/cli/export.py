@@ -8,6 +8,7 @@ from bdh.cli.parsing import Parser
 def run(argv: list[str]) -> int:
     parser = Parser(
         prog="bdh export",
+        allow_abbrev=False,
         description="Write a folder that from_pretrained() reads: weights, code, tokenizer and model card. Of a run, "
         "the best checkpoint by validation loss is taken.",
     )

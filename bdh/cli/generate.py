@@ -9,6 +9,7 @@ from bdh.errors import BDHError
 def run(argv: list[str]) -> int:
     parser = Parser(
         prog="bdh generate",
+        allow_abbrev=False,
         description="Continue a prompt. Each token costs the same, however long the text has become.",
     )
     parser.add_argument("--model", metavar="DIR", type=str, required=True, help="folder of an export")

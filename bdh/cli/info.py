@@ -7,7 +7,11 @@ from bdh.cli.parsing import Parser
 
 
 def run(argv: list[str]) -> int:
-    parser = Parser(prog="bdh info", description="Show a model's architecture, parameters, memory and state size.")
+    parser = Parser(
+        prog="bdh info",
+        allow_abbrev=False,
+        description="Show a model's architecture, parameters, memory and state size.",
+    )
     parser.add_argument("directory", metavar="DIR", type=Path, help="folder of an export, a run or a checkpoint")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)

@@ -75,10 +75,22 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `bdh ... | head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"bdh {name}: error: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def entry() -> None:
-    """The console command."""
-    sys.exit(main())
+    """The console command: `main`, and its output written out before the process ends."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more
+        code = 141
+        if not isinstance(error, BrokenPipeError):
+            print(f"bdh: error: the output cannot be written: {error.strerror}", file=sys.stderr)
+            code = 2
+    sys.exit(code)

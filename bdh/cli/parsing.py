@@ -1,6 +1,7 @@
 """Command lines and YAML to settings, and mistakes in them to one line."""
 
 import difflib
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -18,11 +19,17 @@ def ready_configs() -> dict[str, str]:
     return {entry.name.removesuffix(".yaml"): str(entry) for entry in folder.iterdir() if entry.name.endswith(".yaml")}
 
 
+OTHER_VARIABLES = {"BDH_SHAKESPEARE_URL"}  # of this program, but no settings of a run
+
+
 class ReadyConfigFile(ActionConfigFile):
     """`--config`: a YAML file, or the name of a ready configuration."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, ready_configs().get(values, values), option_string)
+        try:
+            super().__call__(parser, cfg, ready_configs().get(values, values), option_string)
+        except UnicodeDecodeError as error:
+            raise BDHError(f"--config {values} is not a text file") from error
 
 
 class Parser(ArgumentParser):
@@ -68,9 +75,14 @@ def _kind(kind: str) -> str:
     return names.get(words, words)
 
 
+def without_print_config(argv: list[str]) -> list[str]:
+    """A command line for a first look at the settings, which must not print them yet."""
+    return [arg for arg in argv if not arg.startswith("--print_config")]
+
+
 def train_parser(prog: str, description: str) -> Parser:
     """A parser of all settings of a run: flags, YAML files in order, and BDH_SECTION__FIELD variables."""
-    parser = Parser(prog=prog, description=description, default_env=True, env_prefix="BDH")
+    parser = Parser(prog=prog, description=description, default_env=True, env_prefix="BDH", allow_abbrev=False)
     ready = ", ".join(sorted(ready_configs()))
     parser.add_argument(
         "--config",
@@ -83,6 +95,10 @@ def train_parser(prog: str, description: str) -> Parser:
 
 def build_config(parser: Parser, parsed: Any) -> TrainConfig:
     """The parsed settings as a validated TrainConfig. Raises BDHError."""
+    known = {f"BDH_{action.dest.upper().replace('.', '__')}" for action in parser._actions} | OTHER_VARIABLES
+    for name in sorted(os.environ):
+        if name.startswith("BDH_") and name not in known:
+            raise BDHError(f"the environment variable {name} is not a setting{_nearest(name, sorted(known))}")
     settings = parser.instantiate(parsed)
     config = TrainConfig(**{name: getattr(settings, name) for name in TrainConfig.__dataclass_fields__})
     validate(config)

@@ -1,19 +1,23 @@
 """`bdh quickstart`: a model trained and talking in about two minutes, on text every Python carries."""
 
+import shlex
 import shutil
 import sys
 import time
 from pathlib import Path
 
-from bdh.cli.parsing import build_config, train_parser
+from bdh.cli.parsing import build_config, train_parser, without_print_config
 
+DEFAULT_RUN = Path("runs") / "quickstart"
 PROMPTS = ("The ", "If the ", "A function ")
 
 
 def run(argv: list[str]) -> int:
     parser = train_parser("bdh quickstart", "Train the quickstart configuration, export it, and let it write.")
-    given = argv if any(arg.split("=")[0] == "--run_dir" for arg in argv) else [*argv, "--run_dir", str(free_run_dir())]
-    config = build_config(parser, parser.parse_args(["--config", "quickstart", *given]))
+    given = ["--config", "quickstart", *argv]
+    if parser.parse_args(without_print_config(given)).run_dir == str(DEFAULT_RUN):
+        given += ["--run_dir", str(free_run_dir())]
+    config = build_config(parser, parser.parse_args(given))
 
     from bdh.inference.generation import SamplingSettings, generate_text
     from bdh.model.export import load_export
@@ -29,13 +33,12 @@ def run(argv: list[str]) -> int:
     for record in records[-3:]:
         print(f"  step {record['step']:>5}   validation {record['bits_per_byte']:.3f} bits per byte")
     print(f"  drawn in {outcome.run_dir / 'loss.png'}\n\nThree samples:")
-    folder = outcome.run_dir / "model"
-    model, tokenizer = load_export(folder)
+    model, tokenizer = load_export(outcome.run_dir / "model")
     for seed, prompt in enumerate(PROMPTS):
         settings = SamplingSettings(max_new_tokens=240, temperature=0.6, seed=seed)
         text = prompt + generate_text(model, tokenizer, prompt, settings)
         print("\n".join(f"  | {line}" for line in text.splitlines()) + "\n")
-    bdh = command_name()
+    bdh, folder = shlex.quote(command_name()), shlex.quote(str(outcome.run_dir / "model"))
     print(
         "Try next:\n"
         f'  {bdh} generate --model {folder} --prompt "Python is" --stream\n'
@@ -56,6 +59,6 @@ def command_name() -> str:
 def free_run_dir() -> Path:
     """runs/quickstart, or the first of runs/quickstart-2, -3 … that is free."""
     number = 1
-    while (path := Path("runs") / ("quickstart" if number == 1 else f"quickstart-{number}")).exists():
+    while (path := DEFAULT_RUN if number == 1 else DEFAULT_RUN.with_name(f"quickstart-{number}")).exists():
         number += 1
     return path

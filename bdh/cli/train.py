@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bdh.cli.parsing import Parser, build_config, train_parser
+from bdh.cli.parsing import Parser, build_config, train_parser, without_print_config
+from bdh.errors import BDHError
+from bdh.training.config import TrainConfig
 
 DESCRIPTION = (
     "Train a model. A setting is taken from its flag, else from the last --config file that has it, else from its "
@@ -24,23 +26,35 @@ def run(argv: list[str]) -> int:
         metavar="PATH",
         help="go on from the latest checkpoint of run_dir, or from PATH: a run or one of its checkpoints",
     )
-    parsed = parser.parse_args(argv)
+    parsed = parser.parse_args(without_print_config(argv))
     if parsed.resume is None:
-        return finish(build_config(parser, parsed), None)
+        return finish(build_config(parser, parser.parse_args(argv)), None)
     return resume(parser, parsed, argv)
 
 
 def resume(parser: Parser, parsed: Any, argv: list[str]) -> int:
-    """Parses once more with the saved configuration underneath what the command line says."""
+    """Parses once more with the checkpoint's configuration underneath what the command line says."""
     from bdh.training.checkpoint import find_checkpoint, read_state
+    from bdh.training.folder import refuse_if_in_use
 
-    where = find_checkpoint(Path(parsed.resume or parsed.run_dir), report=lambda line: print(f"notice: {line}"))
-    saved = where.parent.parent / "config.yaml"
-    settings = str(saved) if saved.is_file() else json.dumps(read_state(where)["config"])
-    given = ["--config", settings, *argv]
-    if parsed.resume and not any(arg.split("=")[0] == "--run_dir" for arg in argv):
-        given = [*given, "--run_dir", str(where.parent.parent)]
+    asked = Path(parsed.resume or parsed.run_dir)
+    stays = not parsed.resume or parsed.run_dir == TrainConfig().run_dir  # no other folder is named
+    if stays:
+        refuse_if_in_use(asked)
+    where = find_checkpoint(asked, report=lambda line: print(f"notice: {line}"))
+    given = ["--config", json.dumps(read_state(where)["config"]), *argv]
+    if stays:
+        given += ["--run_dir", str(run_of(where))]
     return finish(build_config(parser, parser.parse_args(given)), where)
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run a checkpoint lies in, relative to here if it is below."""
+    folder = checkpoint.absolute().parent
+    if folder.name != "checkpoints":
+        raise BDHError(f"{checkpoint} lies in no run; name a folder for the one to begin with it: --run_dir DIR")
+    run = folder.parent
+    return run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
 
 
 def finish(config: Any, checkpoint: Path | None) -> int:

@@ -2,14 +2,15 @@
 
 `pydoc`        the Python language reference, which every Python carries: English prose, no download (default)
 `stdlib`       the source of Python's standard library, without its tests
-`shakespeare`  tinyshakespeare, 1.1 MB; downloaded once, checked, and kept in the cache folder
+`shakespeare`  tinyshakespeare, 1.1 MB; downloaded once (BDH_SHAKESPEARE_URL names another address), checked, and kept
+               in the cache folder
 """
 
 import hashlib
+import http.client
 import os
 import sysconfig
 import tempfile
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def _download_shakespeare(target: Path) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=20) as response:  # noqa: S310 - a fixed https address by default
             content = response.read(8 << 20)
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # unreachable, no address, no HTTP
         reason = getattr(error, "reason", error)
         raise BDHError(
             f"data.corpus shakespeare must be downloaded once and {url} cannot be reached ({reason}); two ways on: "
@@ -105,9 +106,10 @@ def _download_shakespeare(target: Path) -> bytes:
 def _write_atomically(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        Path(file.name).replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            partial = Path(folder) / path.name
+            partial.write_bytes(content)
+            partial.replace(path)
     except OSError as error:
         raise BDHError(f"data.cache_dir {path.parent} cannot be written: {error.strerror}") from error
 

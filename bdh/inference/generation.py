@@ -11,6 +11,8 @@ from transformers.generation.streamers import BaseStreamer
 from bdh.errors import BDHError
 from bdh.model import BDHForCausalLM
 
+GREEDY_BELOW = 1e-5  # dividing logits by less would overflow, and could only ever choose the likeliest token
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -45,7 +47,7 @@ class SamplingSettings:
     def generation_config(self) -> GenerationConfig:
         choice = (
             {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-            if self.temperature > 0
+            if self.temperature > GREEDY_BELOW
             else {"do_sample": False}
         )
         return GenerationConfig(max_new_tokens=self.max_new_tokens, **choice)
@@ -59,17 +61,24 @@ class TextStream(BaseStreamer):
         self.write = write
         self.stream = DecodeStream(skip_special_tokens=True)
         self.prompt_is_over = False
+        self.tokens: list[int] = []
+        self.written = ""
 
     def put(self, value: torch.Tensor) -> None:
         """Takes the prompt (first call, ignored) and then each token."""
         if self.prompt_is_over:
             for token in value.flatten().tolist():
+                self.tokens.append(token)
                 if text := self.stream.step(self.tokenizer, token):
+                    self.written += text
                     self.write(text)
         self.prompt_is_over = True
 
     def end(self) -> None:
-        return None
+        """Hands on what was held back: bytes at the end that never became a character, as replacement marks."""
+        whole = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if whole.startswith(self.written) and len(whole) > len(self.written):
+            self.write(whole[len(self.written) :])
 
 
 @torch.no_grad()

@@ -1,23 +1,33 @@
 """Exports: a folder that `from_pretrained()` reads, with or without `bdh` installed."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from bdh.errors import BDHError
 from bdh.model import BDHConfig, BDHForCausalLM
 
+# What an export is made of; a folder that holds anything else is not replaced.
+EXPORT_FILES = re.compile(
+    r"README\.md|(generation_)?config\.json|(modeling|configuration)_bdh\.py|model.*\.safetensors(\.index\.json)?"
+    r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|vocab\.json|merges\.txt"
+)
+
 
 def save_export(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast | None, directory: Path, card: str) -> None:
     """Writes weights, configuration, modeling code, tokenizer and model card to a new folder, whole or not at all.
+
+    An export that is there already is replaced, once the new one is complete.
 
     Raises:
         BDHError: The folder exists and is no export, or cannot be written.
     """
     check_target(directory)
-    partial = directory.with_name(f".partial-{directory.name}")
+    directory = directory.absolute()
+    partial, replaced = (directory.with_name(f".{mark}-{directory.name}") for mark in ("partial", "replaced"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -25,18 +35,33 @@ def save_export(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast | None
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(directory, ignore_errors=True)
+        if directory.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            directory.rename(replaced)
         partial.rename(directory)
-    except (OSError, SafetensorError) as error:
+        shutil.rmtree(replaced, ignore_errors=True)
+    except Exception as error:  # the tokenizer's writer raises a bare Exception where the disk is full
         shutil.rmtree(partial, ignore_errors=True)
-        raise BDHError(f"{directory} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        raise BDHError(
+            f"{directory} cannot be written: {getattr(error, 'strerror', None) or _one_line(error)}"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def check_target(directory: Path) -> None:
     """Refuses to put an export where something else is. Raises BDHError."""
     if directory.is_file():
         raise BDHError(f"{directory} is a file; name a folder for the export")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").exists():
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    foreign = [path.name for path in directory.iterdir() if path.is_dir() or not EXPORT_FILES.fullmatch(path.name)]
+    try:
+        is_bdh = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"] == "bdh"
+    except (OSError, ValueError, KeyError, TypeError):
+        is_bdh = False
+    if foreign or not is_bdh:
         raise BDHError(f"{directory} holds something that is not an export; name another folder, or empty it")
 
 
@@ -78,7 +103,7 @@ def load_model_only(path: Path) -> BDHForCausalLM:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def read_config(path: Path) -> BDHConfig:
@@ -92,8 +117,10 @@ def read_config(path: Path) -> BDHConfig:
         raise BDHError(f"{path} has no config.json; {hint}")
     try:
         settings, _ = BDHConfig.get_config_dict(path, local_files_only=True)
-        if settings.get("model_type") != "bdh":
-            raise BDHError(f"{path} is a {settings.get('model_type')} model, not a bdh one")
-        return BDHConfig.from_dict(settings)
-    except (OSError, ValueError) as error:
+        model_type = settings.get("model_type")
+        config = BDHConfig.from_dict(settings) if model_type == "bdh" else None
+    except Exception as error:  # the library raises many kinds for a damaged file
         raise BDHError(f"{path / 'config.json'} cannot be read: {_one_line(error)}") from error
+    if config is None:
+        raise BDHError(f"{path} is a {model_type} model, not a bdh one")
+    return config

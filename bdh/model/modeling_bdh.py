@@ -78,7 +78,7 @@ class BDHState:
         return BDHState([S.clone() for S in self.synapses], self.position.clone(), self.length)
 
     def detach(self) -> "BDHState":
-        """The same numbers, cut off from the graph that made them (truncated back-propagation)."""
+        """The same numbers, cut off from the graph that made them (truncated back-propagation); memory is shared."""
         return BDHState([S.detach() for S in self.synapses], self.position, self.length)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "BDHState":
@@ -91,13 +91,10 @@ class BDHState:
         """A new state of the sequences `indices` (int64, any order, repeats allowed)."""
         return BDHState([S[indices] for S in self.synapses], self.position[indices], self.length)
 
-    # The next four are what `generate()` asks of a cache.
+    # The next three are what `generate()` asks of a cache.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
-
-    def get_max_length(self) -> int:
-        return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rearranges the sequences in place, as beam search does after each step."""
@@ -109,7 +106,7 @@ class BDHState:
         return False
 
 
-# ------------------------------------------------------------------------------------- rotary phases (section 2)
+# ------------------------------------------------------------------------------------------------ rotary phases
 
 
 def rotary_phases(positions: Tensor, n: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -153,7 +150,7 @@ def synapse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def read_synapses(R: Tensor, S: Tensor) -> Tensor:
     """What the synapses say to each token: R S. (B, h, T, N), (B, h, N, D) -> (B, h, T, D) in R's dtype."""
-    if R.shape[2] == 1:  # one token: cheaper, and exact, to widen R than to narrow S
+    if R.shape[2] == 1:  # one token: cheaper to widen R than to narrow S
         return (R.to(S.dtype) @ S).to(R.dtype)  # (B, h, 1, D)
     return R @ S.to(R.dtype)  # (B, h, T, D)
 
@@ -337,7 +334,7 @@ class BDHModel(BDHPreTrainedModel):
             raise ValueError(f"the state holds {state.batch_size} sequences, the input {B}")
 
         mask = None if attention_mask is None else attention_mask[:, -T:].to(torch.int64)  # (B, T)
-        phases = self.phases(T, mask, state, embeds)  # 2 x (B|1, 1, T, N/2)
+        phases = self.phases(T, mask, state, embeds)  # 2 x (B|1, 1, T, N)
         x = self.layer.norm(embeds)  # (B, T, D)
         values_mask = None if mask is None else mask.to(x.dtype)[:, :, None]  # (B, T, 1)
         trace = [x]

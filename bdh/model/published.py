@@ -5,13 +5,16 @@ The reference code keeps `embed.weight` (V, D), `encoder` and `encoder_v` (h, D,
 weights are (out, in): the same numbers, transposed. Converting there and back therefore changes no bit.
 """
 
+import functools
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,7 +26,8 @@ from bdh.model.card import model_card
 from bdh.model.export import check_target, load_model_only, save_export
 
 NAMES = ("embed.weight", "encoder", "encoder_v", "decoder", "lm_head")
-CONFIG_FIELDS = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size", "dropout")
+PUBLISHED_FIELDS = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size", "dropout")
+CONFIG_FIELDS = (*PUBLISHED_FIELDS, "rope_theta", "layer_norm_eps")  # fixed numbers in the published code
 DEFAULT_LAYERS = 6
 
 
@@ -47,8 +51,7 @@ def convert(
     check_target(directory)
     tensors, recorded = read_published(source)
     config, notes = work_out_config(tensors, recorded, given)
-    dtypes = {tensors[name].dtype for name in NAMES}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    dtype = functools.reduce(torch.promote_types, (tensors[name].dtype for name in NAMES))
     model = BDHForCausalLM(config).to(dtype)
     load_published(model, tensors)
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
@@ -68,6 +71,11 @@ def save_published(export: Path, target: Path) -> None:
     if target.suffix not in (".safetensors", ".pt"):
         raise BDHError(f"{target} should end in .safetensors or .pt")
     model = load_model_only(export)
+    if target.suffix == ".pt" and model.config.layer_norm_eps != BDHConfig().layer_norm_eps:
+        raise BDHError(
+            f"{export} has layer_norm_eps {model.config.layer_norm_eps}, which a .pt file cannot say; "
+            "name a .safetensors file"
+        )
     tensors = to_published(model)
     config = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
     partial = target.with_name(f".partial-{target.name}")
@@ -103,12 +111,12 @@ def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise BDHError(f"{path} cannot be read as a checkpoint: {' '.join(str(error).split())[:150]}") from error
     if not isinstance(found, dict):
         raise BDHError(f"{path} holds a {type(found).__name__}, not a state dict")
-    tensors = {}
-    for name, tensor in found.items():
-        if isinstance(tensor, Tensor):
-            tensors[name.removeprefix("module.").removeprefix("_orig_mod.")] = tensor  # DDP's and compile's marks
-    if missing := [name for name in NAMES if name not in tensors]:
+    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): tensor for name, tensor in found.items()}
+    if missing := [name for name in NAMES if not isinstance(tensors.get(name), Tensor)]:
         raise BDHError(f"{path} is not a published BDH checkpoint: it lacks {', '.join(missing)}")
+    for name in NAMES:
+        if tensors[name].layout != torch.strided or not tensors[name].is_floating_point():
+            raise BDHError(f"{name} in {path} is no plain floating-point tensor")
     return tensors, recorded if isinstance(recorded, dict) else {}
 
 
@@ -131,6 +139,10 @@ def work_out_config(
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise BDHError(f"{name} has shape {shapes[name]}; {shape} is expected from encoder and embed.weight")
+    if 0 in (h, D, N, V):
+        raise BDHError(
+            f"encoder has shape {shapes['encoder']} and embed.weight {shapes['embed.weight']}; none may be empty"
+        )
     if h * N % D:
         raise BDHError(f"{h * N} neurons are no whole multiple of n_embd {D}")
     found = {"n_embd": D, "n_head": h, "mlp_internal_dim_multiplier": h * N // D, "vocab_size": V}
@@ -142,10 +154,25 @@ def work_out_config(
     if "n_layer" not in settings:
         notes.append(f"the file does not say how many layers it was trained with; {DEFAULT_LAYERS} assumed (--n_layer)")
         settings["n_layer"] = DEFAULT_LAYERS
+    if "rope_theta" not in settings and isinstance(tensors.get("attn.freqs"), Tensor):
+        settings["rope_theta"] = theta_of(tensors["attn.freqs"])
+    for name in ("dropout", "rope_theta", "layer_norm_eps"):
+        if isinstance(settings.get(name), int):
+            settings[name] = float(settings[name])
     try:
         return BDHConfig(**(settings | found)), notes
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise BDHError(f"no such model: {' '.join(str(error).split())}") from error
+
+
+def theta_of(freqs: Tensor) -> float:
+    """The RoPE base that made `attn.freqs`, from its smallest entry theta^(-(N-2)/N) / 2 pi; the default for N = 2."""
+    smallest, N = freqs.flatten()[-1].item(), freqs.numel()
+    default = BDHConfig().rope_theta
+    if N <= 2 or smallest <= 0:
+        return default
+    theta = (2 * math.pi * smallest) ** (-N / (N - 2))
+    return default if math.isclose(theta, default, rel_tol=1e-4) else float(round(theta, 3))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from bdh.data.tokenizer import byte_tokenizer
 from bdh.errors import BDHError
 from bdh.model import BDHForCausalLM
 from bdh.model.card import model_card
-from bdh.model.export import check_target, load_export, save_export
+from bdh.model.export import check_target, load_model_only, save_export
 from bdh.training.checkpoint import find_checkpoint
 from bdh.training.config import ARCHITECTURE
 from bdh.training.export import load_model
@@ -42,11 +42,12 @@ def average(sources: list[Path], directory: Path) -> None:
     mean.load_state_dict({name: (tensor / len(sources)).to(torch.float32) for name, tensor in total.items()})
     rows = {f"{number}": f"{source}" for number, source in enumerate(sources, 1)}
     card = model_card(f"Average of {len(sources)} models", mean.config, [("Averaged", rows)])
-    save_export(mean, byte_tokenizer(), directory, card)
+    tokenizer = byte_tokenizer()
+    save_export(mean, tokenizer if len(tokenizer) <= mean.config.vocab_size else None, directory, card)
 
 
 def load_any(source: Path) -> BDHForCausalLM:
     """The model of a checkpoint, a run or an export."""
     if (source / "config.json").is_file():
-        return load_export(source)[0]
+        return load_model_only(source)
     return load_model(find_checkpoint(source))[0]

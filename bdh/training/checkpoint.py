@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from bdh.errors import BDHError
 
-NAME = re.compile(r"checkpoint-(\d{7,})")
+NAME = re.compile(r"(?:superseded-\d+-)?checkpoint-(\d{7,})")
 FORMAT = 1
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -61,7 +61,7 @@ class CheckpointStore:
         """All checkpoints by step, oldest first, damaged ones included."""
         if not self.directory.is_dir():
             return []
-        found = [path for path in self.directory.iterdir() if NAME.fullmatch(path.name) and not path.is_symlink()]
+        found = [path for path in self.directory.glob("checkpoint-*") if NAME.fullmatch(path.name)]
         return sorted(found, key=step_of)
 
     def latest(self) -> tuple[Path | None, list[str]]:
@@ -103,36 +103,39 @@ class CheckpointStore:
             )
             for file in [*partial.iterdir(), partial]:
                 _sync(file)
-            replaced = self.directory / f".replaced-{final.name}"
-            if final.exists():  # an earlier attempt at this step, damaged since
-                final.rename(replaced)
+            if final.exists():
+                self.set_aside(final)
             partial.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
             _sync(self.directory)
             self.link(final.name, state.get("best_checkpoint"))
-        except (OSError, CheckpointException) as error:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise _os_error(error) from error
+            raise _cause(error) from error
         self._remove_old(state.get("best_checkpoint"))
         return final
 
     def set_aside_after(self, step: int) -> list[Path]:
         """Renames checkpoints later than `step`, so that a run taken up at an older one does not mix with them."""
-        moved = []
-        for path in self.paths():
-            if step_of(path) > step:
-                number = sum(1 for _ in self.directory.glob(f"superseded-*-{path.name}"))
-                target = self.directory / f"superseded-{number}-{path.name}"
-                path.rename(target)
-                moved.append(target)
-        return moved
+        return [self.set_aside(path) for path in self.paths() if step_of(path) > step]
+
+    def set_aside(self, path: Path) -> Path:
+        """Renames a checkpoint to `superseded-…`, under which it can still be exported but is no part of the run."""
+        number = sum(1 for _ in self.directory.glob(f"superseded-*-{path.name}"))
+        return path.rename(self.directory / f"superseded-{number}-{path.name}")
+
+    def clean(self) -> None:
+        """Removes what killed processes left half-written. Only for who holds the run's lock."""
+        for partial in self.directory.glob(".partial-*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     def link(self, latest: str, best: str | None) -> None:
-        """Points `latest`, and `best` if there is one, at checkpoints by name."""
+        """Points `latest` and `best` at checkpoints by name; without a best one there is no such link."""
         for name, target in (("latest", latest), ("best", best)):
-            if target is not None:
-                temporary = self.directory / f".{name}.tmp"
-                temporary.unlink(missing_ok=True)
+            temporary = self.directory / f".{name}.tmp"
+            temporary.unlink(missing_ok=True)
+            if target is None:
+                (self.directory / name).unlink(missing_ok=True)
+            else:
                 temporary.symlink_to(target)
                 temporary.replace(self.directory / name)
 
@@ -209,10 +212,12 @@ def find_checkpoint(
     Raises:
         BDHError: There is nothing there, or a checkpoint named by itself is damaged.
     """
+    if where.is_symlink() and where.parent.name == "checkpoints":  # latest or best, perhaps of a checkpoint now gone
+        where = where.parent / where.readlink() if where.exists() else where.parent
     if not where.exists():
         raise BDHError(f"{where} does not exist; give a run's folder or one of its checkpoints")
-    if where.is_symlink():
-        where = where.parent / where.resolve().name
+    if where.name in ("", "..") or NAME.fullmatch(where.resolve().name):
+        where = where if NAME.fullmatch(where.name) else where.resolve()
     if NAME.fullmatch(where.name):
         if reason := damage(where):
             older, _ = CheckpointStore(where.parent, keep=1).latest()
@@ -221,12 +226,12 @@ def find_checkpoint(
         return where
     store = CheckpointStore(where if where.name == "checkpoints" else where / "checkpoints", keep=1)
     best = store.directory / "best"
-    if prefer == "best" and best.is_dir():
-        best = store.directory / best.resolve().name
+    if prefer == "best" and best.is_symlink():
+        best = store.directory / best.readlink().name
         reason = damage(best)
         if reason is None:
             return best
-        report(f"{best} is damaged: {reason}")
+        report(f"the best checkpoint, {best}, is damaged: {reason}")
     latest, complaints = store.latest()
     for line in complaints:
         report(line)
@@ -286,14 +291,12 @@ def _as_one_process() -> Iterator[None]:
         yield
 
 
-def _os_error(error: BaseException) -> OSError:
-    """The OSError at the root of what torch.distributed.checkpoint raises."""
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong beneath what torch.distributed.checkpoint wraps every exception in."""
     if isinstance(error, CheckpointException):
-        for cause, _ in error.failures.values():
-            if isinstance(cause, OSError):
-                return cause
-        return OSError(str(error))
-    return error if isinstance(error, OSError) else OSError(str(error))
+        causes = [cause for cause, _ in error.failures.values()]
+        return next((cause for cause in causes if isinstance(cause, OSError)), causes[0] if causes else error)
+    return error
 
 
 def _write_json(path: Path, content: Any) -> None:

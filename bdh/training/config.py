@@ -4,7 +4,8 @@ Nothing here imports torch, so that a wrong setting is answered at once. What ca
 in `LIMITS`; what two settings make impossible together is in `validate`.
 """
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from bdh.errors import BDHError
@@ -79,6 +80,7 @@ class TrainingConfig:
         weight_decay: AdamW's, on matrices only.
         beta1: AdamW's first decay rate.
         beta2: AdamW's second decay rate.
+        eps: AdamW's small number in the denominator.
         gradient_clip: Largest global norm of the gradient; 0 never clips.
         eval_interval: Steps between validations; each checkpoint is validated as well.
         eval_windows: Validate on this many windows, always the same; null means the whole split.
@@ -101,6 +103,7 @@ class TrainingConfig:
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
+    eps: float = 1e-8
     gradient_clip: float = 1.0
     eval_interval: int = 250
     eval_windows: int | None = None
@@ -198,6 +201,7 @@ LIMITS: dict[str, Limit] = {
     "training.weight_decay": (0, _INF, "[)"),
     "training.beta1": (0, 1, "[)"),
     "training.beta2": (0, 1, "[)"),
+    "training.eps": (0, _INF, "[)"),
     "training.gradient_clip": (0, _INF, "[)"),
     "training.eval_interval": (1, _INF, "[]"),
     "training.eval_windows": (1, _INF, "[]"),
@@ -250,6 +254,22 @@ def validate(config: TrainConfig) -> None:
         )
     if not config.run_dir:
         raise BDHError("run_dir is empty; it must name a folder for the run")
+    if config.data.path == "":
+        raise BDHError("data.path is empty; it must name a text file or a folder, or be left out")
+    if any(not prompt for prompt in config.logging.sample_prompts):
+        raise BDHError("logging.sample_prompts has an empty prompt; each needs a character at least")
+    _check_text(config)
+
+
+def _check_text(config: TrainConfig) -> None:
+    """Refuses text that UTF-8 cannot hold: file names in another encoding, half characters in prompts."""
+    texts = {"run_dir": config.run_dir, "data.path": config.data.path or "", "data.cache_dir": config.data.cache_dir}
+    texts |= {"logging.sample_prompts": "".join(config.logging.sample_prompts)}
+    for name, text in texts.items():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BDHError(f"{name} is not valid UTF-8 at character {error.start}; use another name") from error
 
 
 def check_limit(name: str, value: Any, limit: Limit) -> None:
@@ -288,3 +308,33 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
     }
     parts = {name: kind(**settings.get(name, {})) for name, kind in sections.items()}
     return TrainConfig(run_dir=settings["run_dir"], **parts)
+
+
+def with_vocabulary(config: TrainConfig, tokens: int) -> TrainConfig:
+    """The configuration with `model.vocab_size` filled in; refuses one smaller than the tokenizer's."""
+    size = config.model.vocab_size
+    if size is not None and size < tokens:
+        raise BDHError(f"model.vocab_size is {size}; it must be at least {tokens}, the tokens of the tokenizer")
+    return replace(config, model=replace(config.model, vocab_size=tokens if size is None else size))
+
+
+def with_whole_path(config: TrainConfig) -> TrainConfig:
+    """The configuration with `data.path` from the root, so that a run can be taken up from any folder."""
+    path = config.data.path
+    whole = None if path is None else str(Path(path).expanduser().resolve())
+    return replace(config, data=replace(config.data, path=whole))
+
+
+def compare(saved: dict[str, Any], config: TrainConfig) -> list[str]:
+    """What differs between a checkpoint's configuration and the one to go on with, a line each.
+
+    Raises:
+        BDHError: The architecture differs; all differing fields are named.
+    """
+    before, now = flatten(from_dict(saved)), flatten(config)
+    different = [name for name in now if before[name] != now[name] and name != "run_dir"]
+    clashes = [name for name in different if name.removeprefix("model.") in ARCHITECTURE]
+    if clashes:
+        listed = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in clashes)
+        raise BDHError(f"the checkpoint has another architecture: {listed}; keep these settings, or begin a new run")
+    return [f"{name} was {before[name]} and is now {now[name]}" for name in different]

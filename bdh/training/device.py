@@ -16,7 +16,7 @@ def choose_device(name: str) -> torch.device:
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present[name]:
         here = ", ".join(kind for kind, there in present.items() if there)
-        raise BDHError(f"training.device is {name}, which this machine lacks; it has {here}")
+        raise BDHError(f"the device is to be {name}, which this machine lacks; it has {here}")
     return torch.device(name)
 
 

@@ -37,8 +37,8 @@ def training_sections(state: dict[str, Any]) -> list[Section]:
         (
             "Data",
             {
-                "text": data["path"] or data["corpus"],
-                "tokens": f"{state['train_tokens']:,} to train on, the first {data['train_split']:.0%} of the text",
+                "text": Path(data["path"]).name if data["path"] else data["corpus"],
+                "tokens": f"{state['text']['train_tokens']:,} to train on, the text's first {data['train_split']:.0%}",
                 "tokenizer": "bytes",
             },
         ),
@@ -55,7 +55,8 @@ def training_sections(state: dict[str, Any]) -> list[Section]:
             },
         ),
     ]
-    if evaluation := state.get("evaluation"):
+    evaluation = state.get("evaluation")
+    if evaluation and state["evaluated_at"] == state["step"]:
         sections.append(
             (
                 "Validation",
@@ -73,7 +74,8 @@ def training_sections(state: dict[str, Any]) -> list[Section]:
 
 def describe(where: Path) -> tuple[BDHConfig, Path]:
     """The architecture of an export, a checkpoint or a run, and which folder it was read from. Raises BDHError."""
-    if (where / "config.json").is_file() or not ((where / "checkpoints").is_dir() or (where / "state.json").is_file()):
+    run = (where / "checkpoints").is_dir() or where.name == "checkpoints" or (where / "state.json").is_file()
+    if (where / "config.json").is_file() or not run:
         return read_config(where), where
     path = checkpoint.find_checkpoint(where, prefer="best")
     return checkpoint_config(checkpoint.read_state(path)), path

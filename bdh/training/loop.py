@@ -9,14 +9,13 @@ import platform
 import random
 import signal
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-import yaml
 from transformers import PreTrainedTokenizerFast
 
 from bdh import __version__
@@ -27,13 +26,14 @@ from bdh.errors import BDHError
 from bdh.inference.generation import SamplingSettings, generate_text
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.training import checkpoint
-from bdh.training.config import ARCHITECTURE, TrainConfig, flatten, from_dict, validate
+from bdh.training.config import TrainConfig, compare, validate, with_vocabulary, with_whole_path
 from bdh.training.device import autocast, choose_device, hardware, recompute_layers
 from bdh.training.evaluation import Evaluation, evaluate
 from bdh.training.export import export_checkpoint
+from bdh.training.folder import RunFolder
 from bdh.training.optimizer import build_optimizer, learning_rate_at
 from bdh.training.signals import caught_signals
-from bdh.training.tracking import Tracker, draw_curves, write_atomically
+from bdh.training.tracking import Tracker, draw_curves
 
 
 @dataclass
@@ -83,7 +83,15 @@ def train(config: TrainConfig, resume: Path | None = None) -> Outcome:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BDHError("this version of bdh trains in one process; start bdh train without torchrun")
     validate(config)
-    return Trainer(config, resume).run()
+    try:
+        return Trainer(config, resume).run()
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise BDHError(
+            "there is not enough memory; try a smaller training.micro_batch_size, data.block_size or model, or "
+            "training.gradient_checkpointing true"
+        ) from error
 
 
 class Trainer:
@@ -93,33 +101,33 @@ class Trainer:
         settings = config.training
         self.device = choose_device(settings.device)
         self.tokenizer: PreTrainedTokenizerFast = byte_tokenizer()
-        self.config = with_vocabulary(config, len(self.tokenizer))
+        config = with_vocabulary(config, len(self.tokenizer))
         self.run_dir = Path(config.run_dir)
         self.store = checkpoint.CheckpointStore(self.run_dir / "checkpoints", config.checkpoint.keep)
+        self.folder = RunFolder(self.run_dir, self.store, resume)
+        self.folder.check()
+        self.resumed_from = resume
         saved = None if resume is None else checkpoint.read_state(resume)
-        notices = [] if saved is None else compare(saved["config"], self.config)
+        self.config = config
+        self.notices = [] if saved is None else compare(saved["config"], with_whole_path(config))
 
         self.split = self.load_data()
+        self.config = with_whole_path(config)
         self.blocks = RandomBlocks(self.split.train, config.data.block_size, settings.batch_size, settings.seed)
         self.windows = ValidationWindows(self.split.validation, config.data.block_size, settings.eval_windows)
         seed_everything(settings.seed)
-        self.model = BDHForCausalLM(BDHConfig(**asdict(self.config.model))).to(self.device)
+        self.model = BDHForCausalLM(BDHConfig(**asdict(config.model))).to(self.device)
         if settings.gradient_checkpointing:
             recompute_layers(self.model)
         self.optimizer = build_optimizer(self.model, settings)
-        self.forward_model = compiled(self.model) if settings.compile else self.model
+        self.forward_model: Any = self.compiled() if settings.compile else self.model
 
-        self.prepare_folder(resume)
-        self.resumed_from = resume
+        self.folder.claim(self.config)
         self.state = RunState()
         if resume is not None:
             self.restore(resume)
-            if saved is not None and saved["train_tokens_checksum"] != checksum(self.split.train):
-                notices.append("the text to train on is not the one the checkpoint was trained on")
         self.timed_from = (self.state.step, self.state.seconds)
         self.tracker = Tracker(self.run_dir, settings.max_steps, self.state.step)
-        for notice in notices:
-            self.tracker.say(f"notice: {notice}")
 
     # ------------------------------------------------------------------------------------------------ setting up
 
@@ -128,39 +136,41 @@ class Trainer:
         corpus = load_corpus(data.corpus, data.path, data.cache_dir)
         return split_tokens(corpus, self.tokenizer, data.train_split, data.block_size)
 
-    def prepare_folder(self, resume: Path | None) -> None:
-        """Makes the run's folder and writes the resolved configuration; refuses to mix two runs."""
-        begun_before = (self.run_dir / "config.yaml").is_file()
-        if resume is None and self.store.paths():
-            raise BDHError(
-                f"run_dir {self.run_dir} already holds a run; go on with it: bdh train --resume {self.run_dir}, "
-                "or name another: --run_dir DIR"
-            )
-        if not begun_before and self.run_dir.is_dir() and any(self.run_dir.iterdir()):
-            raise BDHError(f"run_dir {self.run_dir} holds something that is not a run; name another: --run_dir DIR")
+    def compiled(self) -> Any:
+        """The model through torch.compile, tried on a step of the real shape. Raises BDHError where that fails."""
+        self.forward_model = torch.compile(self.model)
+        size, length = self.piece_size(), self.config.data.block_size + 1
         try:
-            self.store.directory.mkdir(parents=True, exist_ok=True)
-            if resume is None and begun_before:
-                for name in ("metrics.jsonl", "samples.md", "loss.png"):  # of a run that never reached a checkpoint
-                    (self.run_dir / name).unlink(missing_ok=True)
-            write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(asdict(self.config), sort_keys=False))
-        except OSError as error:
-            raise BDHError(f"run_dir {self.run_dir} cannot be written: {error.strerror}") from error
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                self.accumulate(torch.zeros(size, length, dtype=torch.int64))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BDHError(f"training.compile is true, but torch.compile does not work here: {reason}") from error
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.forward_model
 
     def restore(self, path: Path) -> None:
-        """Takes everything up as the checkpoint left it."""
+        """Takes everything up as the checkpoint left it, and notes what is not as it was."""
         saved = checkpoint.load(path, self.model, self.optimizer)
         self.blocks.load_state_dict(saved["data"])
-        self.state = RunState(**{name: saved[name] for name in RunState.__dataclass_fields__ if name in saved})
+        state = self.state = RunState(**{name: saved[name] for name in RunState.__dataclass_fields__ if name in saved})
         if saved["evaluation"] is not None:
-            self.state.evaluation = Evaluation(**saved["evaluation"])
-        if path.parent.resolve() == self.store.directory.resolve():
-            self.state.saved_at = self.state.step
-            for moved in self.store.set_aside_after(self.state.step):
-                print(f"notice: the later checkpoint is now {moved}")
-            self.store.link(path.name, self.state.best_checkpoint)
-        else:  # a new run that starts from another run's checkpoint has no best checkpoint of its own yet
-            self.state.best_checkpoint = self.state.best_validation_loss = None
+            state.evaluation = Evaluation(**saved["evaluation"])
+        if saved["text"] != self.text():
+            self.notices.append("the text is not the one the checkpoint was trained on")
+        if saved["hardware"] != hardware(self.device):
+            self.notices.append(f"the run began on {saved['hardware']}: results agree within rounding, not bit for bit")
+        if not self.folder.goes_on_here:  # a new run, which has no best checkpoint of its own yet
+            state.best_checkpoint = state.best_validation_loss = None
+            return
+        state.saved_at = state.step
+        for moved in self.store.set_aside_after(state.step):
+            self.notices.append(f"the later checkpoint is now {moved}")
+        best = state.best_checkpoint
+        if saved["text"] != self.text() or best is None or checkpoint.damage(self.store.directory / best) is not None:
+            known = state.evaluation if state.evaluated_at == state.step else None
+            state.best_checkpoint, state.best_validation_loss = (path.name, known.loss) if known else (None, None)
+        self.store.link(path.name, state.best_checkpoint)
 
     # -------------------------------------------------------------------------------------------------- the loop
 
@@ -171,15 +181,21 @@ class Trainer:
         precision = "bfloat16" if isinstance(self.precision(), torch.autocast) else "float32"
         said(f"{parameters:,} parameters, {len(self.split.train):,} tokens of text, {sequences}")
         said(f"on {hardware(self.device)} in {precision}, into {self.run_dir}")
+        for notice in self.notices:
+            said(f"notice: {notice}")
         if state.step:
-            said(f"going on from step {state.step} of {settings.max_steps}")
-        with self.tracker, caught_signals() as caught:
-            self.model.train()
-            while state.step < settings.max_steps and not caught:
-                self.step()
-            if caught and state.step < settings.max_steps:
-                return self.interrupted(caught[0])
-            self.finish()
+            done = "; training.max_steps is reached" if state.step >= settings.max_steps else ""
+            said(f"going on from step {state.step} of {settings.max_steps}{done}")
+        try:
+            with self.tracker, caught_signals() as caught:
+                self.model.train()
+                while state.step < settings.max_steps and not caught:
+                    self.step()
+                if caught and state.step < settings.max_steps:
+                    return self.interrupted(caught[0])
+                self.finish()
+        finally:
+            self.folder.release()
         return Outcome(self.run_dir, state.step, None, state.evaluation, state.seconds)
 
     def step(self) -> None:
@@ -193,7 +209,7 @@ class Trainer:
         clip = settings.gradient_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
         if not np.isfinite(loss) or not np.isfinite(norm):
-            raise BDHError(self.not_finite(loss, norm))
+            raise self.not_finite(f"step {state.step + 1}: the loss is {loss} and the gradient's norm {norm}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         elapsed = time.perf_counter() - started
@@ -214,12 +230,13 @@ class Trainer:
                     "seconds": state.seconds,
                 }
             )
-        if state.step % settings.eval_interval == 0:
+        sample_due = logging.sample_interval and (state.step % logging.sample_interval == 0 or last)
+        save_due = state.step % self.config.checkpoint.interval == 0 and not last
+        if state.step % settings.eval_interval == 0 or sample_due or save_due:
             self.evaluate()
-        if logging.sample_interval and (state.step % logging.sample_interval == 0 or last):
+        if sample_due:
             self.sample()
-        if state.step % self.config.checkpoint.interval == 0 and not last:
-            self.evaluate()
+        if save_due:
             self.save()
 
     def speed(self) -> dict[str, float]:
@@ -231,10 +248,8 @@ class Trainer:
 
     def accumulate(self, blocks: torch.Tensor) -> float:
         """Forward and backward over a batch (B, T + 1), in pieces; leaves the gradient of the mean loss, returns it."""
-        settings = self.config.training
-        piece = settings.micro_batch_size or settings.batch_size
         total = 0.0
-        for part in blocks.split(piece):
+        for part in blocks.split(self.piece_size()):
             part = part.to(self.device, non_blocking=True)  # (b, T + 1)
             inputs, targets = part[:, :-1], part[:, 1:].contiguous()  # (b, T) each
             with self.precision():
@@ -244,8 +259,12 @@ class Trainer:
             total += loss.item()
         return total
 
+    def piece_size(self) -> int:
+        """Sequences of one forward pass."""
+        return self.config.training.micro_batch_size or self.config.training.batch_size
+
     def evaluate(self) -> None:
-        """Validates, unless this step has been."""
+        """Validates, unless this step has been. A loss that is not finite ends the run: BDHError."""
         state, settings = self.state, self.config.training
         if state.evaluated_at == state.step:
             return
@@ -255,6 +274,8 @@ class Trainer:
         )
         state.evaluated_at = state.step
         result = state.evaluation
+        if not np.isfinite(result.loss):
+            raise self.not_finite(f"step {state.step}: the validation loss is {result.loss}")
         self.tracker.evaluation(
             {
                 "step": state.step,
@@ -281,12 +302,16 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------- checkpoints and endings
 
-    def save(self) -> bool:
-        """Writes a checkpoint; says so and returns False if the disk does not let it."""
+    def save(self, scheduled: bool = True) -> bool:
+        """Writes a checkpoint; says so and returns False if the disk does not let it.
+
+        One that is not scheduled, of a run that is interrupted, never counts as the best: it would not be there had
+        the run not been interrupted.
+        """
         state = self.state
         name = f"checkpoint-{state.step:07d}"
         best = (state.best_validation_loss, state.best_checkpoint)
-        if state.evaluated_at == state.step and state.evaluation is not None:
+        if scheduled and state.evaluated_at == state.step and state.evaluation is not None:
             loss = state.evaluation.loss
             if best[0] is None or loss < best[0]:
                 state.best_validation_loss, state.best_checkpoint = loss, name
@@ -296,7 +321,8 @@ class Trainer:
             state.best_validation_loss, state.best_checkpoint = best
             self.tracker.say(
                 f"warning: {self.store.directory / name} could not be written ({error.strerror or error}); the partial "
-                "file is removed, and training goes on until the next checkpoint is due"
+                + "files are removed"
+                + (", and training goes on until the next checkpoint is due" if scheduled else "")
             )
             return False
         state.saved_at = state.step
@@ -309,8 +335,7 @@ class Trainer:
         return {
             **progress,
             "data": self.blocks.state_dict(),
-            "train_tokens": len(self.split.train),
-            "train_tokens_checksum": checksum(self.split.train),
+            "text": self.text(),
             "config": asdict(self.config),
             "hardware": hardware(self.device),
             "versions": {
@@ -321,29 +346,47 @@ class Trainer:
             },
         }
 
+    def text(self) -> dict[str, int]:
+        """What tells this text from another."""
+        return {
+            "train_tokens": len(self.split.train),
+            "train_checksum": checksum(self.split.train),
+            "validation_checksum": checksum(self.split.validation),
+        }
+
     def finish(self) -> None:
         """The end of a run: a last validation and checkpoint, the curves, and the export of the best checkpoint."""
         if self.state.saved_at != self.state.step:
             self.evaluate()
             if not self.save():
-                raise BDHError(
-                    f"the last checkpoint could not be written to {self.store.directory}; make room, then take the run "
-                    f"up again: bdh train --resume {self.run_dir}"
-                )
+                raise BDHError(f"the last checkpoint could not be written; make room, then {self.way_on()}")
         self.draw()
-        best = checkpoint.find_checkpoint(self.run_dir, prefer="best")
-        export_checkpoint(best, self.run_dir / "model")
-        self.tracker.say(f"done: {self.run_dir / 'model'} is the export of {best.name}, the best by validation loss")
+        best = checkpoint.find_checkpoint(self.run_dir, prefer="best", report=self.tracker.say)
+        try:
+            export_checkpoint(best, self.run_dir / "model")
+        except BDHError as error:
+            raise BDHError(
+                f"{best} is saved, but {error}; make room, then: bdh export {best} {self.run_dir / 'model'}"
+            ) from error
+        which = ", the best by validation loss" if best.name == self.state.best_checkpoint else ""
+        self.tracker.say(f"done: {self.run_dir / 'model'} is the export of {best.name}{which}")
 
     def interrupted(self, number: signal.Signals) -> Outcome:
         """Stopped by a signal: save, draw what there is, say how to go on."""
         state = self.state
-        saved = state.saved_at == state.step or self.save()
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            raise self.not_finite(f"step {state.step}: weights are not finite")
+        saved = state.saved_at == state.step or self.save(scheduled=False)
         self.draw()
-        if saved:
-            where = f"saved at step {state.step} of {self.config.training.max_steps}"
-            self.tracker.say(f"stopped by {number.name}, {where}; go on with: bdh train --resume {self.run_dir}")
+        where = f"saved at step {state.step} of {self.config.training.max_steps}; " if saved else "not saved; "
+        self.tracker.say(f"stopped by {number.name}, {where}{self.way_on()}")
         return Outcome(self.run_dir, state.step, number, state.evaluation, state.seconds)
+
+    def way_on(self) -> str:
+        """How to take this run up again."""
+        if self.store.latest()[0] is None:
+            return f"begin again (no checkpoint was written): bdh train --config {self.run_dir / 'config.yaml'}"
+        return f"go on with: bdh train --resume {self.run_dir}"
 
     def draw(self) -> None:
         try:
@@ -351,50 +394,17 @@ class Trainer:
         except OSError as error:
             self.tracker.say(f"warning: {self.run_dir / 'loss.png'} could not be drawn ({error.strerror or error})")
 
-    def not_finite(self, loss: float, norm: float) -> str:
+    def not_finite(self, what: str) -> BDHError:
+        """The error that stops a run whose numbers are no longer numbers."""
         good = self.store.latest()[0] or self.resumed_from
         kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
-        return (
-            f"step {self.state.step + 1}: the loss is {loss} and the gradient's norm {norm}, so training stops; "
-            f"{kept}; try a lower training.learning_rate, a longer training.warmup_steps, or training.precision float32"
+        return BDHError(
+            f"{what}, so training stops; {kept}; try a lower training.learning_rate, a longer training.warmup_steps, "
+            "or training.precision float32"
         )
 
     def precision(self) -> Any:
         return autocast(self.config.training, self.device)
-
-
-def with_vocabulary(config: TrainConfig, tokens: int) -> TrainConfig:
-    """The configuration with `model.vocab_size` filled in; refuses one smaller than the tokenizer's."""
-    size = config.model.vocab_size
-    if size is not None and size < tokens:
-        raise BDHError(f"model.vocab_size is {size}; it must be at least {tokens}, the tokens of the tokenizer")
-    return replace(config, model=replace(config.model, vocab_size=tokens if size is None else size))
-
-
-def compare(saved: dict[str, Any], config: TrainConfig) -> list[str]:
-    """What differs between a checkpoint's configuration and the one to go on with, a line each.
-
-    Raises:
-        BDHError: The architecture differs; all differing fields are named.
-    """
-    before, now = flatten(from_dict(saved)), flatten(config)
-    different = [name for name in now if before[name] != now[name] and name != "run_dir"]
-    clashes = [name for name in different if name.removeprefix("model.") in ARCHITECTURE]
-    if clashes:
-        listed = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in clashes)
-        raise BDHError(f"the checkpoint has another architecture: {listed}; keep these settings, or begin a new run")
-    return [f"{name} was {before[name]} and is now {now[name]}" for name in different]
-
-
-def compiled(model: BDHForCausalLM) -> Any:
-    """The model through torch.compile, tried on one token. Raises BDHError where there is no compiler for it."""
-    forward = torch.compile(model)
-    try:
-        forward(torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BDHError(f"training.compile is true, but torch.compile does not work here: {reason}") from error
-    return forward
 
 
 def seed_everything(seed: int) -> None:

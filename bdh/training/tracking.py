@@ -1,6 +1,7 @@
 """What a run says while it goes: metrics.jsonl, the progress bar or plain lines, samples.md, loss.png."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -17,8 +18,12 @@ SAMPLE_HEADING = re.compile(r"^## Step (\d+)$", re.MULTILINE)
 def write_atomically(path: Path, text: str) -> None:
     """Writes a whole file under a temporary name, then renames it, so that nobody ever sees half of it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -33,6 +38,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+class PatientConsole(Console):
+    """A console whose reader may go away, or whose disk may fill, without ending the work it tells of."""
+
+    def on_broken_pipe(self) -> None:
+        self.mute()
+
+    def mute(self) -> None:
+        """Says nothing more; what is still buffered goes nowhere."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Tracker:
     """Writes a run's figures to its folder and shows them to whoever watches.
 
@@ -44,7 +61,7 @@ class Tracker:
         self.metrics_path = run_dir / "metrics.jsonl"
         self.samples_path = run_dir / "samples.md"
         self.max_steps = max_steps
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = PatientConsole(highlight=False, soft_wrap=True)
         self.complained = False
         self._forget_after(first_step)
         self.progress: Progress | None = None
@@ -74,9 +91,11 @@ class Tracker:
 
     def say(self, line: str) -> None:
         """A line for people."""
-        self.console.print(line, markup=False)
-        if not self.progress:
-            sys.stdout.flush()
+        try:
+            self.console.print(line, markup=False)
+            self.console.file.flush()
+        except OSError:
+            self.console.mute()
 
     def step(self, record: dict[str, Any]) -> None:
         """The figures of a training step that is logged."""
@@ -112,10 +131,13 @@ class Tracker:
             self.say(f"step {step}  it writes: {' '.join((prompt + continuation).split())[:160]}")
 
     def _append(self, path: Path, text: str) -> None:
+        size = path.stat().st_size if path.is_file() else 0
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
+            if path.is_file():
+                os.truncate(path, size)  # no half a record for the next one to run into
             if not self.complained:
                 self.say(f"warning: {path} cannot be written ({error.strerror}); training goes on without it")
                 self.complained = True

@@ -4,9 +4,9 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -52,7 +52,7 @@ CASES: dict[str, str] = {
     "train --model.n_head 3": "model.n_head is 3; it must divide the 32768 neurons",
     "train --training.learning_rate -1": "training.learning_rate is -1.0; it must be above 0",
     "train --model.vocab_size 100": "model.vocab_size is 100; it must be at least 256, the tokens of the tokenizer",
-    "train --training.device cuda": "training.device is cuda, which this machine lacks; it has cpu",
+    "train --training.device cuda": "the device is to be cuda, which this machine lacks; it has cpu",
     # text
     "train --data.path nowhere.txt": "data.path nowhere.txt does not exist",
     "train --data.path empty.txt": "data.path empty.txt is empty",
@@ -90,7 +90,7 @@ CASES: dict[str, str] = {
     "generate --model run/model --prompt x --max_new_tokens 0": "max_new_tokens is 0; it must be at least 1",
     "generate --model run/model --prompt x --top_kk 3": "--top_kk is not an option; did you mean --top_k?",
     "generate --model run/model": "bdh generate: error: ",
-    "generate --model run/model --prompt x --device cuda": "device is cuda, which this machine lacks",
+    "generate --model run/model --prompt x --device cuda": "the device is to be cuda, which this machine lacks",
     "eval --model run/model --data.path nowhere.txt": "data.path nowhere.txt does not exist",
     "eval --model run/model --data.path one.txt": "one.txt has 1 tokens; at least 2 are needed",
     "eval --model run/model --data.block_size 0": "data.block_size is 0; it must be at least 1",
@@ -154,16 +154,37 @@ def test_averaging_different_architectures(finished_run: Path, tmp_path: Path, b
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_before_training_is_quiet(tmp_path: Path, bdh: Run) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bdh", "train", "--config", "quickstart"],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    time.sleep(1.0)  # still loading libraries
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+def test_ctrl_c_before_training_is_quiet(tmp_path: Path) -> None:
+    """Interrupted while it waits for a download that does not come."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/input.txt"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bdh", "train", "--data.corpus", "shakespeare", "--data.cache_dir", "cache"],
+            cwd=tmp_path,
+            env=environment(BDH_SHAKESPEARE_URL=address),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        server.settimeout(120)
+        connection, _ = server.accept()
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        connection.close()
     assert process.returncode == 130 and stderr.strip() == "interrupted"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_too_long_for_the_file_system(bdh: Run) -> None:
+    for command in (["info"], ["export"], ["train", "--resume"], ["generate", "--prompt", "x", "--model"]):
+        rest = ["out"] if command == ["export"] else []
+        done = bdh(*command, "x" * 300, *rest)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "File name too long" in done.stderr
+
+
+def test_help_into_a_full_disk(bdh: Run) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "bdh", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, env=environment()
+        )
+    assert done.returncode == 2 and done.stderr == "bdh: error: the output cannot be written: No space left on device\n"

@@ -1,6 +1,7 @@
 """Exports: saved whole or not at all, loaded with and without `bdh`."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,14 @@ def test_nothing_else_is_overwritten(export: Path, tmp_path: Path) -> None:
     with pytest.raises(BDHError, match="holds something that is not an export"):
         save_export(model, tokenizer, tmp_path / "mine", "card")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(BDHError, match="holds something that is not an export"):
+        save_export(model, tokenizer, tmp_path / "theirs", "card")
+    shutil.copytree(export, tmp_path / "annotated")
+    (tmp_path / "annotated" / "notes.txt").write_text("my own")
+    with pytest.raises(BDHError, match="holds something that is not an export"):
+        save_export(model, tokenizer, tmp_path / "annotated", "card")
     save_export(model, tokenizer, export, "a newer card")  # an export may replace an export
     assert (export / "README.md").read_text() == "a newer card"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".partial")]
@@ -127,6 +136,11 @@ def test_sizes_in_the_card_are_the_models() -> None:
         (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read"),
         (lambda d: (d / "config.json").write_text('{"model_type": "gpt2"}'), "is a gpt2 model, not a bdh one"),
         (lambda d: (d / "config.json").unlink(), "has no config.json"),
+        (lambda d: (d / "config.json").write_text("[]"), "config.json cannot be read"),
+        (
+            lambda d: (d / "config.json").write_text('{"model_type": "bdh", "n_layer": "x"}'),
+            "config.json cannot be read",
+        ),
     ],
 )
 def test_damage_is_named(export: Path, spoil: object, message: str) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bdh.data.tokenizer import byte_tokenizer
 from bdh.errors import BDHError
-from bdh.model.export import load_export, load_model_only
+from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.model.export import load_export, load_model_only, save_export
 from bdh.model.published import NAMES, convert, save_published, work_out_config
 from tests.conftest import GOLDEN
 
@@ -88,6 +89,27 @@ def test_configuration_comes_from_metadata_then_shapes(tmp_path: Path) -> None:
     assert load_model_only(tmp_path / "b").config.n_layer == 6
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_another_rope_base_makes_the_round_trip(tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(0)
+    config = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8, rope_theta=100.0)
+    model = BDHForCausalLM(config).eval()
+    save_export(model, None, tmp_path / "export", "card")
+    save_published(tmp_path / "export", tmp_path / f"published{suffix}")
+    convert(tmp_path / f"published{suffix}", tmp_path / "again", {"n_layer": 2})
+    again = load_model_only(tmp_path / "again")
+    assert again.config.rope_theta == 100.0
+    tokens = torch.randint(256, (1, 30))
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_marks_of_other_trainers_and_whole_numbers_are_no_obstacle(tmp_path: Path) -> None:
+    marked = {f"_orig_mod.module.{name}": tensor for name, tensor in published().items()}
+    torch.save({"state_dict": marked, "config": {"n_layer": 2, "dropout": 0}}, tmp_path / "a.pt")
+    assert convert(tmp_path / "a.pt", tmp_path / "a", {}) == []
+    assert load_model_only(tmp_path / "a").config.dropout == 0.0
+
+
 def test_frequencies_for_the_reference_code_follow_from_the_sizes(tmp_path: Path) -> None:
     save_file(published(N=16), tmp_path / "a.safetensors")
     convert(tmp_path / "a.safetensors", tmp_path / "export", {"n_layer": 1})
@@ -116,10 +138,13 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
         (lambda t: t.update(decoder=torch.zeros(3, 3)), {}, r"decoder has shape \(3, 3\); \(32, 8\) is expected"),
         (lambda t: t.update(encoder=torch.zeros(8, 32)), {}, "encoder has shape"),
         (lambda t: None, {"n_head": 4}, "n_head is given as 4, but the shapes say 2"),
+        (lambda t: t.update(encoder=torch.zeros(2, 8, 16, dtype=torch.int64)), {}, "no plain floating-point tensor"),
+        (lambda t: (t.clear(), t.update({0: torch.zeros(2)})), {}, "it lacks embed.weight"),
+        (lambda t: None, {"n_layer": "four"}, "no such model"),
         (lambda t: None, {"n_layer": 0}, "n_layer is 0"),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path: Path, change: Any, given_fields: dict[str, int], message: str) -> None:
+def test_what_does_not_fit_is_named(tmp_path: Path, change: Any, given_fields: dict[str, Any], message: str) -> None:
     tensors = published()
     change(tensors)
     torch.save(tensors, tmp_path / "a.pt")

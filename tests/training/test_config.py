@@ -107,6 +107,9 @@ MISTAKES = {
     "--config nowhere/at_all.yaml": "does not exist; ready ones are large, quickstart, shakespeare",
     "--run_dir=": "run_dir is empty; it must name a folder for the run",
     "stray": "stray is not an option",
+    "--training.max_step 5": "--training.max_step is not an option; did you mean --training.max_steps?",
+    "--data.path=": "data.path is empty",
+    "--logging.sample_prompts [a,'']": "logging.sample_prompts has an empty prompt",
 }
 
 
@@ -138,6 +141,18 @@ def test_a_mistake_in_the_environment_is_one_clear_line(monkeypatch: pytest.Monk
     monkeypatch.setenv("BDH_MODEL__N_LAYER", "several")
     with pytest.raises(BDHError, match=r"model\.n_layer is several; it must be a whole number"):
         parse()
+
+
+def test_a_misspelt_environment_variable_is_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BDH_TRAINING__MAX_STEP", "5")
+    with pytest.raises(BDHError, match="BDH_TRAINING__MAX_STEP is not a setting; did you mean BDH_TRAINING__MAX_STEPS"):
+        parse()
+
+
+def test_a_file_that_is_no_text_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BDHError, match="is not a text file"):
+        parse("--config", str(tmp_path / "bad.yaml"))
 
 
 def test_limits_hold_for_configurations_made_in_python_too() -> None:

@@ -15,9 +15,9 @@ from bdh.errors import BDHError
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.export import load_export
 from bdh.training import checkpoint
-from bdh.training.config import TrainConfig, TrainingConfig, from_dict
+from bdh.training.config import TrainConfig, TrainingConfig, compare, from_dict
 from bdh.training.export import load_model
-from bdh.training.loop import Trainer, compare, train
+from bdh.training.loop import Trainer, train
 from bdh.training.tracking import read_metrics
 from tests.conftest import TEXT, TINY, Run, environment
 
@@ -117,13 +117,13 @@ def test_a_progress_bar_where_there_is_one(tmp_path: Path) -> None:
     assert "━" in done.stdout and "40/40" in done.stdout and "tokens/s" in done.stdout
 
 
-def trainer(tmp_path: Path, **changes: Any) -> Trainer:
+def trainer(tmp_path: Path, name: str = "run", **changes: Any) -> Trainer:
     """A Trainer of the tiny model in this process; changes go into the training section."""
     (tmp_path / "text.txt").write_text(TEXT)
     small = {"max_steps": 6, "batch_size": 4, "warmup_steps": 0, "precision": "float32", "eval_windows": 4}
     config = from_dict(
         {
-            "run_dir": str(tmp_path / "run"),
+            "run_dir": str(tmp_path / name),
             "model": {"n_layer": 2, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 8, "dropout": 0.0},
             "data": {"path": str(tmp_path / "text.txt"), "block_size": 16},
             "training": {**small, **changes},
@@ -138,7 +138,7 @@ def parameters(run: Trainer) -> list[torch.Tensor]:
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
-    whole, pieces = trainer(tmp_path), trainer(tmp_path, micro_batch_size=1)
+    whole, pieces = trainer(tmp_path), trainer(tmp_path, "pieces", micro_batch_size=1)
     blocks = whole.blocks.next_batch()
     assert whole.accumulate(blocks) == pytest.approx(pieces.accumulate(blocks), rel=1e-6)
     for a, b in zip(whole.model.parameters(), pieces.model.parameters(), strict=True):
@@ -223,8 +223,8 @@ def test_a_full_disk_does_not_end_training(tmp_path: Path) -> None:
         assert f"warning: run/checkpoints/checkpoint-{step:07d} could not be written (File too large)" in done.stdout
     assert "step 40/40" in done.stdout
     assert done.stderr.splitlines() == [
-        "bdh train: error: the last checkpoint could not be written to run/checkpoints; make room, then take the run "
-        "up again: bdh train --resume run"
+        "bdh train: error: the last checkpoint could not be written; make room, then begin again (no checkpoint was "
+        "written): bdh train --config run/config.yaml"
     ]
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
@@ -263,6 +263,35 @@ def test_the_last_good_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(BDHError, match=r"step 4: the loss is nan .* last good checkpoint is .*checkpoint-0000002; try"):
         run.run()
     assert all(torch.isfinite(t).all() for t in weights(checkpoint.find_checkpoint(tmp_path / "run")).values())
+
+
+def test_a_model_that_fails_its_validation_is_neither_saved_nor_exported(tmp_path: Path, bdh: Run) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    silly = ["--training.max_steps", 1, "--training.learning_rate", "1e38", "--training.warmup_steps", 0]
+    silly += ["--training.gradient_clip", 0, "--training.precision", "float32", "--training.schedule", "constant"]
+    done = bdh("train", "--data.path", "text.txt", "--run_dir", "run", *TINY, *silly)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "step 1: the validation loss is nan, so training stops; there is no checkpoint yet" in line
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == [] and not (tmp_path / "run" / "model").exists()
+    assert all("NaN" not in text for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+
+
+def test_output_that_cannot_be_written_does_not_end_training(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = " ".join(["train", "--data.path", "text.txt", *TINY])
+    for name, target in (("full", "> /dev/full"), ("pipe", "| head -1 > first.txt; exit ${PIPESTATUS[0]}")):
+        done = subprocess.run(
+            ["bash", "-c", f"{sys.executable} -m bdh {arguments} --run_dir {name} {target}"],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert "Traceback" not in done.stderr and (tmp_path / name / "model" / "config.json").exists()
+        assert checkpoint.find_checkpoint(tmp_path / name).name == "checkpoint-0000040"
+        assert done.returncode in (0, 2), done.stderr
 
 
 def test_differences_of_architecture_are_listed_together() -> None:

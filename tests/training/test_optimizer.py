@@ -63,7 +63,7 @@ def test_warm_up_peak_and_end(schedule: str, warmup: int, decay: int, extra: int
     assert all(b <= a * (1 + 1e-12) for a, b in pairwise(rates[warmup:]))
     assert rates[-1] == pytest.approx(peak if schedule == "constant" else peak * share)
     if schedule == "wsd":
-        assert rates[warmup : -decay - 1] == [peak] * (extra - 1)
+        assert rates[warmup : -decay - 1] == pytest.approx([peak] * (extra - 1))
 
 
 def test_cosine_is_half_way_in_the_middle() -> None:

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,8 +102,6 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, finished_run: Path, bdh: Run) -> None:
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(finished_run, run, symlinks=True)
     (tmp_path / "text.txt").write_text(TEXT)
@@ -119,8 +118,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, f
 def test_an_older_checkpoint_can_be_taken_up_and_later_ones_are_set_aside(
     tmp_path: Path, finished_run: Path, bdh: Run
 ) -> None:
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(finished_run, run, symlinks=True)
     (tmp_path / "text.txt").write_text(TEXT)
@@ -153,15 +150,87 @@ def test_another_text_is_noticed(tmp_path: Path, finished_run: Path, bdh: Run) -
         cwd=finished_run.parent,
     )
     assert done.returncode == 0, done.stderr
-    assert "the text to train on is not the one the checkpoint was trained on" in done.stdout
+    assert "notice: the text is not the one the checkpoint was trained on" in done.stdout
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, finished_run: Path, bdh: Run) -> None:
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(finished_run, run, symlinks=True)
     (tmp_path / "text.txt").write_text(TEXT)
     done = bdh("train", "--run_dir", "run", "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_end(finished_run, run)
+
+
+def copy_of(finished_run: Path, folder: Path) -> Path:
+    """A run of one's own to spoil, with the text it was trained on beside it."""
+    (folder / "text.txt").write_text(TEXT)
+    return Path(shutil.copytree(finished_run, folder / "run", symlinks=True))
+
+
+def test_a_moved_run_goes_on_where_it_lies_and_from_any_folder(tmp_path: Path, finished_run: Path, bdh: Run) -> None:
+    copy_of(finished_run, tmp_path)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to("../moved")
+    longer = ["--training.max_steps", 45]
+    assert bdh("train", "--resume", "../moved", *longer, cwd=tmp_path / "elsewhere").returncode == 0
+    assert find_checkpoint(tmp_path / "moved").name == "checkpoint-0000045"
+    inside = bdh(
+        "train", "--resume", "checkpoint-0000045", "--training.max_steps", 47, cwd=tmp_path / "moved" / "checkpoints"
+    )
+    assert inside.returncode == 0, inside.stderr
+    assert find_checkpoint(tmp_path / "elsewhere" / "link").name == "checkpoint-0000047"
+    done = bdh("export", "link", "exported", cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr
+    shown = bdh("train", "--resume", "moved", "--print_config")
+    assert "n_embd: 16" in shown.stdout and "max_steps: 47" in shown.stdout
+
+
+def test_a_checkpoint_outside_of_a_run_needs_a_folder_for_the_new_one(
+    tmp_path: Path, finished_run: Path, bdh: Run
+) -> None:
+    shutil.copytree(find_checkpoint(finished_run), tmp_path / "o" / "out" / "checkpoint-0000040")
+    done = bdh("train", "--resume", "o/out/checkpoint-0000040")
+    assert done.returncode == 2 and "lies in no run; name a folder" in done.stderr
+    done = bdh("train", "--resume", "o/out/checkpoint-0000040", "--run_dir", "new", "--training.max_steps", 42)
+    assert done.returncode == 0 and find_checkpoint(tmp_path / "new").name == "checkpoint-0000042"
+
+
+def test_two_runs_never_mix(tmp_path: Path, finished_run: Path, bdh: Run) -> None:
+    run = copy_of(finished_run, tmp_path)
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    done = bdh("train", "--resume", finished_run, "--run_dir", "run", "--training.max_steps", 50)
+    assert done.returncode == 2 and "run_dir run already holds a run" in done.stderr
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+    assert (run / "metrics.jsonl").read_text() == (finished_run / "metrics.jsonl").read_text()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    first = start(tmp_path, "--data.path", "text.txt", "--run_dir", "run", *SETTINGS, "--training.max_steps", "100000")
+    try:
+        assert wait_until(first, tmp_path / "run", 20)
+        second = start(tmp_path, "--resume", "run")
+        output, _ = second.communicate(timeout=60)
+        assert second.returncode == 2 and "run_dir run is in use by another process" in output
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_claimed(tmp_path: Path, finished_run: Path, bdh: Run) -> None:
+    run = copy_of(finished_run, tmp_path)
+    shutil.rmtree(run / "checkpoints" / "checkpoint-0000040")  # it was the best
+    assert bdh("train", "--resume", "run").returncode == 0
+    assert (run / "checkpoints" / "best").resolve().is_dir()
+    assert_same_end(finished_run, run)
+
+
+def test_checkpoints_set_aside_can_be_exported(tmp_path: Path, finished_run: Path, bdh: Run) -> None:
+    run = copy_of(finished_run, tmp_path)
+    assert bdh("train", "--resume", "run/checkpoints/checkpoint-0000030").returncode == 0
+    done = bdh("export", "run/checkpoints/superseded-0-checkpoint-0000040", "kept")
+    assert done.returncode == 0 and (tmp_path / "kept" / "model.safetensors").exists()
+    assert find_checkpoint(run).name == "checkpoint-0000040"

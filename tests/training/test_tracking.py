@@ -1,6 +1,7 @@
 """metrics.jsonl, samples.md and loss.png."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,21 @@ def test_a_disk_that_refuses_is_reported_once_and_not_fatal(tmp_path: Path, caps
     for step in (1, 2):
         tracker.step({"step": step, **RECORD})
     assert capsys.readouterr().out.count("training goes on without it") == 1
+
+
+def test_a_record_cut_short_by_a_full_disk_is_taken_back(tmp_path: Path) -> None:
+    """The operating system accepts ten bytes more and refuses the rest."""
+    tracker = Tracker(tmp_path, 100, 0)
+    tracker.step({"step": 1, **RECORD})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+    try:
+        tracker.step({"step": 2, **RECORD})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    tracker.step({"step": 3, **RECORD})
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
 
 
 def test_curves_are_drawn_from_whatever_there_is(tmp_path: Path) -> None:
