@@ -43,10 +43,10 @@ def timed(work: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[64, 256, 512, 1024, 2048, 4096])
-    parser.add_argument("--quadratic", type=int, nargs="*", default=[64, 256, 512])
-    parser.add_argument("--tokens", type=int, default=16, help="new tokens of one measurement")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512, 2048])
+    parser.add_argument("--quadratic", type=int, nargs="*", default=[64, 512])
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens of one measurement")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
@@ -68,7 +68,11 @@ def main() -> None:
         print(f"{context:>7}   {cells[0]:>14}   {cells[1]:>23}")
     print(f"at {max(state)} it decodes at {ratio:.2f} of the speed at {min(state)}")
     name = f"decode_speed_{args.device}"
-    figures = {"tokens_per_second": {"state": state, "quadratic": quadratic}, "longest_over_shortest": ratio}
+    figures = {
+        "tokens_per_second": {"state": state, "quadratic": quadratic},
+        "longest_over_shortest": ratio,
+        "seconds_per_token_of_each_round": with_state,
+    }
     print(save(name, figures))
     draw(name, state, quadratic)
 
