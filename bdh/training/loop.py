@@ -143,6 +143,8 @@ class Trainer:
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 self.accumulate(torch.zeros(size, length, dtype=torch.int64))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise BDHError(f"training.compile is true, but torch.compile does not work here: {reason}") from error
@@ -167,7 +169,8 @@ class Trainer:
         for moved in self.store.set_aside_after(state.step):
             self.notices.append(f"the later checkpoint is now {moved}")
         best = state.best_checkpoint
-        if saved["text"] != self.text() or best is None or checkpoint.damage(self.store.directory / best) is not None:
+        lost = best is not None and checkpoint.damage(self.store.directory / best) is not None
+        if lost or saved["text"] != self.text():
             known = state.evaluation if state.evaluated_at == state.step else None
             state.best_checkpoint, state.best_validation_loss = (path.name, known.loss) if known else (None, None)
         self.store.link(path.name, state.best_checkpoint)

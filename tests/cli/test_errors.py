@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,8 @@ def test_ctrl_c_before_training_is_quiet(tmp_path: Path) -> None:
         )
         server.settimeout(120)
         connection, _ = server.accept()
+        assert connection.recv(65536).startswith(b"GET /input.txt")
+        time.sleep(0.5)  # it has asked, and now it does nothing but wait
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
         connection.close()
