@@ -87,6 +87,11 @@ class BDHState:
             [S.to(device=device, dtype=dtype) for S in self.synapses], self.position.to(device=device), self.length
         )
 
+    def forget(self, rows: Tensor) -> "BDHState":
+        """The state with the sequences marked in `rows`, (B,) bool, back at the beginning; the others as they are."""
+        kept = ~rows.to(self.position.device)  # (B,)
+        return BDHState([S * kept[:, None, None, None] for S in self.synapses], self.position * kept, self.length)
+
     def select(self, indices: Tensor) -> "BDHState":
         """A new state of the sequences `indices` (int64, any order, repeats allowed)."""
         return BDHState([S[indices] for S in self.synapses], self.position[indices], self.length)
@@ -160,14 +165,19 @@ def may_overwrite(S: Tensor) -> bool:
     return not torch.is_grad_enabled() and S.is_inference() == torch.is_inference_mode_enabled()
 
 
-def write_synapses(R: Tensor, x: Tensor, S: Tensor) -> Tensor:
+def write_synapses(R: Tensor, x: Tensor, S: Tensor, documents: Tensor | None = None) -> Tensor:
     """The synapses after these tokens: S + R^T x, in place when no gradient is recorded.
 
     Args:
         R: Rotated activity, (B, h, T, N).
         x: Values, (B, T, D).
         S: Synapses before, (B, h, N, D).
+        documents: As for `attention_quadratic`; only the last token's document stays in the synapses.
     """
+    if documents is not None:
+        last = documents[:, -1:]  # (B, 1)
+        x = x * (documents == last)[:, :, None]  # (B, T, D)
+        S = S * (last == 0)[:, :, None, None]  # (B, h, N, D)
     Rt, values = R.mT, x[:, None]  # (B, h, N, T), (B, 1, T, D)
     if R.shape[2] == 1:  # one token: an outer product in the synapses' own precision
         Rt, values = Rt.to(S.dtype), values.to(S.dtype)
@@ -176,60 +186,84 @@ def write_synapses(R: Tensor, x: Tensor, S: Tensor) -> Tensor:
     return S.add_(written) if may_overwrite(S) else S + written  # (B, h, N, D)
 
 
-def attention_quadratic(R: Tensor, x: Tensor, S: Tensor | None = None) -> Tensor:
+def attention_quadratic(R: Tensor, x: Tensor, S: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
     """All pairs of tokens at once: A = tril(R R^T, -1) x, and R S for the past. Cost T * n a token.
 
     Args:
         R: Rotated activity, (B, h, T, N).
         x: Values, (B, T, D); zero where a token is padding.
         S: Synapses of the tokens before, (B, h, N, D), or None at the start.
+        documents: Which document each token is of, (B, T) int64, never falling; a token sees its own document only,
+            and document 0 is the one the synapses are of. None: all tokens and the synapses are of one.
 
     Returns:
         A, (B, h, T, D).
     """
     scores = (R @ R.mT).tril(-1)  # (B, h, T, T)
+    if documents is not None:
+        other = documents[:, :, None] != documents[:, None, :]  # (B, T, T)
+        scores = scores.masked_fill(other[:, None], 0)  # (B, h, T, T)
     A = scores @ x[:, None]  # (B, h, T, D)
-    return A if S is None else A + read_synapses(R, S)
+    if S is None:
+        return A
+    past = read_synapses(R, S)  # (B, h, T, D)
+    return A + (past if documents is None else past * (documents == 0)[:, None, :, None])
 
 
-def attention_chunked(R: Tensor, x: Tensor, S: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+def attention_chunked(
+    R: Tensor, x: Tensor, S: Tensor, chunk_size: int, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Quadratic within chunks, synapses between them. Cost chunk_size * n + 2 * n * D a token, whatever T.
 
     Arguments as for `attention_quadratic`; returns A (B, h, T, D) and the synapses after the last token.
     """
     pieces = []
-    for R_c, x_c in zip(R.split(chunk_size, dim=2), x.split(chunk_size, dim=1), strict=True):
-        pieces.append(attention_quadratic(R_c, x_c, S))  # (B, h, C, D)
-        S = write_synapses(R_c, x_c, S)
+    for start in range(0, R.shape[2], chunk_size):
+        chunk = slice(start, start + chunk_size)
+        R_c, x_c, d_c = R[:, :, chunk], x[:, chunk], documents_since(documents, chunk)  # (B, h, C, N), (B, C, D)
+        pieces.append(attention_quadratic(R_c, x_c, S, d_c))  # (B, h, C, D)
+        S = write_synapses(R_c, x_c, S, d_c)
     return torch.cat(pieces, dim=2), S
 
 
-def attention_recurrent(R: Tensor, x: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+def attention_recurrent(R: Tensor, x: Tensor, S: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Token by token: A_t = R_t S_t, then S_(t+1) = S_t + R_t^T x_t. Cost 2 * n * D a token.
 
     Arguments as for `attention_quadratic`; returns A (B, h, T, D) and the synapses after the last token.
     """
     steps = []
     for t in range(R.shape[2]):
-        R_t, x_t = R[:, :, t : t + 1], x[:, t : t + 1]  # (B, h, 1, N), (B, 1, D)
+        now = slice(t, t + 1)
+        R_t, x_t, d_t = R[:, :, now], x[:, now], documents_since(documents, now)  # (B, h, 1, N), (B, 1, D), (B, 1)
+        if d_t is not None:  # a new document begins without synapses
+            S = S * (d_t == 0)[:, :, None, None]  # (B, h, N, D)
         steps.append(read_synapses(R_t, S))  # (B, h, 1, D)
         S = write_synapses(R_t, x_t, S)
     return torch.cat(steps, dim=2), S
 
 
-def attend(R: Tensor, x: Tensor, S: Tensor | None, chunk_size: int) -> tuple[Tensor, Tensor | None]:
+def documents_since(documents: Tensor | None, chunk: slice) -> Tensor | None:
+    """The document numbers of a chunk, (B, C), 0 for the document before it, which the synapses are then of."""
+    if documents is None or chunk.start == 0:
+        return None if documents is None else documents[:, chunk]
+    return documents[:, chunk] - documents[:, chunk.start - 1 : chunk.start]
+
+
+def attend(
+    R: Tensor, x: Tensor, S: Tensor | None, chunk_size: int, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Chooses the form by the length and by whether synapses come in. Returns A and the new synapses, if any."""
     T = R.shape[2]
     if S is not None and T == 1:
-        return attention_recurrent(R, x, S)
+        return attention_recurrent(R, x, S, documents)
     if T <= chunk_size:
-        A = attention_quadratic(R, x, S)
-        return A, None if S is None else write_synapses(R, x, S)
+        A = attention_quadratic(R, x, S, documents)
+        return A, None if S is None else write_synapses(R, x, S, documents)
     if S is None:
         B, h, _, N = R.shape
         S = R.new_zeros(B, h, N, x.shape[-1], dtype=synapse_dtype(R.dtype))  # (B, h, N, D)
-        return attention_chunked(R, x, S, chunk_size)[0], None
-    return attention_chunked(R, x, S, chunk_size)
+        return attention_chunked(R, x, S, chunk_size, documents)[0], None
+    return attention_chunked(R, x, S, chunk_size, documents)
 
 
 # ------------------------------------------------------------------------------------------------- the model
@@ -248,17 +282,23 @@ class BDHLayer(GradientCheckpointingLayer):
         self.decoder = nn.Linear(h * N, D, bias=False)
 
     def forward(
-        self, x: Tensor, phases: tuple[Tensor, Tensor], mask: Tensor | None, S: Tensor | None
+        self,
+        x: Tensor,
+        phases: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        S: Tensor | None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One layer: x (B, T, D), synapses S (B, h, N, D) or None -> the next x, the synapses after these tokens.
 
-        `mask` (B, T, 1) is 0 at padding, whose values are then neither seen nor written.
+        `mask` (B, T, 1) is 0 at padding, whose values are then neither seen nor written; `documents` (B, T) keeps
+        documents apart.
         """
         h = self.config.n_head
         X = F.relu(self.encoder(x)).unflatten(-1, (h, -1))  # (B, T, h, N)  who fires
         R = rotate(X.transpose(1, 2), *phases)  # (B, h, T, N)  query and key
         values = (x if mask is None else x * mask).to(R.dtype)  # (B, T, D)
-        A, S = attend(R, values, S, self.config.chunk_size)  # (B, h, T, D)
+        A, S = attend(R, values, S, self.config.chunk_size, documents)  # (B, h, T, D)
         A = self.norm(A)  # (B, h, T, D)
         Z = torch.cat(  # (B, T, n)  X o Y, head by head
             [
@@ -308,6 +348,7 @@ class BDHModel(BDHPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        document_ids: Tensor | None = None,
         **kwargs: object,
     ) -> BaseModelOutputWithPast:
         """Reads T tokens, from the beginning or from where `past_key_values` stopped.
@@ -320,6 +361,8 @@ class BDHModel(BDHPreTrainedModel):
             use_cache: Whether to return the state (made if none came in). Default: no while training, else
                 `config.use_cache`.
             output_hidden_states: Whether to return x before the first layer and after each.
+            document_ids: Which document each token is of, (B, T) int64, never falling along a row. A token sees only
+                its own document; document 0 goes on from the state, and the state left is that of the last document.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -340,7 +383,7 @@ class BDHModel(BDHPreTrainedModel):
         trace = [x]
         for i in range(self.config.n_layer):
             S = None if state is None else state.synapses[i]  # (B, h, N, D)
-            x, S = self.layer(x, phases, values_mask, S)  # (B, T, D)
+            x, S = self.layer(x, phases, values_mask, S, document_ids)  # (B, T, D)
             if state is not None:
                 state.synapses[i] = S
             trace.append(x)
@@ -386,6 +429,7 @@ class BDHForCausalLM(BDHPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        document_ids: Tensor | None = None,
         **kwargs: object,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), or of the last `logits_to_keep` tokens, and the mean cross-entropy in nats if labels come.
@@ -402,6 +446,7 @@ class BDHForCausalLM(BDHPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            document_ids=document_ids,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, T, V)

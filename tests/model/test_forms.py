@@ -71,6 +71,51 @@ def test_three_forms_agree(
 @settings(max_examples=60, deadline=None)
 @given(
     seed=seeds,
+    h=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    goes_on=st.booleans(),
+    chunk=st.integers(1, 30),
+    start=st.integers(0, 100_000),
+)
+def test_documents_in_a_row_are_read_as_if_apart(
+    seed: int, h: int, lengths: list[int], goes_on: bool, chunk: int, start: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    N, D, T = 6, 5, sum(lengths)
+    X = torch.randn(1, h, T, N, generator=random, dtype=torch.float64).relu()
+    x = torch.randn(1, T, D, generator=random, dtype=torch.float64)
+    S = torch.randn(1, h, N, D, generator=random, dtype=torch.float64)
+    R = rotate(X, *rotary_phases(torch.arange(start, start + T)[None], N, 65536.0, torch.float64))
+    first = 0 if goes_on else 1  # document 0 goes on from S, any other begins
+    ids = torch.cat([torch.full((n,), first + i) for i, n in enumerate(lengths)])[None]
+
+    apart, begin = [], 0
+    after = S
+    for i, n in enumerate(lengths):
+        part = slice(begin, begin + n)
+        before = S if first + i == 0 else torch.zeros_like(S)
+        apart.append(attention_quadratic(R[:, :, part], x[:, part], before))
+        after = write_synapses(R[:, :, part], x[:, part], before.clone())
+        begin += n
+    expected = torch.cat(apart, dim=2)
+
+    assert close(attention_quadratic(R, x, S, ids), expected, 1e-11)
+    assert close(write_synapses(R, x, S.clone(), ids), after, 1e-11)
+    for form in (
+        attention_chunked(R, x, S.clone(), chunk, ids),
+        attention_recurrent(R, x, S.clone(), ids),
+        attend(R, x, S.clone(), chunk, ids),
+    ):
+        assert form[1] is not None
+        assert close(form[0], expected, 1e-11)
+        assert close(form[1], after, 1e-11)
+    if not goes_on:
+        assert close(attend(R, x, None, chunk, ids)[0], expected, 1e-11)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=seeds,
     B=st.integers(1, 3),
     h=st.sampled_from([1, 2, 4]),
     L=st.integers(1, 3),
@@ -172,3 +217,31 @@ def test_a_token_never_sees_itself_or_what_follows() -> None:
     changed[0, 6:] = (changed[0, 6:] + 1) % 11
     a, b = model(tokens).logits, model(changed).logits
     assert torch.equal(a[:, :6], b[:, :6]) and not torch.allclose(a[:, 6:], b[:, 6:])
+
+
+def test_the_model_keeps_documents_apart() -> None:
+    config = BDHConfig(n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=50, chunk_size=4)
+    torch.manual_seed(0)
+    model = BDHForCausalLM(config).double().eval()
+    past, tail, other = (torch.randint(0, 50, (2, n)) for n in (7, 5, 6))
+    with torch.no_grad():
+        state = model(past).past_key_values
+        whole = model(torch.cat([past, tail], dim=1)).logits[:, -5:]
+        alone = model(other)
+        ids = torch.tensor([[0] * 5 + [1] * 6] * 2)
+        both = model(torch.cat([tail, other], dim=1), past_key_values=state, document_ids=ids)
+    assert torch.allclose(both.logits[:, :5], whole, atol=1e-9)
+    assert torch.allclose(both.logits[:, 5:], alone.logits, atol=1e-9)
+    word = torch.randint(0, 50, (2, 1))  # what is left is the state of the last document alone
+    a, b = (model(word, past_key_values=output.past_key_values).logits for output in (both, alone))
+    assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_forget_puts_single_sequences_back_to_the_beginning() -> None:
+    config = BDHConfig(n_layer=2, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=50)
+    torch.manual_seed(0)
+    model = BDHForCausalLM(config).eval()
+    with torch.no_grad():
+        state = model(torch.randint(0, 50, (3, 9))).past_key_values.forget(torch.tensor([False, True, False]))
+    assert state.position.tolist() == [9, 0, 9]
+    assert all(S[1].abs().sum() == 0 and S[0].abs().sum() > 0 for S in state.synapses)
