@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": "score a model on a text: loss, perplexity, bits per byte, accuracy",
     "convert": "turn a published checkpoint into an export, or back",
     "average": "average the weights of several checkpoints into an export",
+    "tokenizer": "learn a vocabulary from text, look at one, encode and decode",
     "info": "show a model's sizes: parameters, memory, state",
 }
 

@@ -1,113 +1,220 @@
-"""Tokens to blocks: the split, the training batches and the validation windows."""
+"""Tokens to blocks of T + 1: every token is predicted once an epoch, from a text that lies still.
 
-import zlib
+Rows of a batch are shared by several processes: each takes its own, all together take every block once. What a row
+holds is a pure function of (text, settings, seed, number of the row), so a position is one number.
+"""
+
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from bdh.data.corpora import Corpus
-from bdh.errors import BDHError
+from bdh.data.tokens import Documents, InOrder, Tokens
 
 
 @dataclass(frozen=True)
-class TokenSplit:
-    """A corpus as token ids, split by position: the beginning to train on, the end to validate on.
+class Share:
+    """Which of several processes this is: number `rank` of `world`."""
 
-    Attributes:
-        train: Token ids, (tokens,) of the smallest unsigned integer type the vocabulary fits.
-        validation: The same of the validation text.
-        validation_bytes_per_token: UTF-8 bytes a validation token stands for, on average; 1.0 for byte tokens.
+    rank: int = 0
+    world: int = 1
+
+
+ALONE = Share()
+
+
+class BlockSource(Protocol):
+    """Where rows come from. All processes ask for the same numbers of rows, in the same order."""
+
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next `count` rows of this process: ids (count, T + 1), and which begin anew, (count,) bool."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: plain values, as JSON holds them."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def remarks(self) -> list[str]:
+        """Lines about what was read so far, where that was not known beforehand."""
+
+    def close(self) -> None: ...
+
+
+class PackedBlocks:
+    """Blocks of a text in random order, epoch by epoch.
+
+    An epoch cuts the text, thought of as a ring, into blocks of T targets from a random place on, and goes through
+    them in random order; what is left over, less than a block, lies elsewhere in the next epoch.
+
+    Args:
+        tokens: The text, more than T tokens.
+        block_size: T.
+        seed: Of the cuts and orders.
+        share: Which rows are this process's.
+        stream: Tells the random numbers of this source from those of others.
     """
 
-    train: np.ndarray
-    validation: np.ndarray
-    validation_bytes_per_token: float
-
-
-PIECE = 4096  # characters encoded at a time: bounded memory, and enough pieces to keep every core busy
-
-
-def tokenize(text: str, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Token ids of a text, (tokens,) of the smallest unsigned type, without special tokens."""
-    pieces = [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
-    dtype = np.min_scalar_type(max(len(tokenizer) - 1, 0))
-    encoded: list[np.ndarray] = []
-    for i in range(0, len(pieces), 256):
-        batch = tokenizer.backend_tokenizer.encode_batch_fast(pieces[i : i + 256], add_special_tokens=False)
-        encoded.extend(np.array(piece.ids, dtype=dtype) for piece in batch)
-    return np.concatenate(encoded) if encoded else np.empty(0, dtype=dtype)
-
-
-def split_tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, train_split: float, block_size: int) -> TokenSplit:
-    """Cuts a corpus at `train_split` of its characters and tokenizes both parts.
-
-    Raises:
-        BDHError: A part is too short to cut a single block of `block_size` + 1 tokens from.
-    """
-    cut = int(len(corpus.text) * train_split)
-    parts = {"training": corpus.text[:cut], "validation": corpus.text[cut:]}
-    tokens = {name: tokenize(text, tokenizer) for name, text in parts.items()}
-    for name, ids in tokens.items():
-        if len(ids) <= block_size:
-            raise BDHError(
-                f"data.block_size is {block_size}, but the {name} part of {corpus.name} has {len(ids)} tokens; "
-                f"use a block of at most {max(len(ids) - 1, 0)}, a longer text, or another data.train_split"
-            )
-    n_bytes = len(parts["validation"].encode("utf-8"))
-    return TokenSplit(tokens["training"], tokens["validation"], n_bytes / len(tokens["validation"]))
-
-
-def checksum(tokens: np.ndarray) -> int:
-    """A number that tells one text's tokens from another's (CRC-32)."""
-    return zlib.crc32(tokens.tobytes())
-
-
-class RandomBlocks:
-    """Endless training batches: blocks of T + 1 tokens cut from random places.
-
-    Batch i is a pure function of (tokens, block size, batch size, seed, i): a counter-based generator draws it, so the
-    position in the data is one number, a resumed run goes on exactly, and any process can draw its share of a batch.
-    """
-
-    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int):
+    def __init__(self, tokens: Tokens, block_size: int, seed: int, share: Share = ALONE, stream: int = 1):
         self.tokens = tokens
         self.block_size = block_size
-        self.batch_size = batch_size
+        self.seed = seed
+        self.stream = stream
+        self.share = share
+        self.per_epoch = max(len(tokens) // block_size, 1)
+        self.position = 0
+        self._epoch = -1
+
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        first = self.position + self.share.rank * count
+        self.position += self.share.world * count
+        rows = np.stack([self.block(number) for number in range(first, first + count)])
+        return rows, np.ones(count, dtype=bool)
+
+    def block(self, number: int) -> np.ndarray:
+        """Row `number` of the whole run, all epochs and processes together: (T + 1,)."""
+        epoch, i = divmod(number, self.per_epoch)
+        if epoch != self._epoch:
+            draw = generator(self.seed, self.stream, epoch)
+            self._shift = int(draw.integers(len(self.tokens)))
+            self._order = draw.permutation(self.per_epoch)
+            self._epoch = epoch
+        start = self._shift + int(self._order[i]) * self.block_size
+        return self.tokens.read_around(start, self.block_size + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+    def remarks(self) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+class Lanes:
+    """Blocks that go on where those before stopped, for a state that is carried from step to step.
+
+    An epoch puts the documents in random order and cuts the whole into as many lanes as the batch has rows; row i reads
+    lane i from its beginning to its end.
+
+    Args:
+        documents: The text; each lane gets more than T tokens.
+        block_size: T.
+        lanes: Rows of the batch, all processes together.
+        seed: Of the orders.
+        share: Which lanes are this process's.
+    """
+
+    def __init__(self, documents: Documents, block_size: int, lanes: int, seed: int, share: Share = ALONE):
+        self.documents = documents
+        self.block_size = block_size
+        self.lanes = lanes
+        self.seed = seed
+        self.share = share
+        self.lane_size = len(documents.tokens) // lanes
+        self.per_epoch = (self.lane_size - 1) // block_size
+        self.position = 0
+        self._epoch = -1
+
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        epoch, step = divmod(self.position, self.per_epoch)
+        if epoch != self._epoch:
+            order = generator(self.seed, 1, epoch).permutation(len(self.documents.starts))
+            self._text = InOrder(self.documents, order)
+            self._epoch = epoch
+        first = self.share.rank * count
+        starts = [lane * self.lane_size + step * self.block_size for lane in range(first, first + count)]
+        self.position += 1
+        rows = np.stack([self._text.read(start, self.block_size + 1) for start in starts])
+        return rows, np.full(count, step == 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+    def remarks(self) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+class Mixture:
+    """Rows of several sources, each drawn with its weight: the weights are shares of the training tokens.
+
+    All processes draw the same source for the same row, so that each source sees the same counts everywhere.
+    """
+
+    def __init__(self, sources: list[BlockSource], weights: list[float], seed: int):
+        self.sources = sources
+        self.shares = np.array(weights) / sum(weights)
         self.seed = seed
         self.position = 0
 
-    def next_batch(self) -> Tensor:
-        """The next batch, (batch_size, block_size + 1) int64: columns 0..T-1 are inputs, 1..T their targets."""
-        draw = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, self.position]))
-        starts = draw.integers(0, len(self.tokens) - self.block_size, size=self.batch_size)
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = generator(self.seed, 0, self.position).choice(len(self.sources), size=count, p=self.shares)  # (count,)
         self.position += 1
-        return _cut(self.tokens, starts, self.block_size)
+        rows: list[Any] = [None] * count
+        for i, source in enumerate(self.sources):
+            places = np.flatnonzero(chosen == i)
+            if len(places):
+                for place, row in zip(places, source.take(len(places))[0], strict=True):
+                    rows[place] = row
+        return np.stack(rows), np.ones(count, dtype=bool)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "sources": [source.state_dict() for source in self.sources]}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
+        for source, position in zip(self.sources, state["sources"], strict=True):
+            source.load_state_dict(position)
+
+    def remarks(self) -> list[str]:
+        return [line for source in self.sources for line in source.remarks()]
+
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()
+
+
+def generator(seed: int, stream: int, number: int) -> np.random.Generator:
+    """Random numbers that depend on these three alone; another stream or number has nothing in common with them."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64), counter=[0, 0, 0, number]))
+
+
+def document_ids(inputs: Tensor, end_of_text: int) -> Tensor:
+    """Which document each token is of, counted from the one that a row goes on with: 0, …; (B, T) -> (B, T) int64.
+
+    The end-of-text token is the first of the document after it: what it predicts depends on nothing before.
+    """
+    return (inputs == end_of_text).cumsum(1)
 
 
 class ValidationWindows:
-    """The validation split in windows of `block_size`, one after another; all of them, or a fixed sample.
+    """The validation text in windows of `block_size`, one after another; all of them, or a fixed sample.
 
     Args:
-        tokens: Token ids, (tokens,).
+        tokens: Token ids.
         block_size: Tokens predicted in a window.
-        limit: Use at most this many windows, spread evenly over the split; None for all.
+        limit: Use at most this many windows, spread evenly over the text; None for all.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, limit: int | None = None):
+    def __init__(self, tokens: Tokens, block_size: int, limit: int | None = None):
         self.tokens = tokens
         self.block_size = block_size
-        count = (len(tokens) - 1) // block_size
-        chosen = np.arange(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).astype(int)
+        self.count = (len(tokens) - 1) // block_size
+        chosen = np.arange(self.count)
+        if limit is not None and limit < self.count:
+            chosen = np.linspace(0, self.count - 1, limit).astype(int)
         self.starts = chosen * block_size
 
     def __len__(self) -> int:
@@ -116,9 +223,20 @@ class ValidationWindows:
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """The windows in order, (up to batch_size, block_size + 1) int64 at a time."""
         for i in range(0, len(self.starts), batch_size):
-            yield _cut(self.tokens, self.starts[i : i + batch_size], self.block_size)
+            yield self._windows(self.starts[i : i + batch_size])
 
+    def lanes(self, batch_size: int) -> Iterator[Tensor]:
+        """As many windows in another arrangement, for a state that is carried: each row goes on from batch to batch.
 
-def _cut(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> Tensor:
-    blocks = tokens[starts[:, None] + np.arange(block_size + 1)]  # (B, T + 1)
-    return torch.from_numpy(blocks.astype(np.int64))
+        The rows begin at places spread evenly over the text; (up to batch_size, block_size + 1) int64 at a time. What
+        does not fill all rows, less than `batch_size` windows, is left out.
+        """
+        rows = min(batch_size, len(self.starts))
+        steps = len(self.starts) // rows
+        first = np.arange(rows) * (self.count // rows)  # (rows,) windows
+        for step in range(steps):
+            yield self._windows((first + step) * self.block_size)
+
+    def _windows(self, starts: np.ndarray) -> Tensor:
+        rows = np.stack([self.tokens.read(int(start), self.block_size + 1) for start in starts])
+        return torch.from_numpy(rows.astype(np.int64))

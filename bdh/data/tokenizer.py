@@ -1,7 +1,13 @@
-"""The byte tokenizer: 256 tokens, token i is byte i."""
+"""Tokenizers: bytes, or any that `AutoTokenizer` opens; saved whole, and decoded as ids come."""
+
+import shutil
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from bdh.errors import BDHError
 
 
 def byte_level_symbols() -> list[str]:
@@ -24,3 +30,97 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder or of a name on the hub; None and "bytes" are `byte_tokenizer()`.
+
+    Code that lies beside a tokenizer is not run.
+
+    Raises:
+        BDHError: There is none, it cannot be reached or read, or it is not of the fast kind.
+    """
+    if name is None or name == "bytes":
+        return byte_tokenizer()
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        raise BDHError(f"data.tokenizer {name} has no tokenizer.json; give the folder of a tokenizer or of an export")
+    if folder.is_file():
+        raise BDHError(f"data.tokenizer {name} is a file; give the folder it lies in")
+    try:
+        if folder.is_dir():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the library raises many kinds; all mean the same to the user
+        words = " ".join(str(error).split())[:200] or type(error).__name__
+        where = "cannot be loaded" if folder.is_dir() else "is no folder here and cannot be loaded from the hub"
+        raise BDHError(f"data.tokenizer {name} {where}: {words}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise BDHError(f"data.tokenizer {name} has no tokenizer.json; only tokenizers of the fast kind can be used")
+    return tokenizer
+
+
+def same_tokenizer(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Whether two tokenizers make the same ids of every text and end documents with the same token."""
+    texts = (tokenizer.backend_tokenizer.to_str() for tokenizer in (one, other))
+    return len(set(texts)) == 1 and one.eos_token_id == other.eos_token_id
+
+
+TOKENIZER_FILES = frozenset(
+    {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
+)
+
+
+def check_tokenizer_target(directory: Path) -> None:
+    """Refuses to put a tokenizer where something else is. Raises BDHError."""
+    if directory.is_file():
+        raise BDHError(f"{directory} is a file; name a folder for the tokenizer")
+    if directory.is_dir() and any(path.name not in TOKENIZER_FILES for path in directory.iterdir()):
+        raise BDHError(f"{directory} holds something that is not a tokenizer; name another folder, or empty it")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Writes a tokenizer to a folder of its own, whole or not at all; one that is there already is replaced.
+
+    Raises:
+        BDHError: The folder holds something else, or cannot be written.
+    """
+    check_tokenizer_target(directory)
+    directory = directory.absolute()
+    partial = directory.with_name(f".partial-{directory.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tokenizer.save_pretrained(partial)
+        if directory.exists():
+            shutil.rmtree(directory)
+        partial.rename(directory)
+    except Exception as error:  # the library raises a bare Exception where the disk is full
+        words = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise BDHError(f"{directory} cannot be written: {words}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class IncrementalDecoder:
+    """Text of ids as they come: each character as soon as it is whole, never half of one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, skip_special_tokens: bool = True):
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.skip_special_tokens = skip_special_tokens
+        self.stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self.tokens: list[int] = []
+        self.written = ""
+
+    def step(self, token: int) -> str:
+        """The text that this token completes; often empty."""
+        self.tokens.append(token)
+        text = self.stream.step(self.tokenizer, token) or ""
+        self.written += text
+        return text
+
+    def end(self) -> str:
+        """What was held back: bytes at the end that never became a character, as replacement marks."""
+        whole = self.tokenizer.decode(self.tokens, skip_special_tokens=self.skip_special_tokens)
+        return whole[len(self.written) :] if whole.startswith(self.written) else ""

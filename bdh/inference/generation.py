@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
+from bdh.data.tokenizer import IncrementalDecoder
 from bdh.errors import BDHError
 from bdh.model import BDHForCausalLM
 
@@ -44,41 +44,37 @@ class SamplingSettings:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise BDHError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
 
-    def generation_config(self) -> GenerationConfig:
+    def generation_config(self, end_of_text: int | None = None) -> GenerationConfig:
+        """The library's settings; writing ends at the token `end_of_text`, if there is one."""
         choice = (
             {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
             if self.temperature > GREEDY_BELOW
             else {"do_sample": False}
         )
-        return GenerationConfig(max_new_tokens=self.max_new_tokens, **choice)
+        ends = {} if end_of_text is None else {"eos_token_id": end_of_text, "pad_token_id": end_of_text}
+        return GenerationConfig(max_new_tokens=self.max_new_tokens, **choice, **ends)
 
 
 class TextStream(BaseStreamer):
     """Hands on the text of generated tokens as soon as it is whole characters, never half of one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, write: Callable[[str], None]):
-        self.tokenizer = tokenizer.backend_tokenizer
+        self.decoder = IncrementalDecoder(tokenizer)
         self.write = write
-        self.stream = DecodeStream(skip_special_tokens=True)
         self.prompt_is_over = False
-        self.tokens: list[int] = []
-        self.written = ""
 
     def put(self, value: torch.Tensor) -> None:
         """Takes the prompt (first call, ignored) and then each token."""
         if self.prompt_is_over:
             for token in value.flatten().tolist():
-                self.tokens.append(token)
-                if text := self.stream.step(self.tokenizer, token):
-                    self.written += text
+                if text := self.decoder.step(token):
                     self.write(text)
         self.prompt_is_over = True
 
     def end(self) -> None:
         """Hands on what was held back: bytes at the end that never became a character, as replacement marks."""
-        whole = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if whole.startswith(self.written) and len(whole) > len(self.written):
-            self.write(whole[len(self.written) :])
+        if text := self.decoder.end():
+            self.write(text)
 
 
 @torch.no_grad()
@@ -101,7 +97,7 @@ def generate_text(
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BDHError(f"the prompt is not valid text: character {error.start} is half of one") from error
-    ids = tokenizer(prompt, return_tensors="pt").input_ids  # (1, T)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids  # (1, T)
     if ids.shape[1] == 0:
         raise BDHError("the prompt is empty; give at least one character to go on from")
     was_training = model.training
@@ -113,7 +109,7 @@ def generate_text(
         output = model.generate(
             ids.to(model.device),
             attention_mask=torch.ones_like(ids, device=model.device),
-            generation_config=settings.generation_config(),
+            generation_config=settings.generation_config(tokenizer.eos_token_id),
             streamer=TextStream(tokenizer, write) if write else None,
         )
     model.train(was_training)

@@ -31,6 +31,10 @@ def save_export(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast | None
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        if tokenizer is not None:  # so that generate() ends where the model ends a text
+            model.generation_config.eos_token_id = tokenizer.eos_token_id
+            model.generation_config.bos_token_id = tokenizer.bos_token_id
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from bdh.data.tokenizer import byte_tokenizer
+from bdh.data.tokenizer import load_tokenizer, same_tokenizer
 from bdh.errors import BDHError
 from bdh.model import BDHForCausalLM
 from bdh.model.card import model_card
 from bdh.model.export import check_target, load_model_only, save_export
-from bdh.training.checkpoint import find_checkpoint
+from bdh.training.checkpoint import find_checkpoint, tokenizer_of
 from bdh.training.config import ARCHITECTURE
 from bdh.training.export import load_model
 
@@ -27,27 +28,31 @@ def average(sources: list[Path], directory: Path) -> None:
     """
     check_target(directory)
     mean: BDHForCausalLM | None = None
+    tokenizer: PreTrainedTokenizerFast | None = None
     total: dict[str, Tensor] = {}
     for source in sources:
-        model = load_any(source)
+        model, words = load_any(source)
         if mean is None:
-            mean = model
+            mean, tokenizer = model, words
         clashes = [name for name in ARCHITECTURE if getattr(model.config, name) != getattr(mean.config, name)]
         if clashes:
             listed = ", ".join(f"{k} {getattr(mean.config, k)} and {getattr(model.config, k)}" for k in clashes)
             raise BDHError(f"{sources[0]} and {source} have different architectures: {listed}")
+        if (words is None) != (tokenizer is None) or (words and tokenizer and not same_tokenizer(words, tokenizer)):
+            raise BDHError(f"{sources[0]} and {source} have different tokenizers")
         for name, tensor in model.state_dict().items():
             total[name] = total.get(name, torch.zeros(())) + tensor.double()
     assert mean is not None
     mean.load_state_dict({name: (tensor / len(sources)).to(torch.float32) for name, tensor in total.items()})
     rows = {f"{number}": f"{source}" for number, source in enumerate(sources, 1)}
     card = model_card(f"Average of {len(sources)} models", mean.config, [("Averaged", rows)])
-    tokenizer = byte_tokenizer()
-    save_export(mean, tokenizer if len(tokenizer) <= mean.config.vocab_size else None, directory, card)
+    save_export(mean, tokenizer, directory, card)
 
 
-def load_any(source: Path) -> BDHForCausalLM:
-    """The model of a checkpoint, a run or an export."""
+def load_any(source: Path) -> tuple[BDHForCausalLM, PreTrainedTokenizerFast | None]:
+    """The model of a checkpoint, a run or an export, and the tokenizer if one lies there."""
     if (source / "config.json").is_file():
-        return load_model_only(source)
-    return load_model(find_checkpoint(source))[0]
+        here = (source / "tokenizer.json").is_file()
+        return load_model_only(source), load_tokenizer(str(source.resolve())) if here else None
+    path = find_checkpoint(source)
+    return load_model(path)[0], tokenizer_of(path)

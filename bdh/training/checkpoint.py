@@ -2,6 +2,7 @@
 
     checkpoints/
       checkpoint-0001000/   shard-*.safetensors   weights and optimizer, by torch.distributed.checkpoint
+                            tokenizer.json …      the tokenizer's files
                             state.json            step, data position, random states, configuration, best loss
                             manifest.json         size and SHA-256 of the other files, written last
       latest -> …  best -> …
@@ -37,11 +38,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from transformers import PreTrainedTokenizerFast
 
+from bdh.data.tokenizer import load_tokenizer
 from bdh.errors import BDHError
 
 NAME = re.compile(r"(?:superseded-\d+-)?checkpoint-(\d{7,})")
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # 1 had no tokenizer and another order of the text
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -74,7 +78,15 @@ class CheckpointStore:
             complaints.append(f"{path} is damaged: {reason}")
         return None, complaints
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        tokenizer: PreTrainedTokenizerFast,
+        carried: dict[str, Tensor] | None = None,
+    ) -> Path:
         """Writes a checkpoint, renames it into place, moves the links, and removes the oldest beyond `keep`.
 
         Args:
@@ -82,6 +94,8 @@ class CheckpointStore:
             model: Its weights are saved.
             optimizer: Its moments are saved; its settings come from the configuration.
             state: All else, as JSON; `best_checkpoint` names the best checkpoint so far.
+            tokenizer: Its files are saved.
+            carried: Tensors of a carried state.
 
         Raises:
             OSError: The disk is full or not writable. The partial files are gone, the older checkpoints untouched.
@@ -93,10 +107,11 @@ class CheckpointStore:
             partial.mkdir(parents=True)
             with _as_one_process():
                 dcp_save(
-                    _tensors(model, optimizer),
+                    _tensors(model, optimizer, carried),
                     storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
                     no_dist=True,
                 )
+            tokenizer.save_pretrained(partial)
             _write_json(partial / "state.json", {"format": FORMAT, "step": step, "random": random_state(), **state})
             _write_json(
                 partial / "manifest.json", {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
@@ -175,21 +190,34 @@ def damage(path: Path) -> str | None:
 def read_state(path: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint. Raises BDHError if it is of a format this version does not know."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT:
-        raise BDHError(f"{path} has checkpoint format {state.get('format')}; this version of bdh reads {FORMAT}")
+    if state.get("format") not in READABLE:
+        raise BDHError(f"{path} has checkpoint format {state.get('format')}; this version of bdh reads up to {FORMAT}")
     return state
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts a checkpoint into a model and its optimizer, restores the random states, and returns the rest."""
+def load(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    carried: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Puts a checkpoint into a model and its optimizer, restores the random states, and returns the rest.
+
+    Tensors in `carried` are overwritten with the checkpoint's.
+    """
     state = read_state(path)
-    tensors = _tensors(model, optimizer)
+    tensors = _tensors(model, optimizer, carried)
     _read_tensors(path, tensors)
     set_model_state_dict(model, _under("model.", tensors))
     settings = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     set_optimizer_state_dict(model, optimizer, {**settings, **_under("optimizer.", tensors)}, options=_FLAT)
     restore_random_state(state["random"])
     return state
+
+
+def tokenizer_of(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint; of one that has none, which an earlier version wrote, bytes. Raises BDHError."""
+    return load_tokenizer(str(path.resolve()) if (path / "tokenizer.json").is_file() else None)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -268,10 +296,13 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": tensor for name, tensor in weights.items()}
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, carried: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     kept = {f"optimizer.{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
-    return {**_model_tensors(model), **kept}
+    memory = {f"carried.{name}": tensor for name, tensor in (carried or {}).items()}
+    return {**_model_tensors(model), **kept, **memory}
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -4,10 +4,12 @@ Nothing here imports torch, so that a wrong setting is answered at once. What ca
 in `LIMITS`; what two settings make impossible together is in `validate`.
 """
 
-from dataclasses import asdict, dataclass, field, fields, replace
+import os
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from bdh.data.settings import DataConfig, data_config
 from bdh.errors import BDHError
 
 
@@ -41,25 +43,6 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
-    """Text and how it is cut.
-
-    Args:
-        corpus: A corpus by name; data.path goes before it.
-        path: A UTF-8 text file, or a folder of them.
-        train_split: Share of the text to train on; the rest, at its end, validates.
-        block_size: Tokens of a training sequence (T).
-        cache_dir: Where downloaded corpora are kept.
-    """
-
-    corpus: Literal["pydoc", "stdlib", "shakespeare"] = "pydoc"
-    path: str | None = None
-    train_split: float = 0.9
-    block_size: int = 512
-    cache_dir: str = "~/.cache/bdh"
-
-
-@dataclass
 class TrainingConfig:
     """The loop.
 
@@ -82,6 +65,8 @@ class TrainingConfig:
         beta2: AdamW's second decay rate.
         eps: AdamW's small number in the denominator.
         gradient_clip: Largest global norm of the gradient; 0 never clips.
+        carry_state: Let each row go on where it stopped in the step before, with its synapses, until its document ends
+            (truncated back-propagation through time); costs a state for each row in memory.
         eval_interval: Steps between validations; each checkpoint is validated as well.
         eval_windows: Validate on this many windows, always the same; null means the whole split.
         eval_batch_size: Sequences of one forward pass in validation.
@@ -105,6 +90,7 @@ class TrainingConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     gradient_clip: float = 1.0
+    carry_state: bool = False
     eval_interval: int = 250
     eval_windows: int | None = None
     eval_batch_size: int = 8
@@ -190,6 +176,9 @@ LIMITS: dict[str, Limit] = {
     "model.chunk_size": (1, _INF, "[]"),
     "data.train_split": (0, 1, "()"),
     "data.block_size": (1, _INF, "[]"),
+    "data.shuffle_blocks": (1, 1 << 20, "[]"),
+    "data.num_workers": (0, 256, "[]"),
+    "data.num_proc": (1, 1024, "[]"),
     "training.seed": (0, 2**63 - 1, "[]"),
     "training.max_steps": (1, _INF, "[]"),
     "training.batch_size": (1, _INF, "[]"),
@@ -254,16 +243,36 @@ def validate(config: TrainConfig) -> None:
         )
     if not config.run_dir:
         raise BDHError("run_dir is empty; it must name a folder for the run")
-    if config.data.path == "":
-        raise BDHError("data.path is empty; it must name a text file or a folder, or be left out")
+    _check_data(config)
     if any(not prompt for prompt in config.logging.sample_prompts):
         raise BDHError("logging.sample_prompts has an empty prompt; each needs a character at least")
     _check_text(config)
 
 
+def _check_data(config: TrainConfig) -> None:
+    """Refuses texts that are not named, or that cannot be mixed as asked."""
+    data = config.data
+    if data.path == "":
+        raise BDHError("data.path is empty; it must name a file, a folder or a dataset, or be left out")
+    if data.tokenizer == "":
+        raise BDHError("data.tokenizer is empty; it must name a folder or a tokenizer on the hub, or be left out")
+    if data.path is not None and data.mixture:
+        raise BDHError(f"data.path is {data.path} and data.mixture is given too; leave one of them out")
+    for number, source in enumerate(data.mixture):
+        if not source.path:
+            raise BDHError(f"data.mixture has no path at number {number + 1}")
+        check_limit(f"data.mixture weight of {source.path}", source.weight, (0, _INF, "()"))
+    if config.training.carry_state and len(data.mixture) > 1:
+        raise BDHError("training.carry_state true reads one text from beginning to end; leave data.mixture out")
+    if config.training.carry_state and config.training.compile:
+        raise BDHError("training.carry_state and training.compile are both true; choose one of them")
+
+
 def _check_text(config: TrainConfig) -> None:
     """Refuses text that UTF-8 cannot hold: file names in another encoding, half characters in prompts."""
-    texts = {"run_dir": config.run_dir, "data.path": config.data.path or "", "data.cache_dir": config.data.cache_dir}
+    data = config.data
+    texts = {"run_dir": config.run_dir, "data.path": data.path or "", "data.cache_dir": data.cache_dir}
+    texts |= {"data.tokenizer": data.tokenizer or "", "data.mixture": "".join(entry.path for entry in data.mixture)}
     texts |= {"logging.sample_prompts": "".join(config.logging.sample_prompts)}
     for name, text in texts.items():
         try:
@@ -290,7 +299,7 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for entry in fields(config):
         value = getattr(config, entry.name)
-        if hasattr(value, "__dataclass_fields__"):
+        if is_dataclass(value) and not isinstance(value, type):
             flat.update({f"{entry.name}.{key}": setting for key, setting in asdict(value).items()})
         else:
             flat[entry.name] = value
@@ -299,14 +308,14 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
 
 def from_dict(settings: dict[str, Any]) -> TrainConfig:
     """The configuration that `dataclasses.asdict` made `settings` from; settings it lacks take their defaults."""
-    sections = {
+    sections: dict[str, Any] = {
         "model": ModelConfig,
-        "data": DataConfig,
+        "data": lambda **given: data_config(given),
         "training": TrainingConfig,
         "checkpoint": CheckpointConfig,
         "logging": LoggingConfig,
     }
-    parts = {name: kind(**settings.get(name, {})) for name, kind in sections.items()}
+    parts: dict[str, Any] = {name: kind(**settings.get(name, {})) for name, kind in sections.items()}
     return TrainConfig(run_dir=settings["run_dir"], **parts)
 
 
@@ -319,10 +328,21 @@ def with_vocabulary(config: TrainConfig, tokens: int) -> TrainConfig:
 
 
 def with_whole_path(config: TrainConfig) -> TrainConfig:
-    """The configuration with `data.path` from the root, so that a run can be taken up from any folder."""
-    path = config.data.path
-    whole = None if path is None else str(Path(path).expanduser().resolve())
-    return replace(config, data=replace(config.data, path=whole))
+    """The configuration with all paths of this disk from the root, so that a run can be taken up from any folder."""
+    data = config.data
+    mixture = [replace(source, path=_whole(source.path)) for source in data.mixture]
+    return replace(
+        config, data=replace(data, path=_whole(data.path), tokenizer=_whole(data.tokenizer), mixture=mixture)
+    )
+
+
+def _whole(path: Any) -> Any:
+    """A path from the root if it begins with something that is here; a name on the hub, or nothing, as it is."""
+    if path is None or "://" in path:
+        return path
+    local = Path(path).expanduser()
+    here = local.exists() or any(mark in path for mark in "*?[") or path.startswith(("/", "~", "."))
+    return os.path.abspath(local) if here else path  # noqa: PTH100 - a glob must not be resolved
 
 
 def compare(saved: dict[str, Any], config: TrainConfig) -> list[str]:

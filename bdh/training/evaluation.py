@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bdh.data.blocks import ValidationWindows
+from bdh.data.blocks import ValidationWindows, document_ids
 from bdh.model import BDHForCausalLM
 
 
@@ -20,6 +20,7 @@ class Evaluation:
         loss: Mean cross-entropy, nats a token.
         perplexity: exp(loss).
         bits_per_byte: Cross-entropy in bits over the bytes the tokens stand for; comparable between vocabularies.
+        perplexity_per_byte: 2^bits_per_byte, comparable as well.
         accuracy: Share of tokens that were the model's likeliest guess.
         tokens: How many were scored.
     """
@@ -27,6 +28,7 @@ class Evaluation:
     loss: float
     perplexity: float
     bits_per_byte: float
+    perplexity_per_byte: float
     accuracy: float
     tokens: int
 
@@ -39,8 +41,12 @@ def evaluate(
     batch_size: int,
     precision: Callable[[], AbstractContextManager[object]],
     progress: Callable[[int], None] = lambda done: None,
+    end_of_text: int | None = None,
+    carry_state: bool = False,
 ) -> Evaluation:
-    """Scores every window from its own beginning, without dropout; the model's mode is put back afterwards.
+    """Scores the windows without dropout; the model's mode is put back afterwards.
+
+    Each window is read from its own beginning, or, with `carry_state`, with the synapses of the window before it.
 
     Args:
         model: On the device to use.
@@ -49,17 +55,22 @@ def evaluate(
         batch_size: Windows of one forward pass.
         precision: Makes the context of a forward pass.
         progress: Called with the number of windows done.
+        end_of_text: The token that ends documents, to keep them apart; None reads across them.
+        carry_state: Whether windows go on from each other.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     nats = torch.zeros((), dtype=torch.float64, device="cpu")
     hits = tokens = done = 0
-    for batch in windows.batches(batch_size):
+    state = None
+    for batch in windows.lanes(batch_size) if carry_state else windows.batches(batch_size):
         batch = batch.to(device)  # (B, T + 1)
         inputs, targets = batch[:, :-1], batch[:, 1:]  # (B, T) each
+        documents = None if end_of_text is None else document_ids(inputs, end_of_text)  # (B, T)
         with precision():
-            logits = model(inputs, use_cache=False).logits.float()  # (B, T, V)
+            outputs = model(inputs, past_key_values=state, use_cache=carry_state, document_ids=documents)
+        state, logits = outputs.past_key_values, outputs.logits.float()  # (B, T, V)
         nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").double().cpu()
         hits += int((logits.argmax(-1) == targets).sum())
         tokens += targets.numel()
@@ -68,4 +79,6 @@ def evaluate(
     model.train(was_training)
     loss = nats.item() / tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, loss / math.log(2) / bytes_per_token, hits / tokens, tokens)
+    bits = loss / math.log(2) / bytes_per_token if bytes_per_token else math.inf
+    per_byte = 2**bits if bits < 1000 else math.inf
+    return Evaluation(loss, perplexity, bits, per_byte, hits / tokens, tokens)

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from bdh.data.tokenizer import byte_tokenizer
+from bdh.data.settings import DataConfig
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.card import Section, model_card
 from bdh.model.export import read_config, save_export
 from bdh.training import checkpoint
+from bdh.training.config import from_dict
 
 
 def checkpoint_config(state: dict[str, Any]) -> BDHConfig:
@@ -27,7 +28,9 @@ def export_checkpoint(path: Path, directory: Path) -> None:
     """Writes the export of a checkpoint, with a card that tells how it was trained. Raises BDHError."""
     model, state = load_model(path)
     name = f"{Path(state['config']['run_dir']).name} at step {state['step']}"
-    save_export(model, byte_tokenizer(), directory, model_card(name, model.config, training_sections(state)))
+    save_export(
+        model, checkpoint.tokenizer_of(path), directory, model_card(name, model.config, training_sections(state))
+    )
 
 
 def training_sections(state: dict[str, Any]) -> list[Section]:
@@ -37,9 +40,9 @@ def training_sections(state: dict[str, Any]) -> list[Section]:
         (
             "Data",
             {
-                "text": Path(data["path"]).name if data["path"] else data["corpus"],
-                "tokens": f"{state['text']['train_tokens']:,} to train on, the text's first {data['train_split']:.0%}",
-                "tokenizer": "bytes",
+                "text": text_name(from_dict(state["config"]).data),
+                **tokens_row(state["text"], from_dict(state["config"]).data),
+                "tokenizer": Path(data.get("tokenizer") or "bytes").name,
             },
         ),
         (
@@ -64,12 +67,33 @@ def training_sections(state: dict[str, Any]) -> list[Section]:
                     "loss": f"{evaluation['loss']:.4f} nats a token",
                     "perplexity": f"{evaluation['perplexity']:.2f}",
                     "bits per byte": f"{evaluation['bits_per_byte']:.3f}",
+                    "perplexity per byte": f"{2 ** evaluation['bits_per_byte']:.3f}",
                     "accuracy": f"{evaluation['accuracy']:.1%}",
                     "scored": f"{evaluation['tokens']:,} tokens in windows of {data['block_size']}",
                 },
             )
         )
     return sections
+
+
+def text_name(data: DataConfig) -> str:
+    """What a text is called, without where it lay on the disk."""
+    names = [f"{_last_part(source.path)} {source.config or ''}".strip() for source in data.sources()]
+    weights = [f" (weight {source.weight:g})" if data.mixture else "" for source in data.sources()]
+    return ", ".join(map("".join, zip(names, weights, strict=True))) or data.corpus
+
+
+def _last_part(path: str) -> str:
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def tokens_row(identity: dict[str, Any], data: DataConfig) -> dict[str, str]:
+    """How much of a text there was to train on."""
+    parts = identity.get("mixture", [identity])
+    if data.streaming:
+        return {"tokens": "a stream"}
+    share = "" if data.validation_split else f", the text's first {data.train_split:.0%}"
+    return {"tokens": f"{sum(part['train_tokens'] for part in parts):,} to train on{share}"}
 
 
 def describe(where: Path) -> tuple[BDHConfig, Path]:

@@ -9,22 +9,21 @@ import platform
 import random
 import signal
 import time
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedTokenizerFast
 
 from bdh import __version__
-from bdh.data.blocks import RandomBlocks, TokenSplit, ValidationWindows, checksum, split_tokens
-from bdh.data.corpora import load_corpus
-from bdh.data.tokenizer import byte_tokenizer
+from bdh.data.blocks import ValidationWindows, document_ids
+from bdh.data.loader import Batch, open_data
 from bdh.errors import BDHError
 from bdh.inference.generation import SamplingSettings, generate_text
-from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, compare, validate, with_vocabulary, with_whole_path
 from bdh.training.device import autocast, choose_device, hardware, recompute_layers
@@ -32,41 +31,10 @@ from bdh.training.evaluation import Evaluation, evaluate
 from bdh.training.export import export_checkpoint
 from bdh.training.folder import RunFolder
 from bdh.training.optimizer import build_optimizer, learning_rate_at
+from bdh.training.resume import choose_tokenizer, other_place
 from bdh.training.signals import caught_signals
+from bdh.training.state import CarriedState, Outcome, RunState
 from bdh.training.tracking import Tracker, draw_curves
-
-
-@dataclass
-class Outcome:
-    """How a call of `train` ended.
-
-    Attributes:
-        run_dir: The run's folder.
-        step: Steps done.
-        signal: The signal that stopped it, or None if it reached the end.
-        evaluation: The last validation, if there was one.
-        seconds: Time spent training, earlier parts of the run included.
-    """
-
-    run_dir: Path
-    step: int
-    signal: signal.Signals | None
-    evaluation: Evaluation | None
-    seconds: float
-
-
-@dataclass
-class RunState:
-    """What changes while a run goes on, besides weights, optimizer and random states; all of it is in a checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    evaluation: Evaluation | None = None
-    evaluated_at: int = -1
-    best_validation_loss: float | None = None
-    best_checkpoint: str | None = None
-    saved_at: int = -1
 
 
 def train(config: TrainConfig, resume: Path | None = None) -> Outcome:
@@ -100,26 +68,30 @@ class Trainer:
     def __init__(self, config: TrainConfig, resume: Path | None):
         settings = config.training
         self.device = choose_device(settings.device)
-        self.tokenizer: PreTrainedTokenizerFast = byte_tokenizer()
+        saved = None if resume is None else checkpoint.read_state(resume)
+        self.tokenizer = choose_tokenizer(config, resume)
         config = with_vocabulary(config, len(self.tokenizer))
         self.run_dir = Path(config.run_dir)
         self.store = checkpoint.CheckpointStore(self.run_dir / "checkpoints", config.checkpoint.keep)
         self.folder = RunFolder(self.run_dir, self.store, resume)
         self.folder.check()
         self.resumed_from = resume
-        saved = None if resume is None else checkpoint.read_state(resume)
         self.config = config
         self.notices = [] if saved is None else compare(saved["config"], with_whole_path(config))
 
-        self.split = self.load_data()
+        self.data = open_data(
+            config.data, self.tokenizer, settings.batch_size, settings.seed, settings.carry_state, say=self.announce
+        )
+        self.notices += self.data.remarks
+        self.apart = settings.carry_state or not config.data.cross_documents
         self.config = with_whole_path(config)
-        self.blocks = RandomBlocks(self.split.train, config.data.block_size, settings.batch_size, settings.seed)
-        self.windows = ValidationWindows(self.split.validation, config.data.block_size, settings.eval_windows)
+        self.windows = ValidationWindows(self.data.validation, config.data.block_size, settings.eval_windows)
         seed_everything(settings.seed)
         self.model = BDHForCausalLM(BDHConfig(**asdict(config.model))).to(self.device)
         if settings.gradient_checkpointing:
             recompute_layers(self.model)
         self.optimizer = build_optimizer(self.model, settings)
+        self.memory = self.empty_memory() if settings.carry_state else None
         self.forward_model: Any = self.compiled() if settings.compile else self.model
 
         self.folder.claim(self.config)
@@ -131,10 +103,16 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ setting up
 
-    def load_data(self) -> TokenSplit:
-        data = self.config.data
-        corpus = load_corpus(data.corpus, data.path, data.cache_dir)
-        return split_tokens(corpus, self.tokenizer, data.train_split, data.block_size)
+    def announce(self, line: str) -> None:
+        """Says what is being prepared, before there is anything to log."""
+        with suppress(OSError):  # what is said here is no reason to stop
+            print(line, flush=True)
+
+    def empty_memory(self) -> CarriedState:
+        """The state that rows go on from before the first step: none."""
+        size = self.piece_size()
+        count = self.config.training.batch_size // size
+        return CarriedState(BDHState.zeros(self.model.config, size, self.device) for _ in range(count))
 
     def compiled(self) -> Any:
         """The model through torch.compile, tried on a step of the real shape. Raises BDHError where that fails."""
@@ -142,7 +120,8 @@ class Trainer:
         size, length = self.piece_size(), self.config.data.block_size + 1
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                self.accumulate(torch.zeros(size, length, dtype=torch.int64))
+                tokens = torch.zeros(size, length, dtype=torch.int64)
+                self.accumulate(Batch(tokens, torch.ones(size, dtype=torch.bool)))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -153,13 +132,18 @@ class Trainer:
 
     def restore(self, path: Path) -> None:
         """Takes everything up as the checkpoint left it, and notes what is not as it was."""
-        saved = checkpoint.load(path, self.model, self.optimizer)
-        self.blocks.load_state_dict(saved["data"])
+        different = other_place(checkpoint.read_state(path), self.config, self.data.identity)
+        carried = None if self.memory is None or different else self.memory.tensors()
+        saved = checkpoint.load(path, self.model, self.optimizer, carried)
+        if different is None:
+            self.data.source.load_state_dict(saved["data"])
+        else:
+            self.notices.append(f"{different}; the text is read from its beginning")
+        if self.memory is not None and carried is not None:
+            self.memory.load(carried)
         state = self.state = RunState(**{name: saved[name] for name in RunState.__dataclass_fields__ if name in saved})
         if saved["evaluation"] is not None:
             state.evaluation = Evaluation(**saved["evaluation"])
-        if saved["text"] != self.text():
-            self.notices.append("the text is not the one the checkpoint was trained on")
         if saved["hardware"] != hardware(self.device):
             self.notices.append(f"the run began on {saved['hardware']}: results agree within rounding, not bit for bit")
         if not self.folder.goes_on_here:  # a new run, which has no best checkpoint of its own yet
@@ -170,7 +154,7 @@ class Trainer:
             self.notices.append(f"the later checkpoint is now {moved}")
         best = state.best_checkpoint
         lost = best is not None and checkpoint.damage(self.store.directory / best) is not None
-        if lost or saved["text"] != self.text():
+        if lost or saved["text"] != self.data.identity:
             known = state.evaluation if state.evaluated_at == state.step else None
             state.best_checkpoint, state.best_validation_loss = (path.name, known.loss) if known else (None, None)
         self.store.link(path.name, state.best_checkpoint)
@@ -182,7 +166,8 @@ class Trainer:
         sequences = f"{settings.batch_size} x {self.config.data.block_size} tokens a step"
         parameters = sum(p.numel() for p in self.model.parameters())
         precision = "bfloat16" if isinstance(self.precision(), torch.autocast) else "float32"
-        said(f"{parameters:,} parameters, {len(self.split.train):,} tokens of text, {sequences}")
+        text = "a stream of text" if self.data.train_tokens is None else f"{self.data.train_tokens:,} tokens of text"
+        said(f"{parameters:,} parameters, {text}, {sequences}")
         said(f"on {hardware(self.device)} in {precision}, into {self.run_dir}")
         for notice in self.notices:
             said(f"notice: {notice}")
@@ -198,6 +183,7 @@ class Trainer:
                     return self.interrupted(caught[0])
                 self.finish()
         finally:
+            self.data.close()
             self.folder.release()
         return Outcome(self.run_dir, state.step, None, state.evaluation, state.seconds)
 
@@ -208,7 +194,7 @@ class Trainer:
         learning_rate = learning_rate_at(state.step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = self.accumulate(self.blocks.next_batch())
+        loss = self.accumulate(self.data.next_batch())
         clip = settings.gradient_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
         if not np.isfinite(loss) or not np.isfinite(norm):
@@ -249,15 +235,24 @@ class Trainer:
         tokens = self.config.training.batch_size * self.config.data.block_size
         return {"tokens_per_second": steps * tokens / seconds, "seconds_per_step": seconds / steps}
 
-    def accumulate(self, blocks: torch.Tensor) -> float:
+    def accumulate(self, batch: Batch) -> float:
         """Forward and backward over a batch (B, T + 1), in pieces; leaves the gradient of the mean loss, returns it."""
         total = 0.0
-        for part in blocks.split(self.piece_size()):
+        size, end_of_text = self.piece_size(), self.tokenizer.eos_token_id
+        for number, part in enumerate(batch.tokens.split(size)):
             part = part.to(self.device, non_blocking=True)  # (b, T + 1)
             inputs, targets = part[:, :-1], part[:, 1:].contiguous()  # (b, T) each
+            given: dict[str, Any] = {"use_cache": False}
+            if self.apart:
+                given["document_ids"] = document_ids(inputs, end_of_text)  # (b, T)
+            if self.memory is not None:
+                fresh = batch.fresh[number * size : (number + 1) * size].to(self.device)  # (b,)
+                given |= {"use_cache": True, "past_key_values": self.memory.before(number, fresh)}
             with self.precision():
-                loss = self.forward_model(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
-            loss = loss * (len(part) / len(blocks))
+                outputs = self.forward_model(inputs, labels=targets, shift_labels=targets, **given)
+            if self.memory is not None:
+                self.memory.after(number, outputs.past_key_values)
+            loss = outputs.loss * (len(part) / len(batch.tokens))
             loss.backward()
             total += loss.item()
         return total
@@ -273,7 +268,13 @@ class Trainer:
             return
         started = time.perf_counter()
         state.evaluation = evaluate(
-            self.model, self.windows, self.split.validation_bytes_per_token, settings.eval_batch_size, self.precision
+            self.model,
+            self.windows,
+            self.data.validation_bytes_per_token,
+            settings.eval_batch_size,
+            self.precision,
+            end_of_text=self.tokenizer.eos_token_id if self.apart else None,
+            carry_state=settings.carry_state,
         )
         state.evaluated_at = state.step
         result = state.evaluation
@@ -286,6 +287,7 @@ class Trainer:
                 "validation_loss": result.loss,
                 "perplexity": result.perplexity,
                 "bits_per_byte": result.bits_per_byte,
+                "perplexity_per_byte": result.perplexity_per_byte,
                 "accuracy": result.accuracy,
                 "evaluation_seconds": time.perf_counter() - started,
             }
@@ -319,7 +321,8 @@ class Trainer:
             if best[0] is None or loss < best[0]:
                 state.best_validation_loss, state.best_checkpoint = loss, name
         try:
-            self.store.save(state.step, self.model, self.optimizer, self.saved_state())
+            carried = None if self.memory is None else self.memory.tensors()
+            self.store.save(state.step, self.model, self.optimizer, self.saved_state(), self.tokenizer, carried)
         except OSError as error:
             state.best_validation_loss, state.best_checkpoint = best
             self.tracker.say(
@@ -337,8 +340,8 @@ class Trainer:
         progress.pop("saved_at")
         return {
             **progress,
-            "data": self.blocks.state_dict(),
-            "text": self.text(),
+            "data": self.data.source.state_dict(),
+            "text": self.data.identity,
             "config": asdict(self.config),
             "hardware": hardware(self.device),
             "versions": {
@@ -349,14 +352,6 @@ class Trainer:
             },
         }
 
-    def text(self) -> dict[str, int]:
-        """What tells this text from another."""
-        return {
-            "train_tokens": len(self.split.train),
-            "train_checksum": checksum(self.split.train),
-            "validation_checksum": checksum(self.split.validation),
-        }
-
     def finish(self) -> None:
         """The end of a run: a last validation and checkpoint, the curves, and the export of the best checkpoint."""
         if self.state.saved_at != self.state.step:
@@ -364,6 +359,8 @@ class Trainer:
             if not self.save():
                 raise BDHError(f"the last checkpoint could not be written; make room, then {self.way_on()}")
         self.draw()
+        for line in self.data.source.remarks():
+            self.tracker.say(f"notice: {line}")
         best = checkpoint.find_checkpoint(self.run_dir, prefer="best", report=self.tracker.say)
         try:
             export_checkpoint(best, self.run_dir / "model")

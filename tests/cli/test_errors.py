@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bdh.data.tokenizer import save_tokenizer
+from bdh.data.vocabulary import train_tokenizer
 from tests.conftest import TEXT, TINY, Run, environment
 
 
@@ -21,7 +23,14 @@ def prepare(folder: Path, finished: Path) -> None:
     (folder / "text.txt").write_text(TEXT)
     (folder / "short.txt").write_text("too short")
     (folder / "empty.txt").write_text("")
-    (folder / "latin.txt").write_bytes(b"caf\xe9" * 100)
+    (folder / "two.jsonl").write_text('{"a": "x", "b": "y"}')
+    (folder / "torn.jsonl").write_text('{"text": "x')
+    for name in "xy":
+        (folder / "set" / name).mkdir(parents=True)
+        (folder / "set" / name / "train.jsonl").write_text(json.dumps({"text": TEXT}))
+    configs = "".join(f"- {{config_name: {name}, data_files: {name}/*}}\n" for name in "xy")
+    (folder / "set" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    save_tokenizer(train_tokenizer("bytes", (), 0), folder / "special")
     (folder / "one.txt").write_text("x")
     (folder / "emptydir").mkdir()
     (folder / "mine").mkdir()
@@ -39,6 +48,7 @@ def prepare(folder: Path, finished: Path) -> None:
         os.truncate(shard, 10)
     shutil.copytree(finished / "model", folder / "torn_model")
     (folder / "torn_model" / "model.safetensors").write_bytes(b"torn")
+    (folder / "torn_model" / "tokenizer.json").write_bytes(b"torn")
 
 
 CASES: dict[str, str] = {
@@ -57,7 +67,30 @@ CASES: dict[str, str] = {
     # text
     "train --data.path nowhere.txt": "data.path nowhere.txt does not exist",
     "train --data.path empty.txt": "data.path empty.txt is empty",
-    "train --data.path latin.txt": "data.path latin.txt is not UTF-8 text: byte 3 is 0xe9",
+    "train --data.path other.pt": "data.path other.pt is of no known format; known are ",
+    "train --data.path two.jsonl": "two.jsonl has several text columns: a, b; name one: --data.text_column",
+    "train --data.path two.jsonl --data.text_column c": "data.text_column c is not a text column of two.jsonl; it has",
+    "train --data.path torn.jsonl": "data: torn.jsonl cannot be read: ",
+    "train --data.path torn.jsonl --data.streaming true": "torn.jsonl is not JSON lines at byte 0",
+    "train --data.path *.nothing": "data.path *.nothing matches no file",
+    "train --data.path text.txt --data.validation_split test": "text.txt has no split test; only datasets have splits",
+    "train --data.path text.txt --data.text_column x": "data.text_column is x, but text.txt is plain text",
+    "train --data.path set": "set has several configurations; choose one with --data.config: x, y",
+    "train --data.path set --data.config z": "data.config z is not a configuration of set; there are x, y",
+    "train --data.path set --data.config x --data.split dev": "data.split dev is not a split of set; there are train",
+    "train --data.path owner/unheard-of": "owner/unheard-of is not in the cache, and HF_HUB_OFFLINE forbids",
+    "train --data.streaming true": "data.streaming true needs data.path or data.mixture",
+    "train --data.path text.txt --data.mixture [{path:text.txt}]": "bdh train: error: ",
+    "train --data.path text.txt --data.cross_documents false": "the tokenizer has no end-of-text token; make one",
+    "train --training.carry_state true": "the tokenizer has no end-of-text token; make one that has: bdh",
+    "train --training.carry_state true --training.compile true": "are both true; choose one",
+    "train --data.num_workers -1": "data.num_workers is -1; it must be at least 0",
+    "train --data.tokenizer nowhere": "data.tokenizer nowhere is no folder here and cannot be loaded from the hub",
+    "train --data.tokenizer mine": "data.tokenizer mine has no tokenizer.json",
+    "train --data.tokenizer text.txt": "data.tokenizer text.txt is a file; give the folder it lies in",
+    "train --data.tokenizer torn_model": "data.tokenizer torn_model cannot be loaded: ",
+    "train --data.tokenizer special --model.vocab_size 256": "model.vocab_size is 256; it must be at least 262",
+    "train --resume run --data.tokenizer special": "data.tokenizer special is not the tokenizer of ",
     "train --data.path emptydir": "data.path emptydir holds no text",
     "train --data.path short.txt": "data.block_size is 512, but the training part of short.txt has 8 tokens; use a "
     "block of at most 7",
@@ -94,6 +127,8 @@ CASES: dict[str, str] = {
     "generate --model run/model --prompt x --device cuda": "the device is to be cuda, which this machine lacks",
     "eval --model run/model --data.path nowhere.txt": "data.path nowhere.txt does not exist",
     "eval --model run/model --data.path one.txt": "one.txt has 1 tokens; at least 2 are needed",
+    "eval --model run/model --data.tokenizer special": "data.tokenizer special is not the tokenizer of run/model",
+    "eval --model run/model --carry_state": "run/model has a tokenizer without an end-of-text token",
     "eval --model run/model --data.block_size 0": "data.block_size is 0; it must be at least 1",
     "eval --model run/model --batch_size 0": "batch_size is 0; it must be at least 1",
     "convert nowhere.pt out": "nowhere.pt does not exist",
@@ -107,6 +142,19 @@ CASES: dict[str, str] = {
     "average run --output out": "only run is given; averaging takes two checkpoints or more",
     "average run nowhere --output out": "nowhere does not exist",
     "average run run": "bdh average: error: ",
+    # tokenizers
+    "tokenizer trian": "trian is not a command of bdh tokenizer; did you mean train?",
+    "tokenizer train --output mine --kind bytes": "mine holds something that is not a tokenizer",
+    "tokenizer train --output text.txt --kind bytes": "text.txt is a file; name a folder for the tokenizer",
+    "tokenizer train --output out --vocab_size 10": "vocab_size is 10; it must be at least 262",
+    "tokenizer train --output out --data.path empty.txt": "data.path empty.txt is empty",
+    "tokenizer train --output out --max_bytes 0": "max_bytes is 0.0; it must be at least 1",
+    "tokenizer train --output out --kind word": "bdh tokenizer: error: ",
+    "tokenizer train": "bdh tokenizer: error: ",
+    "tokenizer info nowhere": "data.tokenizer nowhere is no folder here",
+    "tokenizer info bytes --data.path nowhere.txt": "data.path nowhere.txt does not exist",
+    "tokenizer decode bytes 300": "300 is not an id of bytes, which has 256 tokens",
+    "tokenizer decode bytes x": "bdh tokenizer: error: ",
     "info nowhere": "nowhere does not exist",
     "info emptydir": "emptydir has no config.json",
 }

@@ -1,84 +1,127 @@
-"""The split, the training batches and the validation windows."""
+"""Blocks: every token once an epoch, shared without overlap or loss, and taken up again exactly."""
+
+from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bdh.data.blocks import RandomBlocks, ValidationWindows, split_tokens, tokenize
-from bdh.data.corpora import Corpus
-from bdh.data.tokenizer import byte_tokenizer
-from bdh.errors import BDHError
-
-TOKENIZER = byte_tokenizer()
+from bdh.data.blocks import BlockSource, Lanes, Mixture, PackedBlocks, Share, ValidationWindows, document_ids
+from bdh.data.tokens import Documents, Tokens
 
 
-def test_the_split_is_by_position_and_loses_nothing() -> None:
-    text = "".join(f"line {i} of ünïcode\n" for i in range(200))
-    split = split_tokens(Corpus("x", text), TOKENIZER, 0.8, 16)
-    assert split.train.dtype == np.uint8
-    joined = np.concatenate([split.train, split.validation]).tobytes().decode()
-    assert joined == text
-    assert len(split.train.tobytes().decode()) == int(len(text) * 0.8)
-    assert split.validation_bytes_per_token == 1.0
+def numbered(count: int) -> Tokens:
+    """Tokens that are their own places, in two arrays."""
+    text = np.arange(count, dtype=np.uint32)
+    return Tokens([text[: count // 3], text[count // 3 :]])
 
 
-@pytest.mark.parametrize(("share", "part"), [(0.99, "validation"), (0.01, "training")])
-def test_a_block_longer_than_the_text_is_refused(share: float, part: str) -> None:
-    with pytest.raises(
-        BDHError, match=f"data.block_size is 50, but the {part} part of x has .* tokens; use a block of at most"
-    ):
-        split_tokens(Corpus("x", "a" * 1000), TOKENIZER, share, 50)
-
-
+@settings(max_examples=40)
 @given(
-    seed=st.integers(0, 2**63 - 1),
-    T=st.integers(1, 20),
-    B=st.integers(1, 8),
-    skip=st.integers(0, 50),
-    length=st.integers(22, 200),
+    count=st.integers(20, 300),
+    T=st.integers(1, 12),
+    world=st.integers(1, 4),
+    rows=st.integers(1, 3),
+    seed=st.integers(0, 2**62),
 )
-def test_a_batch_depends_on_its_number_alone(seed: int, T: int, B: int, skip: int, length: int) -> None:
-    tokens = np.arange(length, dtype=np.uint8)
-    blocks = RandomBlocks(tokens, T, B, seed)
-    for _ in range(skip):
-        blocks.next_batch()
-    resumed = RandomBlocks(tokens, T, B, seed)
-    resumed.load_state_dict(blocks.state_dict())
-    batch = blocks.next_batch()
-    assert batch.shape == (B, T + 1) and batch.equal(resumed.next_batch())
-    assert (batch.diff(dim=1) == 1).all()  # each block is a piece of the text
+def test_an_epoch_predicts_every_token_once_whoever_shares_it(
+    count: int, T: int, world: int, rows: int, seed: int
+) -> None:
+    shared = [PackedBlocks(numbered(count), T, seed, Share(rank, world)) for rank in range(world)]
+    alone = PackedBlocks(numbered(count), T, seed)
+    per_epoch = count // T
+    seen: list[list[int]] = []
+    while len(seen) < 2 * per_epoch:
+        taken = np.concatenate([source.take(rows)[0] for source in shared])
+        assert np.array_equal(taken, alone.take(rows * world)[0])  # the same rows, however many share them
+        seen += taken.tolist()
+    for epoch in (0, 1):
+        blocks = seen[epoch * per_epoch : (epoch + 1) * per_epoch]
+        targets = Counter(token for block in blocks for token in block[1:])
+        assert max(targets.values()) == 1
+        assert sum(targets.values()) == per_epoch * T  # all but what does not fill a block
+        assert all((b - a) % count == 1 for block in blocks for a, b in pairwise(block))
+    if per_epoch > 4 and T > 1:
+        assert seen[:per_epoch] != seen[per_epoch : 2 * per_epoch]  # another order, other cuts
 
 
-def test_every_place_of_the_text_is_drawn_the_last_included() -> None:
-    blocks = RandomBlocks(np.arange(10, dtype=np.uint8), 4, 64, seed=1)
-    starts = {int(start) for _ in range(20) for start in blocks.next_batch()[:, 0]}
-    assert starts == {0, 1, 2, 3, 4, 5}
+def test_what_an_epoch_leaves_over_comes_in_another() -> None:
+    source = PackedBlocks(numbered(107), 10, 3)
+    seen = {token for _ in range(30) for row in source.take(10)[0].tolist() for token in row[1:]}
+    assert seen == set(range(107))
 
 
-def test_another_seed_and_another_batch_differ() -> None:
-    tokens = np.arange(200, dtype=np.uint8)
-    a, b = RandomBlocks(tokens, 4, 8, seed=1), RandomBlocks(tokens, 4, 8, seed=2)
-    first = a.next_batch()
-    assert not first.equal(b.next_batch()) and not first.equal(a.next_batch())
+@pytest.mark.parametrize("kind", ["packed", "lanes", "mixture"])
+@given(stop=st.integers(0, 30), seed=st.integers(0, 1000))
+@settings(max_examples=15)
+def test_going_on_from_a_position_is_as_if_nothing_had_happened(kind: str, stop: int, seed: int) -> None:
+    def make() -> BlockSource:
+        if kind == "lanes":
+            return Lanes(Documents(numbered(130), np.array([0, 40, 90])), 6, 4, seed)
+        if kind == "mixture":
+            parts: list[BlockSource] = [PackedBlocks(numbered(n), 6, seed, stream=n) for n in (50, 70)]
+            return Mixture(parts, [1.0, 3.0], seed)
+        return PackedBlocks(numbered(130), 6, seed)
+
+    whole, begun, resumed = make(), make(), make()
+    expected = [whole.take(4) for _ in range(stop + 12)]
+    for _ in range(stop):
+        begun.take(4)
+    resumed.load_state_dict(begun.state_dict())
+    for rows, fresh in expected[stop:]:
+        again = resumed.take(4)
+        assert np.array_equal(again[0], rows) and np.array_equal(again[1], fresh)
 
 
-@given(length=st.integers(2, 300), T=st.integers(1, 40), size=st.integers(1, 7))
-def test_windows_predict_every_token_once(length: int, T: int, size: int) -> None:
-    T = min(T, length - 1)
-    tokens = np.arange(length, dtype=np.uint16)
-    windows = ValidationWindows(tokens, T)
-    targets = [t for batch in windows.batches(size) for row in batch[:, 1:].tolist() for t in row]
-    assert targets == list(range(1, 1 + (length - 1) // T * T))
+@pytest.mark.parametrize("world", [1, 2])
+def test_lanes_go_on_where_they_stopped(world: int) -> None:
+    starts = np.array([0, 30, 50, 100])
+    shared = [Lanes(Documents(numbered(131), starts), 5, 4, 7, Share(rank, world)) for rank in range(world)]
+    steps = shared[0].per_epoch
+    assert steps == (131 // 4 - 1) // 5
+    for _ in range(2):  # epochs
+        rows = np.empty((4, 0), dtype=np.int64)
+        for step in range(steps):
+            taken = [source.take(4 // world) for source in shared]
+            assert all((fresh == (step == 0)).all() for _, fresh in taken)
+            blocks = np.concatenate([block for block, _ in taken])
+            assert step == 0 or (rows[:, -1] == blocks[:, 0]).all()
+            rows = np.concatenate([rows[:, :-1] if step else rows, blocks], axis=1)
+        pieces = [text for lane in rows for text in np.split(lane, np.flatnonzero(np.isin(lane, starts)))]
+        assert all((np.diff(piece) == 1).all() for piece in pieces)  # within a document, the text as it stands
+        tokens = [token for lane in rows[:, :-1].tolist() for token in lane]
+        assert len(tokens) == len(set(tokens))
 
 
-def test_a_sample_of_windows_is_fixed_and_spread() -> None:
-    tokens = np.arange(1001, dtype=np.uint16)
-    windows = ValidationWindows(tokens, 10, limit=5)
-    assert windows.starts.tolist() == [0, 240, 490, 740, 990]
-    assert len(ValidationWindows(tokens, 10, limit=500)) == 100
+def test_a_mixture_takes_each_source_by_its_weight() -> None:
+    parts: list[BlockSource] = [
+        PackedBlocks(Tokens([np.full(1000, value, dtype=np.uint8)]), 4, 1, stream=value) for value in (1, 2)
+    ]
+    mixture = Mixture(parts, [1.0, 3.0], seed=5)
+    values = np.concatenate([mixture.take(50)[0][:, 0] for _ in range(100)])
+    assert abs((values == 2).mean() - 0.75) < 0.03
 
 
-def test_wide_vocabularies_get_wider_integers() -> None:
-    assert tokenize("abc", TOKENIZER).dtype == np.uint8
-    assert tokenize("", TOKENIZER).shape == (0,)
+def test_documents_are_numbered_from_the_one_gone_on_with() -> None:
+    inputs = torch.tensor([[5, 9, 1, 9, 9], [9, 1, 2, 3, 4]])
+    assert document_ids(inputs, 9).tolist() == [[0, 1, 1, 2, 3], [1, 1, 1, 1, 1]]
+
+
+def test_validation_windows_cover_the_text_in_order() -> None:
+    windows = ValidationWindows(numbered(42), 4)
+    rows = torch.cat(list(windows.batches(3)))
+    assert len(windows) == 10
+    assert rows[:, 1:].flatten().tolist() == list(range(1, 41))
+    some = torch.cat(list(ValidationWindows(numbered(42), 4, limit=3).batches(8)))
+    assert some[:, 0].tolist() == [0, 16, 36]
+
+
+def test_validation_lanes_go_on_from_batch_to_batch() -> None:
+    batches = list(ValidationWindows(numbered(42), 4).lanes(3))
+    assert [len(batch) for batch in batches] == [3, 3, 3]
+    for before, after in pairwise(batches):
+        assert (before[:, -1] == after[:, 0]).all()
+    assert sorted(torch.cat(batches)[:, 1:].flatten().tolist()) == sorted(set(range(1, 37)))

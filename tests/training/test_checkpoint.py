@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from bdh.data.tokenizer import byte_tokenizer
 from bdh.errors import BDHError
 from bdh.training import checkpoint
 from bdh.training.checkpoint import CheckpointStore, damage, find_checkpoint
@@ -29,12 +30,15 @@ def make(seed: int) -> tuple[nn.Module, torch.optim.AdamW]:
     return model, optimizer
 
 
+BYTES = byte_tokenizer()
+
+
 def store_with(tmp_path: Path, *steps: int, keep: int = 10, best: dict[int, str] | None = None) -> CheckpointStore:
     store = CheckpointStore(tmp_path / "run" / "checkpoints", keep)
     model, optimizer = make(0)
     for step in steps:
         state: dict[str, Any] = {"best_checkpoint": (best or {}).get(step)}
-        store.save(step, model, optimizer, state)
+        store.save(step, model, optimizer, state, BYTES)
     return store
 
 
@@ -42,11 +46,15 @@ def test_weights_moments_and_random_states_come_back_exactly(tmp_path: Path) -> 
     model, optimizer = make(1)
     store = CheckpointStore(tmp_path / "checkpoints", 2)
     random.seed(5), np.random.seed(6), torch.manual_seed(7)
-    path = store.save(12, model, optimizer, {"note": [1, 2]})
+    carried = {"synapses.0": torch.randn(2, 3)}
+    path = store.save(12, model, optimizer, {"note": [1, 2]}, BYTES, carried)
     drawn = (random.random(), np.random.rand(), np.random.randn(), torch.rand(3))
 
     other, other_optimizer = make(2)
-    state = checkpoint.load(path, other, other_optimizer)
+    back = {"synapses.0": torch.zeros(2, 3)}
+    state = checkpoint.load(path, other, other_optimizer, back)
+    assert torch.equal(back["synapses.0"], carried["synapses.0"])
+    assert len(checkpoint.tokenizer_of(path)) == 256
     assert state["step"] == 12 and state["note"] == [1, 2]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     for a, b in zip(optimizer.state.values(), other_optimizer.state.values(), strict=True):
@@ -118,7 +126,7 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
     (store.directory / ".partial-checkpoint-0000002").mkdir()
     assert [path.name for path in store.paths()] == ["checkpoint-0000001"]
     model, optimizer = make(0)
-    store.save(2, model, optimizer, {})
+    store.save(2, model, optimizer, {}, BYTES)
     assert not [p for p in store.directory.iterdir() if p.name.startswith(".")]
 
 
@@ -130,11 +138,11 @@ def test_a_full_disk_leaves_the_older_ones_and_no_litter(tmp_path: Path) -> None
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
-            store.save(2, model, optimizer, {})
+            store.save(2, model, optimizer, {}, BYTES)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(p.name for p in store.directory.iterdir()) == ["checkpoint-0000001", "latest"]
-    assert store.save(3, model, optimizer, {}).name == "checkpoint-0000003"
+    assert store.save(3, model, optimizer, {}, BYTES).name == "checkpoint-0000003"
 
 
 def test_later_checkpoints_are_set_aside_not_lost(tmp_path: Path) -> None:
@@ -159,5 +167,5 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     path = store_with(tmp_path, 1).paths()[0]
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**state, "format": 99}))
-    with pytest.raises(BDHError, match="has checkpoint format 99; this version of bdh reads 1"):
+    with pytest.raises(BDHError, match="has checkpoint format 99; this version of bdh reads up to 2"):
         checkpoint.read_state(path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bdh.data.blocks import ValidationWindows
+from bdh.data.tokens import Tokens
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.training.evaluation import evaluate
 
@@ -22,7 +23,7 @@ def model() -> BDHForCausalLM:
 
 def test_figures_follow_their_definitions_whatever_the_batch(model: BDHForCausalLM) -> None:
     tokens = np.random.default_rng(0).integers(0, 50, 200).astype(np.uint8)
-    windows = ValidationWindows(tokens, 7)
+    windows = ValidationWindows(Tokens([tokens]), 7)
     model.train()
     results = [evaluate(model, windows, 2.5, size, nullcontext) for size in (1, 4, 100)]
     assert model.training
@@ -39,16 +40,17 @@ def test_figures_follow_their_definitions_whatever_the_batch(model: BDHForCausal
         assert result.loss == pytest.approx(nats / count, rel=1e-5)
         assert result.perplexity == pytest.approx(math.exp(nats / count), rel=1e-5)
         assert result.bits_per_byte == pytest.approx(nats / count / math.log(2) / 2.5, rel=1e-5)
+        assert result.perplexity_per_byte == pytest.approx(math.exp(nats / count / 2.5), rel=1e-5)
         assert result.accuracy == hits / count
 
 
 def test_an_untrained_model_knows_nothing(model: BDHForCausalLM) -> None:
     tokens = np.random.default_rng(0).integers(0, 50, 500).astype(np.uint8)
-    result = evaluate(model, ValidationWindows(tokens, 10), 1.0, 8, nullcontext)
+    result = evaluate(model, ValidationWindows(Tokens([tokens]), 10), 1.0, 8, nullcontext)
     assert result.loss == pytest.approx(math.log(50), abs=0.05) and result.accuracy < 0.1
 
 
 def test_progress_counts_windows(model: BDHForCausalLM) -> None:
     seen: list[int] = []
-    evaluate(model, ValidationWindows(np.zeros(101, dtype=np.uint8), 10), 1.0, 4, nullcontext, seen.append)
+    evaluate(model, ValidationWindows(Tokens([np.zeros(101, dtype=np.uint8)]), 10), 1.0, 4, nullcontext, seen.append)
     assert seen == [4, 8, 10]

@@ -19,7 +19,7 @@ from bdh.training.config import TrainConfig, TrainingConfig, compare, from_dict
 from bdh.training.export import load_model
 from bdh.training.loop import Trainer, train
 from bdh.training.tracking import read_metrics
-from tests.conftest import TEXT, TINY, Run, environment
+from tests.conftest import TEXT, TINY, Run, environment, run_bdh
 
 CLOCK = {"seconds", "seconds_per_step", "tokens_per_second", "evaluation_seconds"}
 
@@ -94,7 +94,8 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, bdh: Run) -> Non
     done = bdh("train", "--data.path", "text.txt", "--run_dir", "run", *TINY)
     assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("14,336 parameters, ") and lines[0].endswith("4 x 16 tokens a step")
+    assert lines[0] == "text.txt (train): 28,117 tokens tokenized"
+    assert lines[1].startswith("14,336 parameters, ") and lines[1].endswith("4 x 16 tokens a step")
     assert any(line.startswith("step 40/40  loss ") and "tokens/s" in line for line in lines)
     assert any("validation: loss" in line and "bits per byte" in line for line in lines)
     assert lines[-1].startswith("done: run/model is the export of checkpoint-0000040")
@@ -139,7 +140,7 @@ def parameters(run: Trainer) -> list[torch.Tensor]:
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     whole, pieces = trainer(tmp_path), trainer(tmp_path, "pieces", micro_batch_size=1)
-    blocks = whole.blocks.next_batch()
+    blocks = whole.data.next_batch()
     assert whole.accumulate(blocks) == pytest.approx(pieces.accumulate(blocks), rel=1e-6)
     for a, b in zip(whole.model.parameters(), pieces.model.parameters(), strict=True):
         assert a.grad is not None and b.grad is not None and torch.allclose(a.grad, b.grad, atol=1e-7)
@@ -151,8 +152,8 @@ def test_a_step_is_adamw_on_the_clipped_gradient_of_the_batch(tmp_path: Path) ->
     torch.manual_seed(1337)
     model = BDHForCausalLM(BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8, dropout=0.0))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), run.model.parameters(), strict=True))
-    blocks = run.blocks.next_batch()
-    run.blocks.load_state_dict({"position": 0})
+    blocks = run.data.next_batch().tokens
+    run.data.source.load_state_dict({"position": 0})
     model.train()
     logits = model(blocks[:, :-1]).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).backward()
@@ -210,6 +211,7 @@ def test_a_full_disk_does_not_end_training(tmp_path: Path) -> None:
     """The operating system refuses files over 20 kB: every checkpoint fails, is reported, and leaves nothing behind."""
     (tmp_path / "text.txt").write_text(TEXT)
     arguments = " ".join(["train", "--data.path", "text.txt", "--run_dir", "run", *TINY])
+    run_bdh("tokenizer", "info", "bytes", "--data.path", "text.txt", cwd=tmp_path)  # it is in the cache then
     done = subprocess.run(
         ["bash", "-c", f"ulimit -f 20; exec {sys.executable} -m bdh {arguments}"],
         cwd=tmp_path,

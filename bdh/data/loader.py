@@ -1,0 +1,302 @@
+"""From settings to batches: opens every source, tokenizes or streams it, and puts the parts together."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from bdh.data.blocks import ALONE, BlockSource, Lanes, Mixture, PackedBlocks, Share
+from bdh.data.corpora import load_corpus
+from bdh.data.encoding import Encoder
+from bdh.data.prepare import Counts, Prepared, Rows, byte_count, cut, prepare, prepare_texts, tally
+from bdh.data.settings import DataConfig, SourceConfig
+from bdh.data.stream import CarriedLanes, Reader, StreamSettings, WindowedBlocks, is_held_out
+from bdh.data.tokens import Documents, Tokens
+from bdh.data.workers import RowStream, StreamRows
+from bdh.errors import BDHError
+
+VALIDATION_TOKENS = 1 << 20  # of a stream: what is held out and read before training begins
+
+
+@dataclass
+class Batch:
+    """Rows of a step.
+
+    Attributes:
+        tokens: Ids, (B, T + 1) int64: columns 0..T-1 are inputs, 1..T their targets.
+        fresh: Whether a row begins anew, or goes on from the same row of the step before, (B,) bool.
+    """
+
+    tokens: Tensor
+    fresh: Tensor
+
+
+@dataclass
+class TrainingData:
+    """All that training asks of text.
+
+    Attributes:
+        source: Where the rows come from.
+        batch_size: Rows of this process in a step.
+        validation: The tokens to validate on.
+        validation_bytes_per_token: UTF-8 bytes a validation token stands for, on average.
+        train_tokens: Tokens of an epoch; None for a stream.
+        identity: What tells this text from another; plain values.
+        remarks: Lines about what was read.
+    """
+
+    source: BlockSource
+    batch_size: int
+    validation: Tokens
+    validation_bytes_per_token: float
+    train_tokens: int | None
+    identity: dict[str, Any]
+    remarks: list[str] = field(default_factory=list)
+
+    def next_batch(self) -> Batch:
+        rows, fresh = self.source.take(self.batch_size)
+        return Batch(torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(fresh))
+
+    def close(self) -> None:
+        """Ends the processes that read."""
+        self.source.close()
+
+
+@dataclass
+class _Part:
+    """One source, opened."""
+
+    rows: BlockSource
+    validation: Tokens
+    validation_bytes: int
+    train_tokens: int | None
+    identity: dict[str, Any]
+    remarks: list[str]
+
+
+def open_data(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    batch_size: int,
+    seed: int,
+    carry_state: bool = False,
+    share: Share = ALONE,
+    say: Callable[[str], None] = lambda line: None,
+) -> TrainingData:
+    """The training rows and the validation text of a configuration.
+
+    Args:
+        config: Which text, and how to cut it.
+        tokenizer: Makes its tokens.
+        batch_size: Rows of a step, all processes together.
+        seed: Of every order.
+        carry_state: Whether rows go on from step to step.
+        share: Which of the processes this is.
+        say: Told what takes its time.
+
+    Raises:
+        BDHError: A source cannot be read, or is too short for a block.
+    """
+    encoder = Encoder(tokenizer)
+    if (carry_state or not config.cross_documents) and encoder.end_of_text is None:
+        setting = "training.carry_state true" if carry_state else "data.cross_documents false"
+        raise BDHError(
+            f"{setting} needs to know where documents end, and the tokenizer has no end-of-text token; make one that "
+            "has: bdh tokenizer train --kind bytes --output DIR, then --data.tokenizer DIR"
+        )
+    if batch_size % share.world:
+        raise BDHError(f"training.batch_size is {batch_size}; it must be a multiple of the {share.world} processes")
+    opener = _Opener(config, tokenizer, encoder, batch_size, seed, carry_state, share, say)
+    sources = config.sources()
+    parts = [opener.part(source, i + 1) for i, source in enumerate(sources)] or [opener.corpus()]
+    weights = [source.weight for source in sources]
+    rows = parts[0].rows if len(parts) == 1 else Mixture([part.rows for part in parts], weights, seed)
+    validation = Tokens([array for part in parts for array in part.validation.arrays])
+    return TrainingData(
+        rows,
+        batch_size // share.world,
+        validation,
+        sum(part.validation_bytes for part in parts) / max(len(validation), 1),
+        None if config.streaming else sum(part.train_tokens or 0 for part in parts),
+        parts[0].identity if len(parts) == 1 else {"mixture": [part.identity for part in parts]},
+        [line for part in parts for line in part.remarks],
+    )
+
+
+def read_text(
+    config: DataConfig, tokenizer: PreTrainedTokenizerFast, say: Callable[[str], None] = lambda line: None
+) -> tuple[str, Tokens, int]:
+    """What a model is scored on: a path as a whole (its validation split if one is named), or a corpus's validation
+    part. Returns its name, its tokens, and their UTF-8 bytes. Raises BDHError.
+    """
+    opener = _Opener(config, tokenizer, Encoder(tokenizer), 1, 0, False, ALONE, say)
+    sources = config.sources()
+    if not sources:
+        corpus = opener.prepared_corpus()
+        _, validation, size = cut(corpus, config.train_split, tokenizer)
+        return config.corpus, validation, size
+    texts = [opener.prepared(source, source.validation_split or source.split) for source in sources]
+    tokens = Tokens([array for text in texts for array in text.tokens.arrays])
+    return ", ".join(source.path for source in sources), tokens, sum(int(text.row_bytes.sum()) for text in texts)
+
+
+def training_texts(config: DataConfig) -> Iterator[str]:
+    """The training part of a text, as it comes: what a tokenizer may learn from. Raises BDHError."""
+    sources = config.sources()
+    if not sources:
+        documents = load_corpus(config.corpus, config.cache_dir)
+        room = int(sum(map(len, documents)) * config.train_split)
+        for text in documents:
+            yield text[:room]
+            room -= len(text)
+            if room <= 0:
+                return
+    for source in sources:
+        yield from _texts_of(source, config)
+
+
+def _texts_of(source: SourceConfig, config: DataConfig) -> Iterator[str]:
+    from bdh.data.sources import explained, open_source
+
+    rows: Any = open_source(source, config.streaming)
+    share = 1.0 if source.validation_split else config.train_split
+    with explained(source):
+        for number, row in enumerate(rows):
+            if not config.streaming and number >= max(len(rows) * share, 1):
+                return
+            if row["text"] and not (config.streaming and is_held_out(row["text"], share)):
+                yield row["text"]
+
+
+@dataclass
+class _Opener:
+    """Opens sources with the settings they share."""
+
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerFast
+    encoder: Encoder
+    batch_size: int
+    seed: int
+    carry_state: bool
+    share: Share
+    say: Callable[[str], None]
+
+    def corpus(self) -> _Part:
+        if self.config.streaming:
+            raise BDHError("data.streaming true needs data.path or data.mixture; a corpus by name is read at once")
+        return self._still(self.prepared_corpus(), None, self.config.corpus, 1)
+
+    def prepared_corpus(self) -> Prepared:
+        return prepare_texts(load_corpus(self.config.corpus, self.config.cache_dir), self.encoder)
+
+    def part(self, source: SourceConfig, stream: int) -> _Part:
+        if self.config.streaming:
+            return self._streamed(source, stream)
+        text = self.prepared(source, source.split)
+        held_out = self.prepared(source, source.validation_split) if source.validation_split else None
+        return self._still(text, held_out, source.path, stream)
+
+    def prepared(self, source: SourceConfig, split: str) -> Prepared:
+        """All tokens of a split, from the cache or made now."""
+        from bdh.data.sources import explained, open_source
+
+        rows: Any = open_source(source, streaming=False, split=split)
+        with explained(source):
+            text = prepare(rows, self.encoder, self.config.num_proc)
+        how = "found tokenized in the cache" if text.cached else "tokenized"
+        self.say(f"{source.path} ({split}): {len(text.tokens):,} tokens {how}")
+        return text
+
+    def _still(self, text: Prepared, held_out: Prepared | None, name: str, stream: int) -> _Part:
+        """A source that lies still: all of it tokenized."""
+        config = self.config
+        remarks = text.counts.remarks(name)
+        if held_out is None:
+            train, validation, size = cut(text, config.train_split, self.tokenizer)
+        else:
+            train, validation, size = text.documents, held_out.tokens, int(held_out.row_bytes.sum())
+        self._check_length(train.tokens, "training", name)
+        self._check_length(validation, "validation", name)
+        rows: BlockSource
+        if self.carry_state:
+            rows = self._lanes(train, name)
+        else:
+            rows = PackedBlocks(train.tokens, config.block_size, self.seed, self.share, stream)
+        identity = {
+            "train_tokens": len(train.tokens),
+            "train_checksum": train.tokens.checksum(),
+            "validation_checksum": validation.checksum(),
+        }
+        return _Part(rows, validation, size, len(train.tokens), identity, remarks)
+
+    def _lanes(self, documents: Documents, name: str) -> Lanes:
+        if len(documents.tokens) // self.batch_size <= self.config.block_size:
+            raise BDHError(
+                f"training.carry_state needs more than data.block_size {self.config.block_size} tokens for each of "
+                f"training.batch_size {self.batch_size} rows, but {name} has {len(documents.tokens):,} tokens to train "
+                "on; make either smaller"
+            )
+        return Lanes(documents, self.config.block_size, self.batch_size, self.seed, self.share)
+
+    def _check_length(self, tokens: Tokens, which: str, name: str) -> None:
+        if len(tokens) <= self.config.block_size:
+            raise BDHError(
+                f"data.block_size is {self.config.block_size}, but the {which} part of {name} has {len(tokens)} tokens"
+                f"; use a block of at most {max(len(tokens) - 1, 0)}, a longer text, or another data.train_split"
+            )
+
+    def _streamed(self, source: SourceConfig, stream: int) -> _Part:
+        from bdh.data.sources import open_source
+
+        config = self.config
+        split = source.validation_split
+        share = 1.0 if split else config.train_split
+        open_source(source, streaming=True)  # what is wrong with it is wrong now, not in another process
+        settings = StreamSettings(
+            source, self.encoder, config.block_size, config.shuffle_blocks, share, self.seed, stream
+        )
+        readers = 1 if self.carry_state else max(config.num_workers, 1)
+        total = self.share.world * readers
+        streams: list[RowStream] = []
+        for worker in range(readers):
+            reader = Reader(settings, self.share.rank * readers + worker, total)
+            lanes = self.batch_size // self.share.world
+            streams.append(CarriedLanes(reader, lanes) if self.carry_state else WindowedBlocks(reader))
+        self.say(f"{source.path}: reading what to validate on")
+        validation, size, remarks = self._held_out(source, share)
+        self._check_length(validation, "validation", source.path)
+        name = source.path.rstrip("/").rsplit("/", 1)[-1]  # a run may be taken up from another folder
+        identity: dict[str, Any] = {"stream": [name, source.config, source.split, source.revision]}
+        identity["validation_checksum"] = validation.checksum()
+        return _Part(
+            StreamRows(streams, source.path, config.num_workers > 0), validation, size, None, identity, remarks
+        )
+
+    def _held_out(self, source: SourceConfig, share: float) -> tuple[Tokens, int, list[str]]:
+        """What a stream is validated on: its own split, or the documents held out; VALIDATION_TOKENS at the most."""
+        from bdh.data.sources import explained, open_source
+
+        encode, counts = Rows(self.encoder), Counts()
+        arrays: list[np.ndarray] = []
+        total = size = 0
+        rows: Any = open_source(source, streaming=True, split=source.validation_split, ask_hub=False)
+        with explained(source), closing(iter(rows)) as texts:
+            for row in texts:
+                if total >= VALIDATION_TOKENS:
+                    break
+                if share < 1 and not is_held_out(row["text"] or "", share):
+                    continue
+                encoded = encode({"text": [row["text"]], "ends": [True]})
+                tally(counts, encoded)
+                arrays += encoded["tokens"]
+                total += len(encoded["tokens"][0])
+                size += encoded["bytes"][0]
+        tokens = Tokens(arrays).slice(0, VALIDATION_TOKENS)
+        if total > VALIDATION_TOKENS:
+            size = byte_count(tokens, self.tokenizer)
+        return tokens, size, counts.remarks(f"{source.path}, validation")

@@ -1,0 +1,160 @@
+"""Text and JSON-lines files as rows, in parts: from any part on, in bounded memory, whatever the length of a line.
+
+`datasets` reads every other format. These two it reads from the beginning only, and text a line a row; a stream that is
+to go on in the middle of one large file, or to be shared by several readers, needs places to begin at. So a file is a
+list of parts, each part a shard of a `datasets` stream.
+"""
+
+import codecs
+import io
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+
+from bdh.errors import BDHError
+
+# A part of a file: address, first byte, byte after the last (-1: to the end), and what tells a later version of the
+# file from this one. A tuple of plain values, so that it has a fingerprint.
+Part = tuple[str, int, int, str]
+
+TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".py", ".tex", ".html", ".log"})
+COMPRESSIONS = frozenset({".gz", ".bz2", ".xz", ".zst", ".lz4"})
+PART_BYTES = 16 << 20  # what a resumed stream reads again at the most
+PIECE = 1 << 13  # characters of a row of text
+READ = 1 << 16  # bytes read at a time
+
+
+def whole_files(files: list[str]) -> list[Part]:
+    """Each file as one part."""
+    return [(file, 0, -1, version(file)) for file in files]
+
+
+def parts_of(files: list[str], size: int | None = None) -> list[Part]:
+    """The files in parts of `size` bytes (default PART_BYTES); what is compressed or not on this disk stays whole."""
+    size = size or PART_BYTES
+    parts: list[Part] = []
+    for file in files:
+        if not is_local(file) or is_compressed(file):
+            parts.append((file, 0, -1, version(file)))
+            continue
+        total = Path(file).stat().st_size
+        bounds = [*range(0, max(total, 1), size), total]
+        parts += [(file, begin, end, version(file)) for begin, end in pairwise(bounds)]
+    return parts
+
+
+def is_local(file: str) -> bool:
+    return "://" not in file
+
+
+def is_compressed(file: str) -> bool:
+    return Path(file).suffix.lower() in COMPRESSIONS
+
+
+def version(file: str) -> str:
+    """What changes when a file on this disk does; its address for others."""
+    if not is_local(file):
+        return file
+    known = Path(file).stat()
+    return f"{known.st_size}-{known.st_mtime_ns}"
+
+
+def text_rows(parts: list[Part]) -> Iterator[dict[str, Any]]:
+    """The text of parts, a row of at most PIECE characters at a time: {"text": str, "ends": bool}.
+
+    A row ends where a line does, or a word, if one does in its second half. `ends` marks the last row of a part, which
+    ends a document. Bytes that are not UTF-8 become U+FFFD.
+    """
+    for part in parts:
+        pending = ""
+        for text in _decoded(part):
+            pending += text
+            while len(pending) > PIECE:
+                cut = _good_cut(pending)
+                yield {"text": pending[:cut], "ends": False}
+                pending = pending[cut:]
+        yield {"text": pending, "ends": True}
+
+
+def _good_cut(text: str) -> int:
+    """Where to cut a row off: after a line, else before a word, in the second half of the first PIECE characters."""
+    line = text.rfind("\n", PIECE // 2, PIECE)
+    if line >= 0:
+        return line + 1
+    word = text.rfind(" ", PIECE // 2, PIECE)
+    return word if word >= 0 else PIECE
+
+
+def _decoded(part: Part) -> Iterator[str]:
+    """The text of a part. A character that a boundary divides belongs to the part it begins in."""
+    _, begin, end, _ = part
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    with _opened(part) as stream:
+        place = begin
+        if begin:
+            stream.seek(begin)
+        first = True
+        while data := stream.read(READ if end < 0 else max(min(READ, end - place), 0)):
+            place += len(data)
+            if first and begin:
+                data = data[_continuation(data) :]
+            first = False
+            yield decoder.decode(data)
+        if end >= 0:
+            tail = stream.read(3)
+            yield decoder.decode(tail[: _continuation(tail)])
+        yield decoder.decode(b"", final=True)
+
+
+def _continuation(data: bytes) -> int:
+    """How many bytes at the beginning (3 at the most) go on with a character that began before."""
+    count = 0
+    while count < min(3, len(data)) and data[count] & 0xC0 == 0x80:
+        count += 1
+    return count
+
+
+def json_rows(parts: list[Part]) -> Iterator[dict[str, Any]]:
+    """The objects of JSON-lines parts; a line belongs to the part it begins in. BDHError for what is not JSON."""
+    for part in parts:
+        file, begin, end, _ = part
+        with _opened(part) as stream:
+            place = begin
+            if begin:  # the line that was begun before belongs to the part before
+                stream.seek(begin - 1)
+                place = begin - 1 + _skip_line(stream)
+            while (end < 0 or place < end) and (line := stream.readline()):
+                if line.strip():
+                    yield _json_row(line, file, place)
+                place += len(line)
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    """Reads to the end of a line in bounded memory; returns the bytes read."""
+    count = 0
+    while data := stream.readline(1 << 20):
+        count += len(data)
+        if data.endswith(b"\n"):
+            break
+    return count
+
+
+def _json_row(line: bytes, file: str, place: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8", errors="replace"))
+    except ValueError as error:
+        raise BDHError(f"{file} is not JSON lines at byte {place}: {error}") from error
+    if isinstance(row, str):
+        return {"text": row}
+    if not isinstance(row, dict):
+        raise BDHError(f"{file} has a line at byte {place} that is neither an object nor a text")
+    return row
+
+
+def _opened(part: Part) -> Any:
+    stream = fsspec.open(part[0], "rb", compression="infer").open()
+    return io.BufferedReader(stream) if is_compressed(part[0]) else stream  # not every decompressor has readline

@@ -1,0 +1,54 @@
+"""What a run that goes on must share with its checkpoint: the tokenizer, and the place in the text."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from bdh.data.tokenizer import load_tokenizer, same_tokenizer
+from bdh.errors import BDHError
+from bdh.training import checkpoint
+from bdh.training.config import TrainConfig, from_dict
+
+
+def choose_tokenizer(config: TrainConfig, resume: Path | None) -> PreTrainedTokenizerFast:
+    """The configuration's tokenizer; of a run that goes on, the checkpoint's own, which must not be another.
+
+    Raises:
+        BDHError: It cannot be loaded, or is not the one that the checkpoint's model was trained with.
+    """
+    name = config.data.tokenizer
+    if resume is None:
+        return load_tokenizer(name)
+    kept = checkpoint.tokenizer_of(resume)
+    before = from_dict(checkpoint.read_state(resume)["config"]).data.tokenizer
+    if name != before and not same_tokenizer(kept, load_tokenizer(name)):
+        raise BDHError(
+            f"data.tokenizer {name or 'bytes'} is not the tokenizer of {resume}, whose model knows no other; leave it "
+            "out, or begin a new run"
+        )
+    return kept
+
+
+def other_place(saved: dict[str, Any], config: TrainConfig, identity: dict[str, Any]) -> str | None:
+    """Why a checkpoint's place in its text is no place in this one; None if it is.
+
+    Args:
+        saved: The checkpoint's state.
+        config: The configuration to go on with.
+        identity: Of the text to go on with.
+    """
+    before = from_dict(saved["config"])
+    if saved["format"] < 2:
+        return "the checkpoint is of an earlier version of bdh, which ordered the text in another way"
+    if saved["text"] != identity:
+        return "the text is not the one the checkpoint was trained on"
+    names = ["streaming", "block_size"]
+    if config.data.streaming:
+        names += ["num_workers", "shuffle_blocks", "train_split"]
+    changed = [f"data.{name}" for name in names if getattr(before.data, name) != getattr(config.data, name)]
+    names = ["carry_state", "seed", *(["batch_size"] if config.training.carry_state else [])]
+    changed += [
+        f"training.{name}" for name in names if getattr(before.training, name) != getattr(config.training, name)
+    ]
+    return f"{' and '.join(changed)} changed" if changed else None

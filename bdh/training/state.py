@@ -1,0 +1,79 @@
+"""What changes while a run goes on, and how a run ended."""
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bdh.model import BDHState
+from bdh.training.evaluation import Evaluation
+
+
+@dataclass
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+        run_dir: The run's folder.
+        step: Steps done.
+        signal: The signal that stopped it, or None if it reached the end.
+        evaluation: The last validation, if there was one.
+        seconds: Time spent training, earlier parts of the run included.
+    """
+
+    run_dir: Path
+    step: int
+    signal: signal.Signals | None
+    evaluation: Evaluation | None
+    seconds: float
+
+
+@dataclass
+class RunState:
+    """What changes while a run goes on, besides weights, optimizer and random states; all of it is in a checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluation: Evaluation | None = None
+    evaluated_at: int = -1
+    best_validation_loss: float | None = None
+    best_checkpoint: str | None = None
+    saved_at: int = -1
+
+
+class CarriedState:
+    """The synapses that each row of the batch goes on from (truncated back-propagation through time).
+
+    Args:
+        pieces: An empty state for each forward pass of a step.
+    """
+
+    def __init__(self, pieces: Iterable[BDHState]):
+        self.pieces = list(pieces)
+
+    def before(self, piece: int, fresh: Tensor) -> BDHState:
+        """The state a forward pass begins with; rows marked in `fresh`, (b,) bool, begin anew."""
+        state = self.pieces[piece]
+        return state.forget(fresh) if bool(fresh.any()) else state
+
+    def after(self, piece: int, state: BDHState) -> None:
+        """Keeps what a forward pass left, cut off from its graph."""
+        self.pieces[piece] = state.detach()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: synapses.LAYER (B, h, N, D) and position (B,), all pieces together."""
+        layers = range(len(self.pieces[0].synapses))
+        kept = {f"synapses.{i}": torch.cat([state.synapses[i] for state in self.pieces]) for i in layers}
+        return {**kept, "position": torch.cat([state.position for state in self.pieces])}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Puts back what `tensors` returned."""
+        size = self.pieces[0].batch_size
+        for number, piece in enumerate(self.pieces):
+            rows = slice(number * size, (number + 1) * size)
+            synapses = [tensors[f"synapses.{i}"][rows].clone() for i in range(len(piece.synapses))]
+            self.pieces[number] = BDHState(synapses, tensors["position"][rows].clone(), 0)
