@@ -7,7 +7,8 @@ from bdh.errors import BDHError
 
 
 def run(argv: list[str]) -> int:
-    from bdh.training.config import LIMITS, DataConfig, TrainConfig, check_limit
+    from bdh.data.settings import DataConfig
+    from bdh.training.config import TrainConfig, validate
 
     parser = Parser(
         prog="bdh eval",
@@ -28,8 +29,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     args = parser.parse_args(argv)
     data: DataConfig = parser.instantiate(args).data
-    for name in ("data.block_size", "data.train_split", "data.num_proc"):
-        check_limit(name, getattr(data, name.removeprefix("data.")), LIMITS[name])
+    validate(TrainConfig(data=data))
     if args.batch_size < 1:
         raise BDHError(f"batch_size is {args.batch_size}; it must be at least 1")
 

@@ -73,11 +73,9 @@ def train(argv: list[str]) -> int:
 
 def check(data: Any) -> Any:
     """The settings of a text, refused where a run would refuse them."""
-    from dataclasses import replace
-
     from bdh.training.config import TrainConfig, validate
 
-    validate(replace(TrainConfig(), data=data))
+    validate(TrainConfig(data=data))
     return data
 
 

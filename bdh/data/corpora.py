@@ -55,7 +55,7 @@ def stdlib() -> list[str]:
                 texts.append(file.read_text(encoding="utf-8"))
             except UnicodeDecodeError:  # a handful declare another encoding; they are no loss
                 continue
-    return texts
+    return [text for text in texts if text]  # a package's __init__ is often empty
 
 
 def shakespeare(cache_dir: Path) -> str:

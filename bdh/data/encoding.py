@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from bdh.data.tokenizer import byte_level_symbols
+from bdh.data.tokenizer import byte_level_symbols, vocabulary_size
 
 DOCUMENT_BREAK = "\n\n"  # between documents, where the tokenizer has no end-of-text token
 PIECE = 8192  # characters encoded at a time, at the most: an encoding takes a hundred times its text
@@ -26,7 +26,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self.dtype = np.min_scalar_type(max(len(tokenizer) - 1, 0))
+        self.dtype = np.min_scalar_type(vocabulary_size(tokenizer) - 1)
         self.end_of_text: int | None = tokenizer.eos_token_id
         self.is_bytes = is_bytes(tokenizer)
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -45,7 +45,7 @@ def explain(error: BaseException, source: SourceConfig) -> str:
         return f"{name} cannot be prepared in {cache_folder()}: {full[0].strerror}; make room, or set HF_HOME"
     if "Permission denied" in text or "Read-only file system" in text:
         return f"{name} cannot be read or prepared: {reason(chain)}; {cache_folder()} must be writable, or set HF_HOME"
-    if "GatedRepoError" in kinds or "gated" in text:
+    if "GatedRepoError" in kinds or re.search(r"\bgated dataset\b", text):
         return f"{name} is gated: ask for access on its page on the hub, then log in with: hf auth login"
     if "RevisionNotFoundError" in kinds:
         return f"data.revision {source.revision} does not exist for {source.path}"

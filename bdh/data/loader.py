@@ -1,5 +1,6 @@
 """From settings to batches: opens every source, tokenizes or streams it, and puts the parts together."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from bdh.data.blocks import ALONE, BlockSource, Lanes, Mixture, PackedBlocks, Share
 from bdh.data.corpora import load_corpus
 from bdh.data.encoding import Encoder
-from bdh.data.prepare import Counts, Prepared, Rows, byte_count, cut, prepare, prepare_texts, tally
+from bdh.data.prepare import Counts, Prepared, Rows, characters, cut, prepare, prepare_texts, tally
 from bdh.data.settings import DataConfig, SourceConfig
 from bdh.data.stream import CarriedLanes, Reader, StreamSettings, WindowedBlocks, is_held_out
 from bdh.data.tokens import Documents, Tokens
@@ -21,6 +22,7 @@ from bdh.data.workers import RowStream, StreamRows
 from bdh.errors import BDHError
 
 VALIDATION_TOKENS = 1 << 20  # of a stream: what is held out and read before training begins
+VALIDATION_READ = 200_000_000  # characters of a stream read to find them
 
 
 @dataclass
@@ -138,11 +140,16 @@ def read_text(
     sources = config.sources()
     if not sources:
         corpus = opener.prepared_corpus()
-        _, validation, size = cut(corpus, config.train_split, tokenizer)
+        _, validation, size = cut(corpus, config.train_split, tokenizer, opener.encoder)
         return config.corpus, validation, size
+    name = ", ".join(source.path for source in sources)
+    if config.streaming:
+        streams = [opener.held_out(source, 1.0, 1) for source in sources]
+        tokens = Tokens([array for stream in streams for array in stream[0].arrays])
+        return f"{name} (the first {len(tokens):,} tokens)", tokens, sum(stream[1] for stream in streams)
     texts = [opener.prepared(source, source.validation_split or source.split) for source in sources]
     tokens = Tokens([array for text in texts for array in text.tokens.arrays])
-    return ", ".join(source.path for source in sources), tokens, sum(int(text.row_bytes.sum()) for text in texts)
+    return name, tokens, sum(int(text.row_bytes.sum()) for text in texts)
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
@@ -166,11 +173,15 @@ def _texts_of(source: SourceConfig, config: DataConfig) -> Iterator[str]:
     rows: Any = open_source(source, config.streaming)
     share = 1.0 if source.validation_split else config.train_split
     with explained(source):
-        for number, row in enumerate(rows):
-            if not config.streaming and number >= max(len(rows) * share, 1):
+        room = math.inf if config.streaming else share * characters(rows)
+        for row in rows:
+            text = row["text"] or ""
+            if config.streaming and is_held_out(row.get("key", text), share):
+                continue
+            yield text[: int(min(room, len(text)))]
+            room -= len(text)
+            if room <= 0:
                 return
-            if row["text"] and not (config.streaming and is_held_out(row["text"], share)):
-                yield row["text"]
 
 
 @dataclass
@@ -217,7 +228,7 @@ class _Opener:
         config = self.config
         remarks = text.counts.remarks(name)
         if held_out is None:
-            train, validation, size = cut(text, config.train_split, self.tokenizer)
+            train, validation, size = cut(text, config.train_split, self.tokenizer, self.encoder)
         else:
             train, validation, size = text.documents, held_out.tokens, int(held_out.row_bytes.sum())
         self._check_length(train.tokens, "training", name)
@@ -268,8 +279,12 @@ class _Opener:
             lanes = self.batch_size // self.share.world
             streams.append(CarriedLanes(reader, lanes) if self.carry_state else WindowedBlocks(reader))
         self.say(f"{source.path}: reading what to validate on")
-        validation, size, remarks = self._held_out(source, share)
-        self._check_length(validation, "validation", source.path)
+        validation, size, remarks = self.held_out(source, share, total)
+        if len(validation) <= config.block_size:
+            raise BDHError(
+                f"data.block_size is {config.block_size}, but {len(validation)} tokens of {source.path} are held out "
+                "to validate on; try a smaller data.train_split, data.validation_split, or no data.streaming"
+            )
         name = source.path.rstrip("/").rsplit("/", 1)[-1]  # a run may be taken up from another folder
         identity: dict[str, Any] = {"stream": [name, source.config, source.split, source.revision]}
         identity["validation_checksum"] = validation.checksum()
@@ -277,26 +292,29 @@ class _Opener:
             StreamRows(streams, source.path, config.num_workers > 0), validation, size, None, identity, remarks
         )
 
-    def _held_out(self, source: SourceConfig, share: float) -> tuple[Tokens, int, list[str]]:
-        """What a stream is validated on: its own split, or the documents held out; VALIDATION_TOKENS at the most."""
+    def held_out(self, source: SourceConfig, share: float, readers: int) -> tuple[Tokens, int, list[str]]:
+        """What a stream is validated on: its own split, or the documents held out, and their UTF-8 bytes.
+
+        VALIDATION_TOKENS at the most, and as many as are found in the first VALIDATION_READ characters.
+        """
         from bdh.data.sources import explained, open_source
 
         encode, counts = Rows(self.encoder), Counts()
         arrays: list[np.ndarray] = []
-        total = size = 0
-        rows: Any = open_source(source, streaming=True, split=source.validation_split, ask_hub=False)
+        total = size = read = 0
+        rows: Any = open_source(source, True, source.validation_split, ask_hub=False, readers=readers)
         with explained(source), closing(iter(rows)) as texts:
             for row in texts:
-                if total >= VALIDATION_TOKENS:
+                if total >= VALIDATION_TOKENS or read >= VALIDATION_READ:
                     break
-                if share < 1 and not is_held_out(row["text"] or "", share):
+                read += len(row["text"] or "")
+                if share < 1 and not is_held_out(row.get("key", row["text"]) or "", share):
                     continue
-                encoded = encode({"text": [row["text"]], "ends": [True]})
+                encoded = encode({name: [value] for name, value in row.items()})
                 tally(counts, encoded)
-                arrays += encoded["tokens"]
-                total += len(encoded["tokens"][0])
-                size += encoded["bytes"][0]
-        tokens = Tokens(arrays).slice(0, VALIDATION_TOKENS)
-        if total > VALIDATION_TOKENS:
-            size = byte_count(tokens, self.tokenizer)
-        return tokens, size, counts.remarks(f"{source.path}, validation")
+                ids = encoded["tokens"][0]
+                kept = min(len(ids), VALIDATION_TOKENS - total)
+                arrays.append(ids[:kept])
+                total += kept
+                size += encoded["bytes"][0] * kept // max(len(ids), 1)
+        return Tokens(arrays), size, counts.remarks(f"{source.path}, validation")

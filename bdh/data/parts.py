@@ -9,7 +9,7 @@ import codecs
 import io
 import json
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +24,9 @@ Part = tuple[str, int, int, str]
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".py", ".tex", ".html", ".log"})
 COMPRESSIONS = frozenset({".gz", ".bz2", ".xz", ".zst", ".lz4"})
 PART_BYTES = 16 << 20  # what a resumed stream reads again at the most
+SMALLEST_PART = 1 << 13
 PIECE = 1 << 13  # characters of a row of text
+KEY = 256  # characters that tell one part from another
 READ = 1 << 16  # bytes read at a time
 
 
@@ -33,16 +35,20 @@ def whole_files(files: list[str]) -> list[Part]:
     return [(file, 0, -1, version(file)) for file in files]
 
 
-def parts_of(files: list[str], size: int | None = None) -> list[Part]:
-    """The files in parts of `size` bytes (default PART_BYTES); what is compressed or not on this disk stays whole."""
-    size = size or PART_BYTES
+def parts_of(files: list[str], readers: int = 1) -> list[Part]:
+    """The files in equal parts, enough for `readers` to share them evenly.
+
+    What is compressed, or not on this disk, stays whole.
+    """
+    sizes = {file: Path(file).stat().st_size for file in files if is_local(file) and not is_compressed(file)}
+    size = min(max(sum(sizes.values()) // (8 * max(readers, 8)), SMALLEST_PART), PART_BYTES)
     parts: list[Part] = []
     for file in files:
-        if not is_local(file) or is_compressed(file):
+        if file not in sizes:
             parts.append((file, 0, -1, version(file)))
             continue
-        total = Path(file).stat().st_size
-        bounds = [*range(0, max(total, 1), size), total]
+        count = max(round(sizes[file] / size), 1)
+        bounds = [sizes[file] * i // count for i in range(count + 1)]
         parts += [(file, begin, end, version(file)) for begin, end in pairwise(bounds)]
     return parts
 
@@ -64,20 +70,22 @@ def version(file: str) -> str:
 
 
 def text_rows(parts: list[Part]) -> Iterator[dict[str, Any]]:
-    """The text of parts, a row of at most PIECE characters at a time: {"text": str, "ends": bool}.
+    """The text of parts, a row of at most PIECE characters at a time: {"text": str, "ends": bool, "key": str}.
 
     A row ends where a line does, or a word, if one does in its second half. `ends` marks the last row of a part, which
-    ends a document. Bytes that are not UTF-8 become U+FFFD.
+    ends a document; `key` is the beginning of the part's text, the same for all its rows. Bytes that are not UTF-8
+    become U+FFFD.
     """
     for part in parts:
-        pending = ""
+        pending = key = ""
         for text in _decoded(part):
             pending += text
             while len(pending) > PIECE:
                 cut = _good_cut(pending)
-                yield {"text": pending[:cut], "ends": False}
+                key = key or pending[:KEY]
+                yield {"text": pending[:cut], "ends": False, "key": key}
                 pending = pending[cut:]
-        yield {"text": pending, "ends": True}
+        yield {"text": pending, "ends": True, "key": key or pending[:KEY]}
 
 
 def _good_cut(text: str) -> int:
@@ -118,8 +126,30 @@ def _continuation(data: bytes) -> int:
     return count
 
 
-def json_rows(parts: list[Part]) -> Iterator[dict[str, Any]]:
-    """The objects of JSON-lines parts; a line belongs to the part it begins in. BDHError for what is not JSON."""
+def json_rows(parts: list[Part], column: str) -> Iterator[dict[str, Any]]:
+    """The texts of JSON-lines parts, {"text": str or None}; a line belongs to the part it begins in.
+
+    A line is an object with the text under `column`, or the text itself. Raises BDHError for anything else.
+    """
+    for file, place, row in _objects(parts):
+        value = row.get(column) if isinstance(row, dict) else row
+        if not isinstance(value, str | None):
+            shown = json.dumps(value)[:40]
+            raise BDHError(f"{file} has {shown} at byte {place} where a text should be, under {column}")
+        yield {"text": value}
+
+
+def json_text_columns(parts: list[Part]) -> list[str]:
+    """The names under which the first hundred lines hold texts. Raises BDHError for what is not JSON lines."""
+    names: dict[str, None] = {}
+    for _, _, row in islice(_objects(parts), 100):
+        found = row.items() if isinstance(row, dict) else [("text", row)]
+        names.update({name: None for name, value in found if isinstance(value, str)})
+    return list(names)
+
+
+def _objects(parts: list[Part]) -> Iterator[tuple[str, int, Any]]:
+    """(file, byte, what stands there) of each line that is not empty."""
     for part in parts:
         file, begin, end, _ = part
         with _opened(part) as stream:
@@ -128,8 +158,9 @@ def json_rows(parts: list[Part]) -> Iterator[dict[str, Any]]:
                 stream.seek(begin - 1)
                 place = begin - 1 + _skip_line(stream)
             while (end < 0 or place < end) and (line := stream.readline()):
-                if line.strip():
-                    yield _json_row(line, file, place)
+                text = line.removeprefix(codecs.BOM_UTF8) if place == 0 else line
+                if text.strip():
+                    yield file, place, _parsed(text, file, place)
                 place += len(line)
 
 
@@ -143,14 +174,12 @@ def _skip_line(stream: BinaryIO) -> int:
     return count
 
 
-def _json_row(line: bytes, file: str, place: int) -> dict[str, Any]:
+def _parsed(line: bytes, file: str, place: int) -> dict[str, Any] | str:
     try:
         row = json.loads(line.decode("utf-8", errors="replace"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BDHError(f"{file} is not JSON lines at byte {place}: {error}") from error
-    if isinstance(row, str):
-        return {"text": row}
-    if not isinstance(row, dict):
+    if not isinstance(row, dict | str):
         raise BDHError(f"{file} has a line at byte {place} that is neither an object nor a text")
     return row
 

@@ -15,7 +15,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from bdh.data.encoding import Encoder, encode_utf8
+from bdh.data.failures import cache_folder
 from bdh.data.tokens import Documents, Tokens
+from bdh.errors import BDHError
 
 LAYOUT = 1  # goes into the fingerprint: raise it when the columns below change
 MAP_BYTES = 2 << 20  # text handed to the tokenizer at a time
@@ -82,6 +84,9 @@ class Rows:
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """{"text": str or None, "ends": bool} -> {"tokens": ids, "bytes": UTF-8 bytes, "mark": 1 empty, 2 U+FFFD}."""
+        strange = [text for text in batch["text"] if not isinstance(text, str | None)]
+        if strange:
+            raise BDHError(f"the text column holds {str(strange[0])[:40]!r}, which is not text")
         texts = [text or "" for text in batch["text"]]
         ends = batch.get("ends") or [True] * len(texts)
         tokens, sizes, marks = [], [], []
@@ -173,23 +178,36 @@ def _prepared(
     return Prepared(Documents(tokens, starts[starts < max(len(tokens), 1)]), row_ends, sizes, counts, cached)
 
 
-def cut(prepared: Prepared, share: float, tokenizer: PreTrainedTokenizerFast) -> tuple[Documents, Tokens, int]:
-    """The first `share` of the tokens to train on, the rest to validate on, and the UTF-8 bytes of the rest."""
+def characters(dataset: Any) -> int:
+    """Characters of all texts of a `datasets.Dataset`."""
+    import pyarrow.compute
+
+    return pyarrow.compute.sum(pyarrow.compute.utf8_length(dataset.data.column("text"))).as_py() or 0
+
+
+def cut(
+    prepared: Prepared, share: float, tokenizer: PreTrainedTokenizerFast, encoder: Encoder
+) -> tuple[Documents, Tokens, int]:
+    """The first `share` of the tokens to train on, the rest to validate on, and the UTF-8 bytes of the rest.
+
+    A document that is cut in two ends with the end-of-text token, if there is one, in both parts.
+    """
     total = len(prepared.tokens)
     place = int(total * share)
     row = int(np.searchsorted(prepared.row_ends, place, side="right"))
     size = int(prepared.row_bytes[row + 1 :].sum())
     if row < len(prepared.row_ends):
         rest = prepared.tokens.slice(place, int(prepared.row_ends[row]))
-        size += byte_count(rest, tokenizer)
-    return prepared.documents.slice(0, place), prepared.tokens.slice(place, total), size
+        size += len(rest) if encoder.is_bytes and encoder.end_of_text is None else byte_count(rest, tokenizer)
+    train = prepared.documents.slice(0, place)
+    if encoder.end_of_text is not None and place and train.tokens.read(place - 1, 1)[0] != encoder.end_of_text:
+        train = Documents(Tokens([*train.tokens.arrays, encoder.ending]), train.starts)
+    return train, prepared.tokens.slice(place, total), size
 
 
 def byte_count(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> int:
-    """UTF-8 bytes that tokens stand for; special tokens stand for none."""
+    """UTF-8 bytes that tokens stand for, as they are decoded; special tokens stand for none."""
     ids = tokens.read(0, len(tokens)).tolist()
-    if tokenizer.eos_token_id is None and len(tokenizer) == 256:
-        return len(ids)
     return len(encode_utf8(tokenizer.decode(ids, skip_special_tokens=True)))
 
 
@@ -200,9 +218,14 @@ def _fingerprint(dataset: Any, encoder: Encoder) -> str:
 
 
 def _cache_file(dataset: Any, fingerprint: str) -> Path | None:
-    """Where the tokens are kept: beside the text's own cache; nowhere for a text in memory."""
-    files = dataset.cache_files
-    return Path(files[0]["filename"]).parent / f"tokens-{fingerprint}.arrow" if files else None
+    """Where the tokens are kept: beside the text in the cache of `datasets`; of a text elsewhere, in a folder there."""
+    if not dataset.cache_files:
+        return None
+    place = Path(dataset.cache_files[0]["filename"]).parent
+    if not place.resolve().is_relative_to(cache_folder().resolve()):
+        place = cache_folder() / "bdh"
+        place.mkdir(parents=True, exist_ok=True)
+    return place / f"tokens-{fingerprint}.arrow"
 
 
 @contextmanager

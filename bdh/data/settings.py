@@ -49,7 +49,7 @@ class DataConfig:
         cross_documents: Whether a token sees the documents before its own in the sequence; false begins every document
             with an empty memory.
         shuffle_blocks: A stream is shuffled within windows of this many blocks; 1 leaves its order.
-        num_workers: Processes that read and tokenize a stream; 0 does it between the steps.
+        num_workers: Processes that read and tokenize a stream (each stream of a mixture); 0 does it between the steps.
         num_proc: Processes that tokenize before training begins; null takes one a core.
         cache_dir: Where downloaded corpora are kept; what comes through `datasets` lies where HF_HOME says.
     """

@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub
-from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -23,9 +23,11 @@ from bdh.data.failures import cache_folder, explain, offline, reason
 from bdh.data.parts import (
     COMPRESSIONS,
     TEXT_SUFFIXES,
+    Part,
     is_compressed,
     is_local,
     json_rows,
+    json_text_columns,
     parts_of,
     text_rows,
     whole_files,
@@ -34,6 +36,7 @@ from bdh.data.settings import SourceConfig
 from bdh.errors import BDHError
 
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it then raises, which is said in our words
+huggingface_hub.logging.set_verbosity_error()
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 
@@ -47,7 +50,8 @@ KINDS = {
     ".arrow": "arrow",
 }
 LINES = frozenset({".jsonl", ".ndjson"})
-TEXT_ROWS = Features({"text": Value("large_string"), "ends": Value("bool")})
+JSON_ROWS = Features({"text": Value("large_string")})
+TEXT_ROWS = Features({"text": Value("large_string"), "ends": Value("bool"), "key": Value("string")})
 
 
 @dataclass(frozen=True)
@@ -58,31 +62,34 @@ class Place:
         kind: text, json, csv, parquet, arrow: `files` of that format; dataset: a folder or a name for `load_dataset`;
             saved: a folder that `save_to_disk` wrote.
         files: Paths or addresses, in the order of their names.
+        name: Of a dataset: the folder, or the name on the hub.
     """
 
     kind: str
     files: tuple[str, ...] = ()
+    name: str = ""
 
 
 def open_source(
-    source: SourceConfig, streaming: bool, split: str | None = None, ask_hub: bool = True
+    source: SourceConfig, streaming: bool, split: str | None = None, ask_hub: bool = True, readers: int = 1
 ) -> Dataset | IterableDataset:
-    """The rows of a source, with the columns `text` and perhaps `ends`.
+    """The rows of a source, with the columns `text` and perhaps `ends` and `key` (see `text_rows`).
 
     Args:
         source: What to read.
         streaming: Whether to read lazily.
         split: Another split than `source.split`.
         ask_hub: Whether to find out first if the hub can be reached; not for who opens a source once more.
+        readers: How many will share a stream.
 
     Raises:
         BDHError: There is no such file or dataset, it cannot be reached or read, or has no single text column.
     """
     place = find(source.path)
     with explained(source):
-        if place.kind == "dataset" and ask_hub and not Path(source.path).expanduser().exists():
+        if place.kind == "dataset" and ask_hub and not Path(place.name).exists():
             check_hub(source)
-        return _open(place, source, streaming, split or source.split)
+        return _open(place, source, streaming, split or source.split, readers)
 
 
 def check_hub(source: SourceConfig) -> None:
@@ -111,33 +118,51 @@ def in_cache(name: str) -> bool:
     return (cache_folder() / name.replace("/", "___")).is_dir()
 
 
-def _open(place: Place, source: SourceConfig, streaming: bool, split: str) -> Dataset | IterableDataset:
-    if place.kind != "dataset" and split != "train":
+def _open(place: Place, source: SourceConfig, streaming: bool, split: str, readers: int) -> Dataset | IterableDataset:
+    if place.kind not in ("dataset", "saved") and split != "train":
         raise BDHError(f"data: {source.path} has no split {split}; only datasets have splits, files are all train")
     files = list(place.files)
+    if place.kind == "text" and source.text_column is not None:
+        raise BDHError(f"data.text_column is {source.text_column}, but {source.path} is plain text without columns")
     if place.kind == "text":
-        if source.text_column is not None:
-            raise BDHError(f"data.text_column is {source.text_column}, but {source.path} is plain text without columns")
-        if streaming:
-            parts = {"parts": parts_of(files)}
-            return IterableDataset.from_generator(text_rows, features=TEXT_ROWS, gen_kwargs=parts)
-        parts = {"parts": whole_files(files)}
-        return Dataset.from_generator(text_rows, features=TEXT_ROWS, gen_kwargs=parts)
-    if streaming and all(suffix_of(file) in LINES for file in files) and files:
-        rows = IterableDataset.from_generator(json_rows, gen_kwargs={"parts": parts_of(files)})
-        return only_text(rows, source)
+        return _generated(text_rows, TEXT_ROWS, {"parts": _parts(files, streaming, readers)}, streaming)
+    if place.kind == "json" and all(suffix_of(file) in LINES and (streaming or is_local(file)) for file in files):
+        parts = _parts(files, streaming, readers)
+        column = choose_column(json_text_columns(parts), source)
+        return _generated(json_rows, JSON_ROWS, {"parts": parts, "column": column}, streaming)
     if place.kind == "saved":
-        saved = datasets.load_from_disk(source.path)
-        return only_text(saved.to_iterable_dataset() if streaming else saved, source)
+        return only_text(_saved(place, source, streaming, split), source)
     if place.kind == "dataset":
-        data = load_dataset(source.path, name=source.config, split=split, revision=source.revision, streaming=streaming)
+        data = load_dataset(place.name, name=source.config, split=split, revision=source.revision, streaming=streaming)
     else:
+        names = {"train": [glob.escape(file) if is_local(file) else file for file in files]}
         data = load_dataset(
-            place.kind, data_files={"train": files}, split="train", streaming=streaming, **reading(place.kind, files)
+            place.kind, data_files=names, split="train", streaming=streaming, **reading(place.kind, files)
         )
     if isinstance(data, IterableDataset):
         data = data.reshard()  # Parquet's row groups are places to go on from
     return only_text(data, source)
+
+
+def _parts(files: list[str], streaming: bool, readers: int) -> list[Part]:
+    return parts_of(files, readers) if streaming else whole_files(files)
+
+
+def _generated(rows: Any, features: Features, given: dict[str, Any], streaming: bool) -> Dataset | IterableDataset:
+    kind = IterableDataset if streaming else Dataset
+    return kind.from_generator(rows, features=features, gen_kwargs=given)
+
+
+def _saved(place: Place, source: SourceConfig, streaming: bool, split: str) -> Dataset | IterableDataset:
+    """What `save_to_disk` wrote: one dataset, or several by the names of their splits."""
+    saved = datasets.load_from_disk(place.name)
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise BDHError(f"data.split {split} is not a split of {source.path}; there are {', '.join(saved)}")
+        saved = saved[split]
+    elif split != "train":
+        raise BDHError(f"data: {source.path} has no split {split}; it was saved as a single one")
+    return saved.to_iterable_dataset(num_shards=min(64, max(len(saved), 1))) if streaming else saved
 
 
 def reading(kind: str, files: list[str]) -> dict[str, Any]:
@@ -154,7 +179,13 @@ def reading(kind: str, files: list[str]) -> dict[str, Any]:
 
 def only_text(data: Dataset | IterableDataset, source: SourceConfig) -> Dataset | IterableDataset:
     """The data with its text column alone, called `text`."""
-    columns = text_columns(data)
+    name = choose_column(text_columns(data), source)
+    data = data.select_columns([name])
+    return data if name == "text" else data.rename_column(name, "text")
+
+
+def choose_column(columns: list[str], source: SourceConfig) -> str:
+    """The text column that is asked for, or the only one there is. Raises BDHError."""
     name = source.text_column
     if name is None and len(columns) != 1:
         have = f"has several text columns: {', '.join(columns)}" if columns else "has no text column"
@@ -163,8 +194,7 @@ def only_text(data: Dataset | IterableDataset, source: SourceConfig) -> Dataset 
     if name is not None and name not in columns:
         there = f"it has {', '.join(columns)}" if columns else "it has none"
         raise BDHError(f"data.text_column {name} is not a text column of {source.path}; {there}")
-    data = data.select_columns([name or columns[0]])
-    return data if (name or columns[0]) == "text" else data.rename_column(name or columns[0], "text")
+    return name or columns[0]
 
 
 def text_columns(data: Dataset | IterableDataset) -> list[str]:
@@ -204,7 +234,7 @@ def find(path: str) -> Place:
             raise BDHError(f"data.path {path} matches no file")
         return of_one_kind(path, found)
     if is_hub_name(path):
-        return Place("dataset")
+        return Place("dataset", name=path)
     raise BDHError(f"data.path {path} does not exist")
 
 
@@ -215,19 +245,22 @@ def is_hub_name(path: str) -> bool:
 
 def in_folder(folder: Path) -> Place:
     """A saved dataset, a dataset with its card or with files of one format, or text files."""
-    if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
-        return Place("saved")
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return Place("saved", name=str(folder))
+    card = folder / "README.md"
+    front = _front_matter(card)
+    if re.search(r"^(configs|dataset_info):", front, re.MULTILINE):
+        return Place("dataset", name=str(folder))
     files = sorted(str(file) for file in folder.rglob("*") if file.is_file() and not hidden(file, folder))
-    kinds = {kind_of(file) for file in files} - {None}
+    files = [file for file in files if not (front and Path(file) == card)]
+    kinds = {kind_of(file) for file in files if Path(file) != card} - {None}
     if kinds - {"text"}:
-        card = folder / "README.md"
-        texts = [file for file in files if kind_of(file) == "text" and Path(file) != card]
-        if not card.is_file() and (len(kinds) > 1 or texts):
+        if len(kinds) > 1:
             raise BDHError(
                 f"data.path {folder} holds files of several formats ({', '.join(sorted(map(str, kinds)))}); name one "
                 f"by a glob, as in '{folder}/*.jsonl'"
             )
-        return Place("dataset")
+        return Place("dataset", name=str(folder))
     texts = [file for file in files if kind_of(file) == "text"]
     if not texts:
         raise BDHError(f"data.path {folder} holds no text; looked for files ending in {known_suffixes()}")
@@ -240,6 +273,12 @@ def is_text(file: Path) -> bool:
         head = stream.read(4096)
     text = head.decode("utf-8", errors="ignore")
     return len(text.encode()) > len(head) - 4 and not set(text) & set(map(chr, [*range(9), *range(14, 27)]))
+
+
+def _front_matter(card: Path) -> str:
+    """What stands between the first two lines of dashes of a dataset's card; nothing where it is no card."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return text.split("\n---", 1)[0].removeprefix("---") if text.startswith("---\n") else ""
 
 
 def hidden(file: Path, folder: Path) -> bool:

@@ -9,6 +9,7 @@ import zlib
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from bdh.data.blocks import generator
 from bdh.data.encoding import Encoder, encode_utf8
 from bdh.data.prepare import Counts, Rows, tally
 from bdh.data.settings import SourceConfig
+from bdh.data.tokens import Tokens
 from bdh.errors import BDHError
 
 BATCH_ROWS = 16  # rows handed to the tokenizer at a time
 HELD_OUT_STEPS = 10_000  # how finely `train_split` divides
+LONGEST = 1 << 22  # tokens of a document that a lane holds; a longer one ends there and begins anew
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Reader:
         """Batches from a position on."""
         from bdh.data.sources import explained, open_source
 
-        source = self._share(open_source(self.settings.source, streaming=True, ask_hub=False))
+        source = open_source(self.settings.source, streaming=True, ask_hub=False, readers=self.count)
+        source = self._share(source)
         with explained(self.settings.source):
             while True:
                 position = yield from self._epoch(source, position)
@@ -88,31 +92,36 @@ class Reader:
         settings = self.settings
         counts = Counts(**before["counts"])
         epoch, whole = before["epoch"], before["source"] is None
+        source.load_state_dict(before["source"])  # None: from the beginning, whatever was loaded before
         if settings.shuffle_blocks > 1:  # the order of the shards is drawn from this number
             source.set_epoch(int(generator(settings.seed, settings.stream, epoch).integers(1, 2**31)))
-        if not whole:
-            source.load_state_dict(before["source"])
         read = False
         for rows in source.iter(batch_size=BATCH_ROWS):
             encoded = self.encode(self._kept(rows))
-            tally(counts, encoded)
+            if epoch == 0:
+                tally(counts, encoded)
             after = {"epoch": epoch, "source": source.state_dict(), "counts": asdict(counts)}
             read = read or any(len(ids) for ids in encoded["tokens"])
             yield Batch(before, after, encoded["tokens"], encoded["ends"])
             before = after
         if whole and not read:
             raise BDHError(
-                f"data: {settings.source.path} gives reader {self.number + 1} of {self.count} no text to train on"
+                f"data: {settings.source.path} gives reader {self.number + 1} of {self.count} no text to train on; try "
+                "a smaller data.num_workers, or no data.streaming"
             )
         return {"epoch": epoch + 1, "source": None, "counts": asdict(counts)}
 
     def _share(self, source: Any) -> Any:
-        """This reader's part: shards where there are enough to be dealt out evenly, else every so-manyth row."""
+        """This reader's part: shards where there are enough to be dealt out evenly, else every so-manyth row.
+
+        Rows of plain text are no documents: its parts are always dealt out, and there are enough of them.
+        """
         from datasets.distributed import split_dataset_by_node
 
         if self.count == 1:
             return source
-        if source.num_shards >= 4 * self.count or source.num_shards % self.count == 0:
+        plain = source.features is not None and "ends" in source.features
+        if source.num_shards >= 8 * self.count or (plain and source.num_shards >= self.count):
             return source.shard(num_shards=self.count, index=self.number, contiguous=False)
         return split_dataset_by_node(source, rank=self.number, world_size=self.count)
 
@@ -120,16 +129,9 @@ class Reader:
         """The rows that are not held out."""
         if self.settings.train_split >= 1:
             return rows
-        kept = [not is_held_out(text or "", self.settings.train_split) for text in rows["text"]]
-        chosen = {
-            name: [value for value, keep in zip(values, kept, strict=True) if keep] for name, values in rows.items()
-        }
-        if "ends" in rows:  # a document whose last piece is held out ends with the piece before it
-            for i in np.flatnonzero(~np.array(kept)):
-                before = sum(kept[:i])
-                if rows["ends"][i] and before:
-                    chosen["ends"][before - 1] = True
-        return chosen
+        keys = rows.get("key", rows["text"])
+        kept = [not is_held_out(key or "", self.settings.train_split) for key in keys]
+        return {name: list(compress(values, kept)) for name, values in rows.items()}
 
 
 class WindowedBlocks:
@@ -191,7 +193,6 @@ class CarriedLanes:
     def rows(self, position: dict[str, Any]) -> Iterator[tuple[np.ndarray, bool, dict[str, Any]]]:
         """(rows (lanes, T + 1), whether they begin anew, the position after them), from a position on."""
         T = self.reader.settings.block_size
-        empty = np.empty(0, dtype=self.reader.settings.encoder.dtype)
         lanes: list[tuple[list[int], int]] = [(list(numbers), offset) for numbers, offset in position["lanes"]]
         documents = self._documents(position["reader"], position["first"])
         texts: dict[int, np.ndarray] = {}  # documents that lanes are in
@@ -210,8 +211,7 @@ class CarriedLanes:
                     texts[number], origin[number] = text, where
                     numbers.append(number)
                     upcoming = number + 1
-                row = np.concatenate([texts[n] for n in numbers] or [empty])[offset : offset + T + 1]
-                rows.append(row)
+                rows.append(Tokens([texts[n] for n in numbers]).read(offset, T + 1))
                 offset += T
                 while len(texts[numbers[0]]) <= offset:
                     offset -= len(texts[numbers[0]])
@@ -227,7 +227,9 @@ class CarriedLanes:
         self, position: dict[str, Any], number: int
     ) -> Iterator[tuple[int, np.ndarray, tuple[dict[str, Any], int]]]:
         """(number, ids, (position, number of the first document there)) of each document from a position on."""
+        ending = self.reader.settings.encoder.ending
         parts: list[np.ndarray] = []
+        size = 0
         where = (position, number)
         for batch in self.reader.batches(position):
             if not parts:
@@ -235,9 +237,10 @@ class CarriedLanes:
             for ids, last in zip(batch.tokens, batch.ends, strict=True):
                 if len(ids):
                     parts.append(ids)
-                if last and parts:
-                    yield number, np.concatenate(parts), where
+                    size += len(ids)
+                if size and (last or size >= LONGEST):
+                    yield number, np.concatenate(parts if last else [*parts, ending]), where
                     number += 1
-                    parts = []
+                    parts, size = [], 0
             if not parts:
                 where = (batch.after, number)

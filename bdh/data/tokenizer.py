@@ -61,6 +61,11 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """How many tokens a model must know for a tokenizer: its highest id and one; there may be gaps below."""
+    return max(tokenizer.get_vocab().values(), default=0) + 1
+
+
 def same_tokenizer(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
     """Whether two tokenizers make the same ids of every text and end documents with the same token."""
     texts = (tokenizer.backend_tokenizer.to_str() for tokenizer in (one, other))

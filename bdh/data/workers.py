@@ -124,6 +124,7 @@ class StreamRows:
             batch_size=None,
             num_workers=len(self.streams),
             prefetch_factor=4,
+            generator=torch.Generator(),  # or the loader would take random numbers that dropout is to have
             worker_init_fn=_begin_worker,
             collate_fn=_as_it_is,
         )

@@ -85,10 +85,8 @@ def load_export(directory: str | Path) -> tuple[BDHForCausalLM, PreTrainedTokeni
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except Exception as error:  # the library raises many kinds for a damaged file; all mean the same to the user
         raise BDHError(f"the tokenizer in {path} cannot be loaded: {_one_line(error)}") from error
-    if len(tokenizer) > model.config.vocab_size:
-        raise BDHError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; they do not fit"
-        )
+    if (size := max(tokenizer.get_vocab().values(), default=0) + 1) > model.config.vocab_size:
+        raise BDHError(f"{path}: the tokenizer has {size} tokens, the model {model.config.vocab_size}; they do not fit")
     return model, tokenizer
 
 

@@ -262,6 +262,11 @@ def _check_data(config: TrainConfig) -> None:
         if not source.path:
             raise BDHError(f"data.mixture has no path at number {number + 1}")
         check_limit(f"data.mixture weight of {source.path}", source.weight, (0, _INF, "()"))
+    if data.streaming and data.train_split > 0.9999 and not all(s.validation_split for s in data.sources()):
+        raise BDHError(
+            f"data.train_split is {data.train_split}; of a stream it must be at most 0.9999, or name a "
+            "data.validation_split"
+        )
     if config.training.carry_state and len(data.mixture) > 1:
         raise BDHError("training.carry_state true reads one text from beginning to end; leave data.mixture out")
     if config.training.carry_state and config.training.compile:

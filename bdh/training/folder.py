@@ -57,8 +57,28 @@ class RunFolder:
     def release(self) -> None:
         """Lets other processes in again; the end of the process does so too."""
         if self.lock is not None:
-            os.close(self.lock)
+            drop_lock(self.lock)
             self.lock = None
+
+
+_held: set[int] = set()  # descriptors of locks that this process has taken
+
+
+def _leave_locks_to_the_parent() -> None:
+    """A process that reads text may outlive this one when it is killed, and must not keep the run locked."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
+
+
+def drop_lock(descriptor: int) -> None:
+    """Gives a lock back."""
+    _held.discard(descriptor)
+    os.close(descriptor)
 
 
 def take_lock(path: Path, checkpoints: Path) -> int | None:
@@ -79,6 +99,7 @@ def take_lock(path: Path, checkpoints: Path) -> int | None:
         raise BDHError(
             f"run_dir {path} is in use by another process; wait for it, or name another: --run_dir DIR"
         ) from error
+    _held.add(descriptor)
     return descriptor
 
 
@@ -88,7 +109,7 @@ def refuse_if_in_use(where: Path) -> None:
         if (run / "checkpoints").is_dir():
             lock = take_lock(run, run / "checkpoints")
             if lock is not None:
-                os.close(lock)
+                drop_lock(lock)
             return
 
 

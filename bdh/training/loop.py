@@ -21,6 +21,7 @@ import transformers
 from bdh import __version__
 from bdh.data.blocks import ValidationWindows, document_ids
 from bdh.data.loader import Batch, open_data
+from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
 from bdh.inference.generation import SamplingSettings, generate_text
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
@@ -70,7 +71,7 @@ class Trainer:
         self.device = choose_device(settings.device)
         saved = None if resume is None else checkpoint.read_state(resume)
         self.tokenizer = choose_tokenizer(config, resume)
-        config = with_vocabulary(config, len(self.tokenizer))
+        config = with_vocabulary(config, vocabulary_size(self.tokenizer))
         self.run_dir = Path(config.run_dir)
         self.store = checkpoint.CheckpointStore(self.run_dir / "checkpoints", config.checkpoint.keep)
         self.folder = RunFolder(self.run_dir, self.store, resume)

@@ -8,7 +8,7 @@ from typing import Any
 import pandas
 import pytest
 import zstandard
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from bdh.data.settings import SourceConfig
 from bdh.data.sources import open_source
@@ -78,6 +78,10 @@ def test_what_a_file_holds_is_not_changed(tmp_path: Path) -> None:
     assert texts(tmp_path / "a.txt") == texts(tmp_path / "a.txt", True) == [odd]
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": odd}) + "\n" + json.dumps({"text": None}))
     assert texts(tmp_path / "a.jsonl") == texts(tmp_path / "a.jsonl", True) == [odd, None]
+    (tmp_path / "b[1].jsonl").write_bytes(b'\xef\xbb\xbf{"text": null}\n{"text": "a"}\n')
+    assert texts(tmp_path / "b[1].jsonl") == texts(tmp_path / "b[1].jsonl", True) == [None, "a"]
+    write(tmp_path / "c[1].csv")
+    assert texts(tmp_path / "c[1].csv") == TEXTS
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -143,6 +147,16 @@ def test_a_dataset_folder_with_a_card_and_configurations(tmp_path: Path, streami
 def test_a_dataset_saved_to_disk(tmp_path: Path, streaming: bool) -> None:
     Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
     assert texts(tmp_path / "saved", streaming) == TEXTS
+    DatasetDict({"train": Dataset.from_dict({"text": TEXTS})}).save_to_disk(tmp_path / "several")
+    assert texts(tmp_path / "several", streaming) == TEXTS
+    with pytest.raises(BDHError, match=r"data\.split dev is not a split of .*; there are train"):
+        open_source(SourceConfig(str(tmp_path / "several")), streaming, split="dev")
+
+
+def test_a_card_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nAbout the texts.\n")
+    (tmp_path / "a.txt").write_text("the text")
+    assert texts(tmp_path) == ["the text"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

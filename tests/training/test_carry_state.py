@@ -42,7 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(folder: Path, run_dir: Path, carry: bool, steps: int, **data: object) -> TrainConfig:
     return TrainConfig(
         run_dir=str(run_dir),
-        model=ModelConfig(n_layer=2, n_embd=32, n_head=2, mlp_internal_dim_multiplier=8, dropout=0.0, initializer_range=0.1),
+        model=ModelConfig(
+            n_layer=2, n_embd=32, n_head=2, mlp_internal_dim_multiplier=8, dropout=0.0, initializer_range=0.1
+        ),
         data=DataConfig(
             path=str(folder / "keys.jsonl"), tokenizer=str(folder / "tokenizer"), block_size=BLOCK,
             cross_documents=False, num_workers=0, **data,  # type: ignore[arg-type]
@@ -95,7 +97,7 @@ def test_blocks_one_after_another_are_read_as_one_text(folder: Path, tmp_path: P
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_resumed_run_carries_on_bit_for_bit(folder: Path, tmp_path: Path, streaming: bool) -> None:
-    config = settings(folder, tmp_path / "whole", True, 30, streaming=streaming)
+    config = settings(folder, tmp_path / "whole", True, 30, streaming=streaming, train_split=0.6)
     config.checkpoint = CheckpointConfig(interval=10, keep=5)
     config.training.micro_batch_size = 32
     train(config)

@@ -1,5 +1,6 @@
 """Kills, signals, damage: a run goes on as if nothing had happened."""
 
+import json
 import os
 import random
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from bdh.data.tokenizer import save_tokenizer
+from bdh.data.vocabulary import train_tokenizer
 from bdh.training.checkpoint import find_checkpoint
 from bdh.training.tracking import read_metrics
 from tests.conftest import TEXT, TINY, Run, environment
@@ -76,6 +79,30 @@ def test_ten_kills_at_random_moments_change_no_bit(tmp_path: Path, undisturbed: 
     assert process.returncode == 0, output
     assert re.search(r"going on from step \d+ of 400", output)
     assert_same_end(undisturbed, run)
+
+
+def test_a_kill_while_streaming_changes_no_bit(tmp_path: Path) -> None:
+    """With processes that read, dropout, and a state that is carried: all of it goes on as if nothing had happened."""
+    save_tokenizer(train_tokenizer("bytes", (), 0), tmp_path / "tokenizer")
+    lines = [json.dumps({"text": line * (1 + n % 7)}) for n, line in enumerate(TEXT.splitlines())]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    settings = [*SETTINGS, "--training.max_steps", "120", "--data.tokenizer", "tokenizer", "--data.path", "a.jsonl"]
+    settings += ["--data.streaming", "true", "--data.shuffle_blocks", "8"]
+    for carry in ("false", "true"):
+        given = [*settings, "--training.carry_state", carry]
+        process = start(tmp_path, *given, "--run_dir", f"whole-{carry}")
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        run = tmp_path / f"killed-{carry}"
+        process = start(tmp_path, *given, "--run_dir", run.name)
+        assert wait_until(process, run, 60)
+        process.kill()
+        process.wait()
+        process = start(tmp_path, "--resume", run.name)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0 and "going on from step" in output, output
+        assert "from its beginning" not in output
+        assert_same_end(tmp_path / f"whole-{carry}", run)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
