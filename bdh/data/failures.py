@@ -47,6 +47,8 @@ def explain(error: BaseException, source: SourceConfig) -> str:
         return f"{name} cannot be read or prepared: {reason(chain)}; {cache_folder()} must be writable, or set HF_HOME"
     if "GatedRepoError" in kinds or re.search(r"\bgated dataset\b", text):
         return f"{name} is gated: ask for access on its page on the hub, then log in with: hf auth login"
+    if "Dataset scripts are no longer supported" in text:
+        return f"{name} needs a script to be read, which is not run; try its copy: --data.revision refs/convert/parquet"
     if "RevisionNotFoundError" in kinds:
         return f"data.revision {source.revision} does not exist for {source.path}"
     if offline() and kinds & UNREACHABLE:

@@ -1,7 +1,9 @@
 """Where a run computes, in which precision, and what it keeps in memory."""
 
+import random
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 
 from bdh.errors import BDHError
@@ -48,3 +50,10 @@ def hardware(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{'CPU' if device.type == 'cpu' else device.type} ({threads} thread{'s' if threads > 1 else ''})"
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

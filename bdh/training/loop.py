@@ -6,7 +6,6 @@ same bits. Random numbers are drawn by dropout alone: data and samples have gene
 
 import os
 import platform
-import random
 import signal
 import time
 from contextlib import suppress
@@ -24,10 +23,10 @@ from bdh.data.loader import Batch, open_data
 from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
 from bdh.inference.generation import SamplingSettings, generate_text
-from bdh.model import BDHConfig, BDHForCausalLM, BDHState
+from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, compare, validate, with_vocabulary, with_whole_path
-from bdh.training.device import autocast, choose_device, hardware, recompute_layers
+from bdh.training.device import autocast, choose_device, hardware, recompute_layers, seed_everything
 from bdh.training.evaluation import Evaluation, evaluate
 from bdh.training.export import export_checkpoint
 from bdh.training.folder import RunFolder
@@ -92,7 +91,12 @@ class Trainer:
         if settings.gradient_checkpointing:
             recompute_layers(self.model)
         self.optimizer = build_optimizer(self.model, settings)
-        self.memory = self.empty_memory() if settings.carry_state else None
+        size = self.piece_size()
+        self.memory = (
+            CarriedState.empty(self.model.config, size, settings.batch_size // size, self.device)
+            if settings.carry_state
+            else None
+        )
         self.forward_model: Any = self.compiled() if settings.compile else self.model
 
         self.folder.claim(self.config)
@@ -108,12 +112,6 @@ class Trainer:
         """Says what is being prepared, before there is anything to log."""
         with suppress(OSError):  # what is said here is no reason to stop
             print(line, flush=True)
-
-    def empty_memory(self) -> CarriedState:
-        """The state that rows go on from before the first step: none."""
-        size = self.piece_size()
-        count = self.config.training.batch_size // size
-        return CarriedState(BDHState.zeros(self.model.config, size, self.device) for _ in range(count))
 
     def compiled(self) -> Any:
         """The model through torch.compile, tried on a step of the real shape. Raises BDHError where that fails."""
@@ -406,9 +404,3 @@ class Trainer:
 
     def precision(self) -> Any:
         return autocast(self.config.training, self.device)
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bdh.model import BDHState
+from bdh.model import BDHConfig, BDHState
 from bdh.training.evaluation import Evaluation
 
 
@@ -54,6 +54,11 @@ class CarriedState:
 
     def __init__(self, pieces: Iterable[BDHState]):
         self.pieces = list(pieces)
+
+    @classmethod
+    def empty(cls, config: BDHConfig, size: int, count: int, device: torch.device) -> "CarriedState":
+        """What rows go on from before the first step: nothing; for `count` forward passes of `size` rows."""
+        return cls(BDHState.zeros(config, size, device) for _ in range(count))
 
     def before(self, piece: int, fresh: Tensor) -> BDHState:
         """The state a forward pass begins with; rows marked in `fresh`, (b,) bool, begin anew."""

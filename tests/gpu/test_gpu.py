@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bdh.data.tokenizer import save_tokenizer
+from bdh.data.vocabulary import train_tokenizer
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.modeling_bdh import attention_chunked, attention_quadratic, attention_recurrent, rotary_phases, rotate
 from bdh.training.device import recompute_layers
@@ -94,6 +96,21 @@ def test_training_and_resuming(tmp_path: Path, compiled: str) -> None:
     assert whole[-1]["loss"] < whole[0]["loss"] - 1.0
     done = train(tmp_path, "--resume", "whole/checkpoints/checkpoint-0000030", "--run_dir", "resumed")
     assert done.returncode == 0, done.stderr
+    end = [r for r in read_metrics(tmp_path / "resumed" / "metrics.jsonl") if "loss" in r][-1]
+    assert abs(end["loss"] - whole[-1]["loss"]) < 0.01
+
+
+def test_a_carried_state_trains_and_resumes_from_a_stream(tmp_path: Path) -> None:
+    save_tokenizer(train_tokenizer("bytes", (), 0), tmp_path / "tokenizer")
+    lines = [json.dumps({"text": line * (1 + n % 7)}) for n, line in enumerate(TEXT.splitlines())]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    given = ["--data.path", "a.jsonl", "--data.tokenizer", "tokenizer", "--data.streaming", "true", *TINY]
+    done = train(tmp_path, *given, "--training.carry_state", "true", "--run_dir", "whole")
+    assert done.returncode == 0, done.stderr
+    whole = [r for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "loss" in r]
+    assert whole[-1]["loss"] < whole[0]["loss"] - 1.0
+    done = train(tmp_path, "--resume", "whole/checkpoints/checkpoint-0000030", "--run_dir", "resumed")
+    assert done.returncode == 0 and "from its beginning" not in done.stdout, done.stderr
     end = [r for r in read_metrics(tmp_path / "resumed" / "metrics.jsonl") if "loss" in r][-1]
     assert abs(end["loss"] - whole[-1]["loss"]) < 0.01
 

@@ -35,11 +35,14 @@ def test_environment_variables_set_fields_and_flags_win_over_them(monkeypatch: p
     assert parse("--data.corpus", "stdlib").data.block_size == 77
 
 
-@pytest.mark.parametrize("name", ["quickstart", "shakespeare", "large"])
+NAMES = ["quickstart", "shakespeare", "large", "wikitext-103", "openwebtext", "fineweb-edu", "c4-en", "tinystories"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_ready_configurations_are_valid_and_found_by_name(name: str) -> None:
     config = parse("--config", name)
     assert config == parse("--config", ready_configs()[name])
-    assert config.run_dir == f"runs/{name}"
+    assert config.run_dir == f"runs/{name}" and set(ready_configs()) == set(NAMES)
 
 
 def test_the_published_recipe() -> None:
@@ -104,7 +107,7 @@ MISTAKES = {
     "--data.corpus shakespear": "data.corpus is shakespear; it must be one of pydoc, stdlib, shakespeare; did you mean "
     "shakespeare?",
     "--config quikstart": "does not exist; did you mean quickstart?",
-    "--config nowhere/at_all.yaml": "does not exist; ready ones are large, quickstart, shakespeare",
+    "--config nowhere/at_all.yaml": "does not exist; ready ones are c4-en, fineweb-edu, large, openwebtext, quickstart",
     "--run_dir=": "run_dir is empty; it must name a folder for the run",
     "stray": "stray is not an option",
     "--training.max_step 5": "--training.max_step is not an option; did you mean --training.max_steps?",
