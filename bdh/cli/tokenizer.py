@@ -170,7 +170,7 @@ def encode(argv: list[str]) -> int:
     parser.add_argument("text", nargs="?", type=str, default=None, help="the text; without it, stdin is read")
     parser.add_argument("--tokens", action="store_true", help="print the tokens as they stand in the vocabulary")
     parser.add_argument("--special", action="store_true", help="take <|endoftext|> and the like for what they name")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(flags_first(argv, "--tokens", "--special"))
 
     from bdh.data.encoding import Encoder, clean
     from bdh.data.tokenizer import load_tokenizer
@@ -198,7 +198,7 @@ def decode(argv: list[str]) -> int:
     parser.add_argument("tokenizer", metavar="DIR_OR_NAME", type=str, help="a tokenizer's folder, its name, or bytes")
     parser.add_argument("ids", nargs="*", type=int, help="token ids; without them, stdin is read")
     parser.add_argument("--skip_special", action="store_true", help="leave special tokens out")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(flags_first(argv, "--skip_special"))
 
     from bdh.data.tokenizer import IncrementalDecoder, load_tokenizer
 
@@ -210,6 +210,11 @@ def decode(argv: list[str]) -> int:
         print(decoder.step(token), end="", flush=True)
     print(decoder.end())
     return 0
+
+
+def flags_first(argv: list[str], *flags: str) -> list[str]:
+    """The same command line with the flags in front: argparse would take an argument after them for one too many."""
+    return sorted(argv, key=lambda word: word not in flags)
 
 
 def ids_on_stdin() -> Iterator[int]:

@@ -77,7 +77,10 @@ def test_what_is_spelled_is_not_meant_unless_asked(
     assert said("encode", "tok", "a<|endoftext|>") == " ".join(map(str, b"a<|endoftext|>")) + "\n"
     assert said("encode", "tok", "a<|endoftext|>", "--special") == "97 256\n"
     assert said("decode", "tok", "97", "256") == "a<|endoftext|>\n"
-    assert said("decode", "tok", "97", "256", "--skip_special") == "a\n"
+    assert said("encode", "tok", "--special", "a<|endoftext|>") == "97 256\n"
+    assert (
+        said("decode", "tok", "97", "256", "--skip_special") == said("decode", "tok", "--skip_special", "97") == "a\n"
+    )
     assert said("encode", "tok", "é", "--tokens") == '"Ã" "©"\n'
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("é\nab\n".encode())))
     assert said("encode", "bytes").splitlines() == ["195 169 10", "97 98 10"]
