@@ -25,11 +25,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
     It has no special tokens, loses nothing, and saves as files that `AutoTokenizer` opens without `bdh`.
     """
+    return PreTrainedTokenizerFast(tokenizer_object=bytes_backend(), clean_up_tokenization_spaces=False)
+
+
+def bytes_backend() -> Tokenizer:
+    """The bytes alone, for the `tokenizers` library: symbols without merges."""
     vocabulary = {symbol: byte for byte, symbol in enumerate(byte_level_symbols())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    return tokenizer
 
 
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:

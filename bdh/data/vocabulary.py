@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from bdh.data.encoding import clean, pieces
-from bdh.data.tokenizer import byte_level_symbols
+from bdh.data.tokenizer import byte_level_symbols, bytes_backend
 from bdh.errors import BDHError
 
 Kind = Literal["bpe", "wordpiece", "unigram", "bytes"]
@@ -83,7 +83,7 @@ def train_tokenizer(
         TypeError: A text is not a str.
     """
     if kind == "bytes":
-        return _finish(_bytes())
+        return _finish(bytes_backend())
     if vocab_size > MAX_TOKENS:
         raise BDHError(f"vocab_size is {vocab_size}; it must be at most {MAX_TOKENS}")
     if min_frequency < 1:
@@ -137,17 +137,9 @@ def _check_room(vocab_size: int, needed: int, reason: str) -> None:
         raise BDHError(f"vocab_size is {vocab_size}; it must be at least {minimum}{reason}")
 
 
-def _bytes() -> Tokenizer:
-    vocabulary = {symbol: byte for byte, symbol in enumerate(byte_level_symbols())}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
 def _bpe(texts: _Texts, vocab_size: int, min_frequency: int) -> Tokenizer:
     _check_room(vocab_size, 256, " for the bytes and the special tokens")
-    tokenizer = _bytes()
+    tokenizer = bytes_backend()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT), "isolated"),
