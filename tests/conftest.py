@@ -16,6 +16,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="bdh-tests-")  # the caches of this process and those it starts
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side on two cores
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs run here too, slowly
 
 import torch
 from hypothesis import settings

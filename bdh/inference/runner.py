@@ -1,0 +1,138 @@
+"""Runners: a model and a pool of state slots. Tokens in, logits out; they know nothing of requests.
+
+`ModelRunner` is the plain form, through the model's own forward; `CPURunner` and `CUDARunner` are the fast ones, and
+tests hold them to it.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bdh.errors import BDHError
+from bdh.model import BDHConfig, BDHForCausalLM, BDHState
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+QUANTIZATIONS = ("int8", "int4")
+GRAIN = 64  # tokens that runners on a CPU read at once
+
+
+class Runner(Protocol):
+    """What the engine asks of a runner. A slot holds the synapses and the position of one sequence.
+
+    Attributes:
+        config: Of the model.
+        device: Where logits come out.
+        n_slots: Slots of the pool, numbered from 0.
+        state_nbytes: Bytes of one slot's state as `read_state` returns it.
+        grain: A prompt cut at positions that this divides is read as if it had not been cut. On a CPU that is so to the
+            last bit, so that a kept beginning of a prompt gives the very numbers that reading it again would. (What was
+            written and not read, as the turns of a chat are, is equal to rounding.)
+        prefill_chunk: Tokens of a prompt that are best read at once: more would keep others waiting and gain nothing.
+            A multiple of the grain.
+    """
+
+    config: BDHConfig
+    device: torch.device
+    n_slots: int
+    state_nbytes: int
+    grain: int
+    prefill_chunk: int
+
+    def clear(self, slot: int) -> None:
+        """Puts a slot back before the first token."""
+
+    def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        """Reads some tokens (at least one) into a slot; returns the logits after the last, (V,) float32."""
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Reads one token into each of some slots, all different; returns their logits, (B, V) float32, a tensor that
+        later calls leave alone."""
+
+    def read_state(self, slot: int) -> BDHState:
+        """A copy of a slot's state, a batch of one."""
+
+    def write_state(self, slot: int, state: BDHState) -> None:
+        """Replaces a slot's state by a copy of this one, a batch of one."""
+
+
+def pieces(tokens: Sequence[int], position: int) -> Iterator[Sequence[int]]:
+    """Tokens that come at a position, cut where `GRAIN` divides the position: the same pieces however they arrive."""
+    start = 0
+    while start < len(tokens):
+        end = start + GRAIN - (position + start) % GRAIN
+        yield tokens[start:end]
+        start = end
+
+
+class ModelRunner:
+    """The plain runner, sequence by sequence through `BDHForCausalLM.forward`: any device, the reference for others."""
+
+    def __init__(self, model: BDHForCausalLM, n_slots: int):
+        self.model = model.eval()
+        self.config = model.config
+        self.device = model.device
+        self.n_slots = n_slots
+        self.states: dict[int, BDHState] = {}  # made when first used
+        self.grain = self.prefill_chunk = GRAIN
+        self.state_nbytes = 4 * self.config.n_layer * self.config.n_neurons * self.config.n_embd
+
+    def zeros(self) -> BDHState:
+        return BDHState.zeros(self.config, 1, self.device)
+
+    def clear(self, slot: int) -> None:
+        self.states[slot] = self.zeros()
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        state = self.states[slot]
+        for piece in pieces(tokens, state.length):
+            ids = torch.tensor([piece], device=self.device)  # (1, T)
+            logits = self.model(ids, past_key_values=state, use_cache=True, logits_to_keep=1).logits  # (1, 1, V)
+        return logits[0, 0].float()  # (V,)
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        return torch.stack([self.prefill(slot, [token]) for slot, token in zip(slots, tokens, strict=True)])  # (B, V)
+
+    @torch.inference_mode()
+    def read_state(self, slot: int) -> BDHState:
+        return self.states[slot].clone()
+
+    @torch.inference_mode()
+    def write_state(self, slot: int, state: BDHState) -> None:
+        self.states[slot] = state.to(self.device, torch.float32).clone()
+
+
+def make_runner(model: BDHForCausalLM, n_slots: int, dtype: str = "auto", quantization: str | None = None) -> Runner:
+    """The fastest runner for the device the model is on.
+
+    Args:
+        model: Moved to its dtype; not to be used for anything else from now on.
+        n_slots: Sequences that can be in work at once.
+        dtype: Of weights and activity: "float32", "bfloat16", or "auto": bfloat16 on CUDA, else float32.
+        quantization: None, "int8" or "int4": of the weights, on the CPU only.
+
+    Raises:
+        BDHError: The device cannot do what is asked.
+    """
+    device = model.device.type
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" or quantization else "float32"
+    if dtype not in DTYPES:
+        raise BDHError(f"dtype is {dtype}; it must be one of auto, {', '.join(DTYPES)}")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise BDHError(f"quantization is {quantization}; it must be one of {', '.join(QUANTIZATIONS)}")
+    if quantization is not None and device != "cpu":
+        raise BDHError(f"quantization {quantization} runs on the CPU only; leave it out on {device}")
+    if device == "cpu":
+        from bdh.inference.runner_cpu import CPURunner
+
+        return CPURunner(model, n_slots, DTYPES[dtype], quantization)
+    model = model.to(DTYPES[dtype])
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:  # there is none for some systems
+        from bdh.inference.runner_cuda import CUDARunner
+
+        return CUDARunner(model, n_slots)
+    return ModelRunner(model, n_slots)

@@ -1,0 +1,212 @@
+"""The runner for CPUs: one token a sequence by `bdh.kernels.cpu`, prompts through the model's own forward."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bdh.errors import BDHError
+from bdh.inference.runner import GRAIN, pieces
+from bdh.kernels.cpu import (
+    INT4_GROUP,
+    Phases,
+    Run,
+    fold,
+    lazy_zeros,
+    make_matrices,
+    read_waiting,
+    rotate_pairs,
+    runs_of,
+    sum_rows,
+)
+from bdh.model import BDHConfig, BDHForCausalLM, BDHState
+
+WAITING = 16  # a slot's synapses are written at every position divisible by this
+SHORT = 4  # tokens of a prompt that are sooner decoded one by one than sent through the model
+LARGE = 1 << 21  # numbers in the decoder from which up to `FEW_ROWS` sequences sum the rows they need of it
+FEW_ROWS = 4  # at the activity of a trained model; from about 8 all of the decoder is sooner read
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of a decoding step share.
+
+    Attributes:
+        phases: Of the rows' positions, (B, 1, N/2) complex64.
+        runs: The rows by their slots.
+        starts: The first row of each sequence's synapses in the table (slots * n, D) of a layer; B numbers.
+        places: Where R and x are to wait: rows of a layer's tables (slots * h * W, N) and (slots * W, D); (B * h) and
+            (B), int64.
+    """
+
+    phases: Tensor
+    runs: list[Run]
+    starts: list[int]
+    places: tuple[Tensor, Tensor]
+
+
+class CPURunner:
+    """See `bdh.inference.runner.Runner`. What shares a batch with a sequence changes its logits by rounding at most.
+
+    Args:
+        model: On the CPU; put into `dtype` and into evaluation mode. Its weights are copied into the kernels' layout.
+        n_slots: Slots of the pool; each takes `state_nbytes` once used, and 16 / `n_embd` more for tokens that wait.
+        dtype: float32 or bfloat16: of weights and activity. Synapses and what is read from them are float32 in either.
+        quantization: None, "int8" or "int4": of `encoder` and `encoder_v` while decoding; longer prompts are read with
+            the weights as they are.
+
+    Raises:
+        BDHError: The model's sizes do not allow this quantization.
+    """
+
+    def __init__(
+        self,
+        model: BDHForCausalLM,
+        n_slots: int,
+        dtype: torch.dtype = torch.float32,
+        quantization: str | None = None,
+    ):
+        check_sizes(model.config, quantization)
+        self.config = config = model.config
+        self.device = torch.device("cpu")
+        self.n_slots = n_slots
+        self.grain = self.prefill_chunk = GRAIN
+        self.state_nbytes = 4 * config.n_layer * config.n_neurons * config.n_embd
+        # These are read at every layer of every token, and a config answers slowly.
+        self.h, self.N, self.D = h, N, D = config.n_head, config.neurons_per_head, config.n_embd
+        self.eps = config.layer_norm_eps
+        layer = model.model.layer
+        self.encoder = make_matrices([layer.encoder.weight], dtype, quantization, relu=True)
+        self.encoder_v = make_matrices(list(layer.encoder_v.parameters()), dtype, quantization, relu=True)
+        self.decoder = make_matrices([layer.decoder.weight], dtype)
+        self.lm_head = make_matrices([model.lm_head.weight], dtype)
+        self.model = model.to(dtype).eval()  # after the matrices, which are quantised from the weights as they came
+        self.embed = model.model.embed_tokens.weight.detach()  # (V, D)
+        self.decoder_rows = layer.decoder.weight.detach().T.contiguous()  # (n, D)
+        with torch.inference_mode():  # only so does the model write them in place
+            self.synapses = [lazy_zeros(n_slots, h, N, D) for _ in range(config.n_layer)]
+        self.waiting_R = [lazy_zeros(n_slots, h, WAITING, N) for _ in range(config.n_layer)]
+        self.waiting_x = [lazy_zeros(n_slots, WAITING, D) for _ in range(config.n_layer)]
+        self.phases = Phases(n_slots, N, config.rope_theta, WAITING)
+        self.few_rows = FEW_ROWS if h * N * D >= LARGE else 0
+        self.clean = [True] * n_slots  # whether a slot's synapses are zero
+        self.position = [0] * n_slots  # tokens read
+        self.folded = [0] * n_slots  # how many of these are in the synapses; the others wait
+
+    # -------------------------------------------------------------------------------------------- reading tokens
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        for piece in pieces(tokens, self.position[slot]):
+            logits = self.read_short(slot, piece) if len(piece) <= SHORT else self.read_long(slot, piece)  # (V,)
+        return logits
+
+    def read_short(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        for token in tokens:
+            logits = self.decode([slot], [token])  # (1, V)
+        return logits[0]
+
+    def read_long(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        self.fold(slot)
+        self.clean[slot] = False  # also if this fails halfway
+        synapses = [S[slot : slot + 1] for S in self.synapses]  # L x (1, h, N, D), which the model writes in place
+        state = BDHState(synapses, torch.tensor([self.position[slot]]), self.position[slot])
+        ids = torch.tensor([tokens])  # (1, T)
+        logits = self.model(ids, past_key_values=state, use_cache=True, logits_to_keep=1).logits  # (1, 1, V)
+        self.position[slot] = self.folded[slot] = state.length
+        return logits[0, 0].float()  # (V,)
+
+    @torch.inference_mode()
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        step = self.begin(slots)
+        x = self.norm(self.embed[torch.tensor(tokens)].float())  # (B, D)
+        for i in range(len(self.synapses)):
+            x = self.layer(x, i, step)  # (B, D)
+        for slot in slots:
+            self.position[slot] += 1
+            if self.position[slot] % WAITING == 0:
+                self.fold(slot)
+        return self.lm_head(x[:, None]).float()  # (B, V)
+
+    def begin(self, slots: Sequence[int]) -> Step:
+        """Plans a step of a token in each of these slots."""
+        counts = [self.position[slot] - self.folded[slot] for slot in slots]
+        first = [slot * WAITING + count for slot, count in zip(slots, counts, strict=True)]
+        heads = [
+            (slot * self.h + k) * WAITING + count
+            for slot, count in zip(slots, counts, strict=True)
+            for k in range(self.h)
+        ]
+        return Step(
+            phases=self.phases.at(slots, [self.position[slot] for slot in slots]),
+            runs=runs_of(slots, counts),
+            starts=[slot * self.h * self.N for slot in slots],
+            places=(torch.tensor(heads), torch.tensor(first)),
+        )
+
+    def layer(self, x: Tensor, i: int, step: Step) -> Tensor:
+        """Layer i: x (B, D) float32 -> the next x. The tokens are left waiting."""
+        B, h, N, D = x.shape[0], self.h, self.N, self.D
+        X = self.encoder(x[:, None])  # (B, n)
+        R = rotate_pairs(X.float().view(B, h, N), step.phases)  # (B, h, N) float32
+        A = sum_rows(R, self.synapses[i].view(-1, D), step.starts)  # (B, h, D) float32
+        read_waiting(R, A, self.waiting_R[i], self.waiting_x[i], step.runs)
+        self.waiting_R[i].view(-1, N).index_copy_(0, step.places[0], R.view(-1, N))
+        self.waiting_x[i].view(-1, D).index_copy_(0, step.places[1], x)
+        Z = self.encoder_v(self.norm(A)).mul_(X)  # (B, n)
+        if B <= self.few_rows:
+            out = sum_rows(Z.view(B, h, N), self.decoder_rows, [0] * B).sum(1)  # (B, D)
+        else:
+            out = self.decoder(Z[:, None])  # (B, D)
+        return self.norm(x + self.norm(out.float()))  # (B, D)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, (self.D,), eps=self.eps)
+
+    # -------------------------------------------------------------------------------------------- states
+
+    @torch.inference_mode()
+    def clear(self, slot: int) -> None:
+        if not self.clean[slot]:
+            for S in self.synapses:
+                S[slot].zero_()
+        self.clean[slot] = True
+        self.position[slot] = self.folded[slot] = 0
+
+    def fold(self, slot: int) -> None:
+        """Writes a slot's waiting tokens into its synapses."""
+        self.clean[slot] = self.clean[slot] and self.position[slot] == self.folded[slot]
+        self.fold_into([S[slot] for S in self.synapses], slot)
+        self.folded[slot] = self.position[slot]
+
+    def fold_into(self, synapses: Sequence[Tensor], slot: int) -> None:
+        """Adds a slot's waiting tokens to synapses, L x (h, N, D), its own or a copy."""
+        if count := self.position[slot] - self.folded[slot]:
+            for S, R, x in zip(synapses, self.waiting_R, self.waiting_x, strict=True):
+                fold(S, R[slot, :, :count], x[slot, :count])
+
+    @torch.inference_mode()
+    def read_state(self, slot: int) -> BDHState:
+        synapses = [S[slot].clone() for S in self.synapses]  # L x (h, N, D)
+        self.fold_into(synapses, slot)
+        return BDHState([S[None] for S in synapses], torch.tensor([self.position[slot]]), self.position[slot])
+
+    @torch.inference_mode()
+    def write_state(self, slot: int, state: BDHState) -> None:
+        self.clean[slot] = False
+        for mine, S in zip(self.synapses, state.synapses, strict=True):
+            mine[slot].copy_(S[0])
+        self.position[slot] = self.folded[slot] = int(state.position[0])
+
+
+def check_sizes(config: BDHConfig, quantization: str | None) -> None:
+    """Refuses a quantization whose kernels do not take the model's matrices."""
+    D, N = config.n_embd, config.neurons_per_head
+    if quantization == "int8" and D % 16:
+        raise BDHError(f"int8 needs an n_embd divisible by 16, and this model's is {D}; leave quantization out")
+    if quantization == "int4" and (D % INT4_GROUP or N % 16):
+        raise BDHError(
+            f"int4 needs an n_embd divisible by {INT4_GROUP} and neurons a head divisible by 16, and this model has "
+            f"{D} and {N}; take int8 or leave quantization out"
+        )

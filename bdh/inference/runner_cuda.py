@@ -1,0 +1,332 @@
+"""The runner for NVIDIA GPUs: Triton kernels, and a CUDA graph of the whole step for each size of batch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from bdh.kernels.decode import answer, begin, fire_and_read, fold, gate, halved, head, interleaved, settle
+from bdh.kernels.prefill import gate_tokens, rotate_tokens, scan_synapses
+from bdh.model import BDHForCausalLM, BDHState
+
+WAITING = 16  # tokens whose synapses wait to be folded; the smallest a matrix unit takes
+CHUNK = 256  # tokens of a prompt between two synapses
+LONGEST = 8192  # tokens of a prompt read at once; more would only take more memory
+MATRIX_BATCH = 8  # rows from which on products with the weights are matrix products
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sizes for which a graph is recorded
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the kernels of a step cut up their work.
+
+    Attributes:
+        split: Programs that share a head of a sequence in `fire_and_read`: enough to keep the GPU busy, few enough to
+            sum up again.
+        parts: Programs that share a head in `answer`.
+        pairs: Rotary pairs that `fire_and_read` takes at a time.
+        rows: Neurons that `answer` takes at a time.
+        read_warps: Warps of `fire_and_read`.
+        answer_warps: Warps of `answer`.
+    """
+
+    split: int
+    parts: int
+    pairs: int
+    rows: int
+    read_warps: int
+    answer_warps: int = 2
+
+    def fitted(self, N: int) -> "Tiles":
+        """The same for heads of N neurons, which may be few."""
+        pairs, rows = min(self.pairs, block(N // 2)), min(self.rows, block(N))
+        split = min(self.split, triton.next_power_of_2(triton.cdiv(N // 2, pairs)))
+        parts = min(self.parts, triton.next_power_of_2(triton.cdiv(N, rows)))
+        return replace(self, split=split, parts=parts, pairs=pairs, rows=rows)
+
+
+# What measured best on an H200 for one sequence and for 64: with many, small programs of one warp hide more latency.
+FEW = Tiles(split=128, parts=128, pairs=16, rows=32, read_warps=2)
+MANY = Tiles(split=32, parts=128, pairs=8, rows=32, read_warps=1)
+
+
+@dataclass
+class Step:
+    """The buffers of a step of B rows and its recorded graph. Shapes as the kernels say."""
+
+    staged: Tensor  # (4, B) int64, on the host
+    inputs: Tensor  # (4, B) int64
+    x: Tensor  # (B, D) float32
+    v: Tensor  # (B, D)
+    phases: Tensor  # (2, B, N/2) float32
+    X: Tensor  # (B, n)
+    A: Tensor  # (h, B, D)
+    parts: Tensor  # (B, h * max(SPLIT, PARTS), D) float32
+    head_sums: Tensor  # (B, h, D) float32
+    tickets: Tensor  # (B, h + 1) int32
+    logits: Tensor  # (B, V) float32
+    graph: torch.cuda.CUDAGraph | None = None
+    copied: torch.cuda.Event | None = None  # after the inputs have left the host
+
+
+class CUDARunner:
+    """See `bdh.inference.runner.Runner`. Weights and activity in the model's dtype, synapses and sums in float32.
+
+    Args:
+        model: On the GPU, in the dtype to run in. Its weights are copied into the kernels' layout.
+        n_slots: Slots of the pool; each takes `state_nbytes`, and 3 % more for tokens that wait.
+    """
+
+    def __init__(self, model: BDHForCausalLM, n_slots: int):
+        config, layer = model.config, model.model.layer
+        self.config = config
+        self.device = model.device
+        self.dtype = model.dtype
+        self.n_slots = n_slots
+        self.N, self.n, self.D = config.neurons_per_head, config.n_neurons, config.n_embd
+        h = config.n_head
+        encoder_v = [part.get_parameter("weight").detach() for part in layer.encoder_v]  # h x (N, D)
+        self.embed = model.model.embed_tokens.weight.detach()  # (V, D)
+        self.lm_head = model.lm_head.weight.detach()  # (V, D)
+        self.encoder = halved(layer.encoder.weight.detach(), h).contiguous()  # (n, D)
+        self.encoder_v = halved(torch.cat(encoder_v), h).contiguous()  # (n, D)
+        self.decoder = halved(layer.decoder.weight.detach().mT, h).contiguous()  # (n, D)
+        pair = torch.arange(0, self.N, 2, dtype=torch.float64, device=self.device)  # (N/2)
+        self.turns_per_token = config.rope_theta ** (-pair / self.N) / (2 * math.pi)  # (N/2)
+
+        shape = (config.n_layer, n_slots)
+        self.S = torch.empty(*shape, self.n, self.D, device=self.device)  # (L, slots, n, D) float32
+        self.waiting_R = torch.empty(*shape, WAITING, self.n, device=self.device, dtype=self.dtype)
+        self.waiting_x = torch.empty(*shape, WAITING, self.D, device=self.device, dtype=self.dtype)
+        self.state_nbytes = self.S.nbytes // n_slots
+        self.grain, self.prefill_chunk = CHUNK, 4096
+        self.position = [0] * n_slots
+        self.waiting = [0] * n_slots
+        self.steps: dict[int, Step] = {}
+        self.few, self.many = FEW.fitted(self.N), MANY.fitted(self.N)
+
+    # ------------------------------------------------------------------------------------------------- the slots
+
+    def clear(self, slot: int) -> None:
+        self.S[:, slot] = 0
+        self.position[slot] = self.waiting[slot] = 0
+
+    @torch.inference_mode()
+    def read_state(self, slot: int) -> BDHState:
+        self.fold([slot])
+        h = self.config.n_head
+        synapses = [interleaved(S[slot], h).reshape(1, h, self.N, self.D).clone() for S in self.S]  # (1, h, N, D)
+        position = torch.tensor([self.position[slot]], device=self.device)
+        return BDHState(synapses, position, self.position[slot])
+
+    @torch.inference_mode()
+    def write_state(self, slot: int, state: BDHState) -> None:
+        for S, given in zip(self.S, state.synapses, strict=True):
+            S[slot] = halved(given.to(self.device).reshape(self.n, self.D), self.config.n_head)
+        self.position[slot] = int(state.position)
+        self.waiting[slot] = 0
+
+    def fold(self, slots: Sequence[int]) -> None:
+        """Adds what waits in some slots to their synapses."""
+        slots = [slot for slot in slots if self.waiting[slot]]
+        if not slots:
+            return
+        folding = torch.tensor([slots, [self.waiting[slot] for slot in slots]], device=self.device)  # (2, F)
+        rows = 32
+        grid = (triton.cdiv(self.n, rows), len(slots), self.config.n_layer)
+        fold[grid](
+            folding, self.S, self.waiting_R, self.waiting_x, len(slots), self.n_slots, self.n, self.D,
+            ROWS=rows, W=WAITING, BLOCK_D=block(self.D), num_warps=8,
+        )  # fmt: skip
+        for slot in slots:
+            self.waiting[slot] = 0
+
+    # ------------------------------------------------------------------------------------------------- one token
+
+    @torch.inference_mode()
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        full = [slot for slot in slots if self.waiting[slot] == WAITING]
+        if full:
+            self.fold(full)
+        rows = len(slots)
+        B = next((size for size in BATCHES if size >= rows), triton.cdiv(rows, BATCHES[-1]) * BATCHES[-1])
+        step = self.steps.get(B) or self.record(B)
+        if step.copied is not None:
+            step.copied.synchronize()  # the copy before may still wait behind a long prompt
+        staged = step.staged.numpy()  # (4, B)
+        staged[0, :rows], staged[1, :rows] = tokens, slots
+        staged[1, rows:] = -1
+        staged[2, :rows], staged[3, :rows] = [self.position[s] for s in slots], [self.waiting[s] for s in slots]
+        step.inputs.copy_(step.staged, non_blocking=True)
+        if step.graph is None or step.copied is None:
+            self.launch(step)
+        else:
+            step.copied.record()
+            step.graph.replay()
+        for slot in slots:
+            self.position[slot] += 1
+            self.waiting[slot] += 1
+        return step.logits[:rows].clone()  # (rows, V); the next step overwrites its own
+
+    @torch.inference_mode()
+    def record(self, B: int) -> Step:
+        """Buffers for B rows, and on a GPU the graph of their step. What runs while recording touches no slot."""
+        h, tiles, on_gpu = self.config.n_head, self.tiles(B), self.device.type == "cuda"
+
+        def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(*shape, device=self.device, dtype=dtype)
+
+        step = Step(
+            staged=torch.zeros(4, B, dtype=torch.int64, pin_memory=on_gpu),
+            inputs=numbers(4, B, dtype=torch.int64),
+            x=numbers(B, self.D),
+            v=numbers(B, self.D, dtype=self.dtype),
+            phases=numbers(2, B, self.N // 2),
+            X=numbers(B, self.n, dtype=self.dtype),
+            A=numbers(h, B, self.D, dtype=self.dtype),
+            parts=numbers(B, h * max(tiles.split, tiles.parts), self.D),
+            head_sums=numbers(B, h, self.D),
+            tickets=numbers(B, h + 1, dtype=torch.int32),
+            logits=numbers(B, self.config.vocab_size),
+        )
+        step.inputs[1] = -1
+        if on_gpu:
+            self.launch(step)  # compiles the kernels
+            torch.cuda.synchronize()
+            step.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(step.graph, capture_error_mode="thread_local"):  # other threads may use the GPU
+                self.launch(step)
+            step.copied = torch.cuda.Event()
+        self.steps[B] = step
+        return step
+
+    def tiles(self, B: int) -> Tiles:
+        return self.few if B < MATRIX_BATCH else self.many
+
+    def launch(self, step: Step) -> None:
+        """All kernels of a step."""
+        config, B = self.config, step.inputs.shape[1]
+        tiles = self.tiles(B)
+        D, half, eps, wide = self.D, self.N // 2, config.layer_norm_eps, block(self.D)
+        cos, sin = step.phases
+        fused = B < MATRIX_BATCH
+        begin[(B, triton.cdiv(half, 256))](
+            step.inputs, self.embed, self.turns_per_token, step.x, step.v, cos, sin, B, D, half, eps,
+            BLOCK_D=wide, BLOCK=256,
+        )  # fmt: skip
+        for i in range(config.n_layer):
+            if not fused:
+                torch.mm(step.v, self.encoder.T, out=step.X)
+            fire_and_read[(config.n_head * tiles.split, B)](
+                step.inputs, step.v, cos, sin, self.encoder, self.S[i], self.waiting_R[i], self.waiting_x[i],
+                step.X, step.parts, step.tickets, step.A, B, self.n, D, half, eps, FIRE=fused, SPLIT=tiles.split,
+                TILES=triton.cdiv(half, tiles.split * tiles.pairs), PAIRS=tiles.pairs, W=WAITING,
+                BLOCK_P=8, BLOCK_D=wide, num_warps=tiles.read_warps,
+            )  # fmt: skip
+            (self.answer_rows if fused else self.answer_batch)(step)
+        head[(triton.cdiv(config.vocab_size, 32), B)](
+            step.v, self.lm_head, step.logits, config.vocab_size, D, ROWS=32, BLOCK_D=wide
+        )
+
+    def answer_rows(self, step: Step) -> None:
+        """The second half of a layer for few sequences: rows of silent neurons are not loaded."""
+        B, h = step.inputs.shape[1], self.config.n_head
+        tiles = self.tiles(B)
+        answer[(h * tiles.parts, B)](
+            step.inputs, step.X, step.A, self.encoder_v, self.decoder, step.x, step.v, step.parts, step.head_sums,
+            step.tickets, B, self.n, self.D, self.N, self.config.layer_norm_eps, h=h, PARTS=tiles.parts,
+            TILES=triton.cdiv(self.N, tiles.parts * tiles.rows), ROWS=tiles.rows,
+            BLOCK_P=8, BLOCK_D=block(self.D), num_warps=tiles.answer_warps,
+        )  # fmt: skip
+
+    def answer_batch(self, step: Step) -> None:
+        """The second half of a layer for many sequences: between them, few neurons are silent."""
+        B = step.inputs.shape[1]
+        Y = torch.bmm(step.A, self.encoder_v.view(self.config.n_head, self.N, self.D).mT)  # (h, B, N)
+        Z = torch.empty_like(step.X)  # (B, n)
+        gate[(triton.cdiv(self.n, 1024), B)](step.X, Y, Z, B, self.n, self.N, BLOCK=1024)
+        out = Z @ self.decoder  # (B, D)
+        settle[(B,)](out, step.x, step.v, self.D, self.config.layer_norm_eps, BLOCK_D=block(self.D))
+
+    # ----------------------------------------------------------------------------------------------- many tokens
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        if len(tokens) == 1:
+            return self.decode([slot], tokens)[0]
+        self.fold([slot])
+        for start in range(0, len(tokens), LONGEST):
+            part = tokens[start : start + LONGEST]
+            v = self.read(slot, torch.from_numpy(np.array(part, dtype=np.int64)).to(self.device))  # (T, D)
+            self.position[slot] += len(part)
+        return (v[-1] @ self.lm_head.T).float()  # (V,)
+
+    def read(self, slot: int, tokens: Tensor) -> Tensor:
+        """Reads tokens (T,) into a slot that nothing waits in; x after the last layer, (T, D)."""
+        config, D, T = self.config, self.D, len(tokens)
+        h, half, eps = config.n_head, self.N // 2, config.layer_norm_eps
+        inputs = torch.zeros(4, T, dtype=torch.int64, device=self.device)
+        inputs[0] = tokens
+        inputs[2] = torch.arange(self.position[slot], self.position[slot] + T, device=self.device)
+        x = torch.empty(T, D, device=self.device)
+        cos, sin = torch.empty(2, T, half, device=self.device)
+        C = min(CHUNK, max(16, block(T)))
+        chunks = triton.cdiv(T, C)
+        step, stages = (min(block(D), 256), 4) if self.dtype == torch.bfloat16 else (min(block(D), 64), 2)
+        width = triton.cdiv(D, step) * step
+        padded = chunks * C
+        X, Z = (torch.empty(T, self.n, device=self.device, dtype=self.dtype) for _ in range(2))
+        R = torch.empty(h, padded, self.N, device=self.device, dtype=self.dtype)
+        v = torch.empty(padded, D, device=self.device, dtype=self.dtype)
+        R[:, T:], v[T:] = 0, 0
+        before = torch.empty(h, chunks, self.N, D, device=self.device, dtype=self.dtype)
+        begin[(T, triton.cdiv(half, 256))](
+            inputs, self.embed, self.turns_per_token, x, v, cos, sin, T, D, half, eps, BLOCK_D=block(D), BLOCK=256
+        )
+        for i in range(config.n_layer):
+            torch.mm(v[:T], self.encoder.T, out=X)
+            rotate_tokens[(T, triton.cdiv(half, 1024))](
+                X, cos, sin, R, self.n, half, padded, h, PAIRS=min(1024, block(half))
+            )
+            scan_synapses[(h * triton.cdiv(self.N, 128), triton.cdiv(D, 256))](
+                R, v, self.S[i, slot], before, padded, self.N, D, C,
+                ROWS=128, COLUMNS=min(256, block(D)), TOKENS=min(64, C), num_warps=8, num_stages=stages,
+            )  # fmt: skip
+            A = F.layer_norm(attend_chunks(R, v, before)[:, :T], (D,), eps=eps)  # (h, T, D)
+            gate_tokens[(triton.cdiv(T, 128), h * triton.cdiv(self.N, 64 * 16))](
+                A, self.encoder_v, X, Z, T, self.n, D, self.N,
+                TOKENS=128, ROWS=64, TILES=16, WIDTH=width, BLOCK_D=step, STAGES=stages - 1, num_warps=8,
+            )  # fmt: skip
+            out = (Z @ self.decoder).float()  # (T, D)
+            x = F.layer_norm(x + F.layer_norm(out, (D,), eps=eps), (D,), eps=eps)
+            v[:T] = x
+        return v[:T]
+
+
+def attend_chunks(R: Tensor, x: Tensor, before: Tensor) -> Tensor:
+    """A = tril(R_c R_c^T, -1) x_c + R_c S_c for all chunks c at once.
+
+    Args:
+        R: Rotated activity, (h, T, N), T a multiple of the chunks' length C.
+        x: Values, (T, D).
+        before: The synapses before each chunk, (h, T / C, N, D).
+
+    Returns:
+        A, (h, T, D).
+    """
+    h, chunks, N, D = before.shape
+    C = len(x) // chunks
+    R_c, S_c = R.view(h * chunks, C, N), before.view(h * chunks, N, D)  # (h chunks, C, N), (h chunks, N, D)
+    x_c = x.view(chunks, C, D).repeat(h, 1, 1)  # (h chunks, C, D)
+    scores = torch.bmm(R_c, R_c.mT).tril_(-1)  # (h chunks, C, C)
+    return torch.baddbmm(torch.bmm(scores, x_c), R_c, S_c).view(h, chunks * C, D)
+
+
+def block(size: int) -> int:
+    """The power of two that holds `size`, 16 at least: what a kernel's block is measured in."""
+    return max(16, triton.next_power_of_2(size))

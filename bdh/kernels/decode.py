@@ -1,0 +1,319 @@
+"""Decoding one token a sequence on a GPU, in Triton: three kernels a layer and one that folds.
+
+Shapes: B sequences in slots of a pool, D `n_embd`, h heads, N neurons of a head, n = h * N, V `vocab_size`.
+
+Layout. All weights are tables of rows (n, D), one row a neuron, and so is each slot's synapses; a neuron that is silent
+costs nothing, because its row is not loaded. Within a head the even neurons come first and then the odd ones
+(`halved`), so that a rotary pair is row i and row i + N/2.
+
+Writing is put off. A token's (R, x) waits in a list of W places; attention reads S and the waiting pairs,
+
+    A = R S + sum over waiting s of (R . R_s) x_s,
+
+and every W tokens `fold` adds them all to S. So S, by far the largest thing, is read at each token but written at every
+W-th only. What is summed is the same; only the order differs.
+
+A step is `begin`, then for each layer `fire_and_read` and `answer`, then `head`. Where a sum over neurons is shared by
+many programs, the one that comes last adds up the parts, always in the same order. For larger batches the products with
+the weights are matrix products, and `fire_and_read` takes X from outside; `gate` and `settle` stand for `answer`.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def halved(rows: Tensor, n_head: int) -> Tensor:
+    """Rows of neurons (..., n, D) with each head's even neurons first, then its odd ones."""
+    return rows.unflatten(-2, (n_head, -1, 2)).transpose(-2, -3).flatten(-4, -2)
+
+
+def interleaved(rows: Tensor, n_head: int) -> Tensor:
+    """Undoes `halved`."""
+    return rows.unflatten(-2, (n_head, 2, -1)).transpose(-2, -3).flatten(-4, -2)
+
+
+@triton.jit
+def layer_norm(v, inside, D, eps):
+    """Layer norm without scale or shift of the D numbers `inside` a row of BLOCK_D."""
+    mean = tl.sum(v, 0) / D
+    centred = tl.where(inside, v - mean, 0.0)
+    return centred * tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
+
+
+@triton.jit
+def sum_of_parts(parts, d, D, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The sum of P rows of D numbers, in a fixed order. (P, D) -> (BLOCK_D)."""
+    p = tl.arange(0, BLOCK_P)
+    sums = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    for start in tl.static_range(0, P, BLOCK_P):
+        inside = (start + p < P)[:, None] & (d < D)[None, :]
+        sums += tl.load(parts + (start + p)[:, None] * D + d[None, :], mask=inside, other=0.0)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def comes_last(ticket, programs: tl.constexpr):
+    """Whether this program is the last of several to get here; what the others stored before is then visible to it."""
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(ticket, 0)  # for the next launch
+    return last
+
+
+@triton.jit
+def begin(
+    inputs,  # (4, B) int64: token, slot (-1: an empty row), position, waiting pairs of each row
+    embed,  # (V, D)
+    turns_per_token,  # (N/2) float64
+    x,  # (B, D) float32, out
+    v,  # (B, D), out: the same in the weights' dtype
+    cos,  # (B, N/2) float32, out
+    sin,  # (B, N/2) float32, out
+    B,
+    D,
+    HALF,
+    eps,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x = LN(embed[token]), and the rotary phases of each row's position, worked out in float64 turns modulo 1."""
+    b, j = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    if j == 0:
+        token = tl.load(inputs + b)
+        e = layer_norm(tl.load(embed + token * D + d, mask=d < D, other=0.0).to(tl.float32), d < D, D, eps)  # (D)
+        tl.store(x + b * D + d, e, mask=d < D)
+        tl.store(v + b * D + d, e, mask=d < D)
+    i = j * BLOCK + tl.arange(0, BLOCK)
+    position = tl.load(inputs + 2 * B + b).to(tl.float64)
+    turns = position * tl.load(turns_per_token + i, mask=i < HALF, other=0.0)  # (BLOCK) float64
+    angle = ((turns - tl.floor(turns)) * 6.283185307179586).to(tl.float32)  # (BLOCK)
+    tl.store(cos + b * HALF + i, tl.cos(angle), mask=i < HALF)
+    tl.store(sin + b * HALF + i, tl.sin(angle), mask=i < HALF)
+
+
+@triton.jit
+def fire_and_read(
+    inputs,  # (4, B) int64, as in `begin`
+    v,  # (B, D)
+    cos,  # (B, N/2) float32
+    sin,  # (B, N/2) float32
+    encoder,  # (n, D)
+    S,  # (slots, n, D) float32: this layer's synapses
+    waiting_R,  # (slots, W, n)
+    waiting_x,  # (slots, W, D)
+    X,  # (B, n): out with FIRE, else in, before relu
+    parts,  # (B, h, SPLIT, D) float32: to be summed
+    tickets,  # (B, h + 1) int32, all 0
+    A,  # (h, B, D), out: normalised
+    B,
+    n,
+    D,
+    HALF,
+    eps,
+    FIRE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILES: tl.constexpr,
+    PAIRS: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """X = relu(E x), R = rope(X), A = LN(R S + sum over waiting s of (R . R_s) x_s); puts (R, x) on the waiting list.
+
+    A program takes 1/SPLIT of one head's pairs for one sequence, PAIRS at a time.
+    """
+    program, b = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(inputs + B + b)
+    if slot >= 0:
+        k, part = program // SPLIT, program % SPLIT
+        count = tl.load(inputs + 3 * B + b)
+        d = tl.arange(0, BLOCK_D)
+        w = tl.arange(0, W)
+        here = d[None, :] < D
+        value = tl.load(v + b * D + d, mask=d < D, other=0.0)  # (D)
+        value32 = value.to(tl.float32)
+        sums = tl.zeros((PAIRS, BLOCK_D), tl.float32)  # of S's rows; added up at the end, once
+        scores = tl.zeros((W, PAIRS), tl.float32)  # of R . R_s, likewise
+        for tile in range(TILES):
+            i = (part * TILES + tile) * PAIRS + tl.arange(0, PAIRS)  # pairs of the head
+            exists = i < HALF
+            even = (k * 2 * HALF + i).to(tl.int64)  # rows
+            odd = even + HALF
+            if FIRE:
+                E_even = tl.load(encoder + even[:, None] * D + d[None, :], mask=exists[:, None] & here, other=0.0)
+                E_odd = tl.load(encoder + odd[:, None] * D + d[None, :], mask=exists[:, None] & here, other=0.0)
+                X_even = tl.sum(E_even.to(tl.float32) * value32[None, :], 1)  # (PAIRS)
+                X_odd = tl.sum(E_odd.to(tl.float32) * value32[None, :], 1)  # (PAIRS)
+                tl.store(X + b * n + even, X_even, mask=exists)
+                tl.store(X + b * n + odd, X_odd, mask=exists)
+            else:
+                X_even = tl.load(X + b * n + even, mask=exists, other=0.0).to(tl.float32)  # (PAIRS)
+                X_odd = tl.load(X + b * n + odd, mask=exists, other=0.0).to(tl.float32)  # (PAIRS)
+            X_even = tl.maximum(X_even, 0.0)
+            X_odd = tl.maximum(X_odd, 0.0)
+            c = tl.load(cos + b * HALF + i, mask=exists, other=0.0)  # (PAIRS)
+            s = tl.load(sin + b * HALF + i, mask=exists, other=0.0)  # (PAIRS)
+            R_even = (X_even * c - X_odd * s).to(waiting_R.dtype.element_ty)  # (PAIRS)
+            R_odd = (X_odd * c + X_even * s).to(waiting_R.dtype.element_ty)  # (PAIRS)
+            tl.store(waiting_R + (slot * W + count) * n + even, R_even, mask=exists)
+            tl.store(waiting_R + (slot * W + count) * n + odd, R_odd, mask=exists)
+            R_even = R_even.to(tl.float32)
+            R_odd = R_odd.to(tl.float32)
+            row = S + slot * n * D + d[None, :]
+            S_even = tl.load(row + even[:, None] * D, mask=(R_even != 0)[:, None] & here, other=0.0)  # (PAIRS, D)
+            S_odd = tl.load(row + odd[:, None] * D, mask=(R_odd != 0)[:, None] & here, other=0.0)  # (PAIRS, D)
+            waits = (w < count)[:, None] & exists[None, :]
+            list_R = waiting_R + (slot * W + w)[:, None] * n
+            W_even = tl.load(list_R + even[None, :], mask=waits, other=0.0).to(tl.float32)  # (W, PAIRS)
+            W_odd = tl.load(list_R + odd[None, :], mask=waits, other=0.0).to(tl.float32)  # (W, PAIRS)
+            scores += W_even * R_even[None, :] + W_odd * R_odd[None, :]  # (W, PAIRS)
+            sums += R_even[:, None] * S_even + R_odd[:, None] * S_odd  # (PAIRS, D)
+        list_x = waiting_x + (slot * W + w)[:, None] * D + d[None, :]
+        values = tl.load(list_x, mask=(w < count)[:, None] & here, other=0.0).to(tl.float32)  # (W, D)
+        total = tl.sum(sums, 0) + tl.sum(tl.sum(scores, 1)[:, None] * values, 0)  # (D)
+        parts += (b * (tl.num_programs(0) // SPLIT) + k) * SPLIT * D
+        tl.store(parts + part * D + d, total, mask=d < D)
+        if program == 0:
+            tl.store(waiting_x + (slot * W + count) * D + d, value, mask=d < D)
+        if comes_last(tickets + b * (tl.num_programs(0) // SPLIT + 1) + k, SPLIT):
+            whole = layer_norm(sum_of_parts(parts, d, D, SPLIT, BLOCK_P, BLOCK_D), d < D, D, eps)  # (D)
+            tl.store(A + (k * B + b) * D + d, whole, mask=d < D)
+
+
+@triton.jit
+def settle_row(x, v, total, d, D, eps):
+    """x = LN(x + LN(total)): the end of a layer, for one sequence; v is x in the weights' dtype."""
+    old = tl.load(x + d, mask=d < D, other=0.0)  # (D)
+    new = layer_norm(old + layer_norm(total, d < D, D, eps), d < D, D, eps)  # (D)
+    tl.store(x + d, new, mask=d < D)
+    tl.store(v + d, new, mask=d < D)
+
+
+@triton.jit
+def answer(
+    inputs,  # (4, B) int64, as in `begin`
+    X,  # (B, n), before relu
+    A,  # (h, B, D)
+    encoder_v,  # (n, D)
+    decoder,  # (n, D)
+    x,  # (B, D) float32, in and out
+    v,  # (B, D), out
+    parts,  # (B, h, PARTS, D) float32: to be summed
+    head_sums,  # (B, h, D) float32: likewise
+    tickets,  # (B, h + 1) int32, all 0
+    B,
+    n,
+    D,
+    N,
+    eps,
+    h: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Y = relu(A Ev) where X fires, Z = X o Y, x = LN(x + LN(Z Dec)).
+
+    A program takes 1/PARTS of one head's neurons for one sequence, ROWS at a time.
+    """
+    program, b = tl.program_id(0), tl.program_id(1)
+    if tl.load(inputs + B + b) >= 0:
+        k, part = program // PARTS, program % PARTS
+        d = tl.arange(0, BLOCK_D)
+        here = d[None, :] < D
+        a = tl.load(A + (k * B + b) * D + d, mask=d < D, other=0.0).to(tl.float32)  # (D)
+        sums = tl.zeros((ROWS, BLOCK_D), tl.float32)  # of the decoder's rows; added up at the end, once
+        for tile in range(TILES):
+            j = (part * TILES + tile) * ROWS + tl.arange(0, ROWS)  # neurons of the head
+            rows = (k * N + j).to(tl.int64)
+            fired = tl.load(X + b * n + rows, mask=j < N, other=0.0).to(tl.float32)  # (ROWS)
+            V = tl.load(encoder_v + rows[:, None] * D + d[None, :], mask=(fired > 0)[:, None] & here, other=0.0)
+            Y = tl.maximum(tl.sum(V.to(tl.float32) * a[None, :], 1), 0.0)  # (ROWS)
+            Z = (tl.maximum(fired, 0.0) * Y).to(decoder.dtype.element_ty).to(tl.float32)  # (ROWS)
+            G = tl.load(decoder + rows[:, None] * D + d[None, :], mask=(Z > 0)[:, None] & here, other=0.0)
+            sums += Z[:, None] * G.to(tl.float32)  # (ROWS, D)
+        parts += (b * h + k) * PARTS * D
+        tl.store(parts + part * D + d, tl.sum(sums, 0), mask=d < D)
+        if comes_last(tickets + b * (h + 1) + k, PARTS):  # of the head
+            head_sums += b * h * D
+            tl.store(head_sums + k * D + d, sum_of_parts(parts, d, D, PARTS, BLOCK_P, BLOCK_D), mask=d < D)
+            if comes_last(tickets + b * (h + 1) + h, h):  # of all
+                settle_row(x + b * D, v + b * D, sum_of_parts(head_sums, d, D, h, 4, BLOCK_D), d, D, eps)
+
+
+@triton.jit
+def gate(X, Y, Z, B, n, N, BLOCK: tl.constexpr):
+    """Z = relu(X) o relu(Y): X and Z are (B, n), Y is (h, B, N)."""
+    b = tl.program_id(1)
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    fired = tl.maximum(tl.load(X + b * n + j, mask=j < n, other=0.0).to(tl.float32), 0.0)
+    answered = tl.load(Y + ((j // N) * B + b) * N + j % N, mask=j < n, other=0.0).to(tl.float32)
+    tl.store(Z + b * n + j, (fired * tl.maximum(answered, 0.0)).to(Z.dtype.element_ty), mask=j < n)
+
+
+@triton.jit
+def settle(out, x, v, D, eps, BLOCK_D: tl.constexpr):
+    """x = LN(x + LN(out)) for every sequence: out (B, D), x (B, D) float32 in and out, v (B, D) out."""
+    b = tl.program_id(0)
+    d = tl.arange(0, BLOCK_D)
+    total = tl.load(out + b * D + d, mask=d < D, other=0.0).to(tl.float32)  # (D)
+    settle_row(x + b * D, v + b * D, total, d, D, eps)
+
+
+@triton.jit
+def head(
+    v,  # (B, D)
+    lm_head,  # (V, D)
+    logits,  # (B, V) float32, out
+    V,
+    D,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """logits = x lm_head^T, ROWS tokens of the vocabulary a program."""
+    b = tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    value = tl.load(v + b * D + d, mask=d < D, other=0.0).to(tl.float32)  # (D)
+    inside = (rows < V)[:, None] & (d[None, :] < D)
+    weights = tl.load(lm_head + rows.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)  # (ROWS, D)
+    tl.store(logits + b * V + rows, tl.sum(weights.to(tl.float32) * value[None, :], 1), mask=rows < V)
+
+
+@triton.jit
+def fold(
+    folding,  # (2, F) int64: slots, and how many pairs wait in each
+    S,  # (L, slots, n, D) float32, in and out
+    waiting_R,  # (L, slots, W, n)
+    waiting_x,  # (L, slots, W, D)
+    F,
+    slots,
+    n,
+    D,
+    ROWS: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """S += sum over the waiting pairs of R_s^T x_s, for some slots and all layers."""
+    f = tl.program_id(1)
+    slot = tl.load(folding + f)
+    count = tl.load(folding + F + f)
+    place = tl.program_id(2) * slots + slot  # of this layer's slot
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    w = tl.arange(0, W)
+    inside = (rows < n)[:, None] & (d[None, :] < D)
+    R = tl.load(
+        waiting_R + (place * W + w)[None, :] * n + rows[:, None],
+        mask=(w < count)[None, :] & (rows < n)[:, None],
+        other=0.0,
+    )  # (ROWS, W)
+    x = tl.load(
+        waiting_x + (place * W + w)[:, None] * D + d[None, :], mask=(w < count)[:, None] & (d[None, :] < D), other=0.0
+    )  # (W, D)
+    tile = S + place * n * D + rows[:, None] * D + d[None, :]
+    tl.store(tile, tl.load(tile, mask=inside, other=0.0) + tl.dot(R, x, input_precision="ieee"), mask=inside)

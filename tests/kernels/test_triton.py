@@ -1,0 +1,148 @@
+"""The Triton kernels under Triton's interpreter: the runner for GPUs against the model, on odd sizes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bdh.inference import runner_cuda
+from bdh.inference.runner_cuda import CUDARunner, Tiles, attend_chunks
+from bdh.kernels.decode import halved, interleaved
+from bdh.model import BDHConfig, BDHForCausalLM, BDHState
+from bdh.model.modeling_bdh import attention_quadratic
+
+
+def model_of(n_layer: int, n_head: int, n_embd: int, multiplier: int, vocab_size: int = 37) -> BDHForCausalLM:
+    torch.manual_seed(n_layer + 10 * n_head + n_embd)
+    config = BDHConfig(
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        mlp_internal_dim_multiplier=multiplier,
+        vocab_size=vocab_size,
+    )
+    model = BDHForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(6)  # so that attention weighs against the residual, and logits differ
+    return model
+
+
+SIZES = [(1, 1, 8, 2), (2, 2, 16, 8), (1, 3, 24, 4), (1, 8, 20, 4), (2, 2, 40, 3)]  # layers, heads, D, multiplier
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("matrix_batch", [1, 8])
+@torch.inference_mode()
+def test_prefill_and_decoding_equal_the_model(
+    sizes: tuple[int, int, int, int], matrix_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_cuda, "MATRIX_BATCH", matrix_batch)
+    model = model_of(*sizes)
+    tokens = torch.randint(37, (1, 30))
+    expected = model(tokens).logits[0]  # (T, V)
+    ids = tokens[0].tolist()
+    runner = CUDARunner(model, 3)
+    runner.clear(1)
+    assert torch.allclose(runner.prefill(1, ids[:21]), expected[20], atol=1e-5)
+    for t in range(21, 24):
+        assert torch.allclose(runner.decode([1], [ids[t]])[0], expected[t], atol=1e-5)
+    assert torch.allclose(runner.prefill(1, ids[24:28]), expected[27], atol=1e-5)
+    runner.write_state(2, runner.read_state(1))
+    runner.clear(0)
+    for t in range(28, 30):  # two rows, one of them at the beginning
+        assert torch.allclose(runner.decode([2, 0], [ids[t], ids[t - 28]]), expected[[t, t - 28]], atol=1e-5)
+    assert torch.allclose(runner.prefill(1, ids[28:29]), expected[28], atol=1e-5)
+
+
+@torch.inference_mode()
+def test_decoding_for_longer_than_the_waiting_list() -> None:
+    model = model_of(1, 2, 8, 4)
+    tokens = torch.randint(37, (1, 40))
+    expected = model(tokens).logits[0]  # (T, V)
+    runner = CUDARunner(model, 2)
+    runner.clear(0)
+    for t in range(40):
+        assert torch.allclose(runner.decode([0], [int(tokens[0, t])])[0], expected[t], atol=1e-5)
+
+
+@torch.inference_mode()
+def test_state_goes_between_runner_and_model_at_a_far_position() -> None:
+    model = model_of(1, 2, 8, 4)
+    state = BDHState.zeros(model.config, 1)
+    state.position += 1_000_003
+    state.synapses = [torch.randn_like(S) for S in state.synapses]
+    runner = CUDARunner(model, 2)
+    runner.write_state(1, state)
+    tokens = torch.randint(37, (1, 6))
+    expected = model(tokens, past_key_values=state, use_cache=True).logits[0]  # leaves the state advanced
+    runner.prefill(1, tokens[0, :3].tolist())
+    for t in range(3, 6):
+        assert torch.allclose(runner.decode([1], [int(tokens[0, t])])[0], expected[t], atol=2e-5)
+    left = runner.read_state(1)
+    assert int(left.position) == int(state.position) == 1_000_009
+    for S, other in zip(left.synapses, state.synapses, strict=True):
+        assert torch.allclose(S, other, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_row_does_not_depend_on_who_is_beside_it() -> None:
+    model = model_of(1, 2, 8, 4)
+    alone, together = CUDARunner(model, 3), CUDARunner(model, 3)
+    for runner in (alone, together):
+        for slot in range(3):
+            runner.clear(slot)
+    for t in range(4):
+        rows = together.decode([2, 0, 1], [t, (7 * t) % 37, 5])
+        assert torch.equal(rows[1], alone.decode([0], [(7 * t) % 37])[0])
+
+
+@torch.inference_mode()
+def test_how_the_work_is_cut_up_does_not_matter() -> None:
+    model = model_of(1, 1, 8, 16)  # 128 neurons a head
+    tokens = [3, 1, 4]
+    results = []
+    for tiles in (Tiles(1, 1, 16, 16, 1), Tiles(4, 8, 16, 16, 2), Tiles(2, 2, 64, 128, 1)):
+        runner = CUDARunner(model, 1)
+        runner.few = replace(tiles).fitted(runner.N)
+        runner.clear(0)
+        results.append(torch.stack([runner.decode([0], [token])[0] for token in tokens]))
+    for result in results[1:]:
+        assert torch.allclose(result, results[0], atol=1e-5)
+
+
+@torch.inference_mode()
+def test_silent_neurons() -> None:
+    model = model_of(1, 2, 8, 4)
+    model.model.layer.encoder.weight[:] = 0  # nobody ever fires
+    tokens = torch.randint(37, (1, 12))
+    runner = CUDARunner(model, 1)
+    runner.clear(0)
+    expected = model(tokens).logits[0]
+    assert torch.allclose(runner.prefill(0, tokens[0, :10].tolist()), expected[9], atol=1e-5)
+    for t in range(10, 12):
+        assert torch.allclose(runner.decode([0], [int(tokens[0, t])])[0], expected[t], atol=1e-5)
+
+
+@settings(max_examples=20)
+@given(h=st.integers(1, 4), half=st.integers(1, 9), D=st.integers(1, 5))
+def test_layout_goes_both_ways(h: int, half: int, D: int) -> None:
+    rows = torch.arange(h * 2 * half * D).view(h * 2 * half, D)
+    there = halved(rows, h)
+    assert torch.equal(interleaved(there, h), rows)
+    head = there.view(h, 2 * half, D)
+    assert torch.equal(head[:, :half], rows.view(h, half, 2, D)[:, :, 0])
+
+
+@settings(max_examples=10)
+@given(h=st.integers(1, 3), chunks=st.integers(1, 4), C=st.sampled_from([1, 2, 8]), seed=st.integers(0, 99))
+def test_attention_in_chunks_equals_all_pairs(h: int, chunks: int, C: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    T, N, D = chunks * C, 6, 5
+    R, x, S = (torch.randn(*shape, dtype=torch.float64) for shape in ((h, T, N), (T, D), (h, N, D)))
+    written = torch.einsum("htn,td->htnd", R, x).view(h, chunks, C, N, D).sum(2)  # (h, chunks, N, D)
+    before = S[:, None] + written.cumsum(1) - written
+    expected = attention_quadratic(R[None], x[None], S[None])[0]  # (h, T, D)
+    assert torch.allclose(attend_chunks(R, x, before), expected)
