@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "AsyncLLM": "bdh.inference.async_llm",
     "BDHConfig": "bdh.model",
     "BDHError": "bdh.errors",
     "BDHForCausalLM": "bdh.model",
     "BDHModel": "bdh.model",
     "BDHState": "bdh.model",
+    "Engine": "bdh.inference.engine",
+    "LLM": "bdh.inference.llm",
+    "Request": "bdh.inference.request",
+    "SamplingParams": "bdh.inference.params",
     "TrainConfig": "bdh.training.config",
     "byte_tokenizer": "bdh.data.tokenizer",
     "load_export": "bdh.model.export",
@@ -25,6 +30,11 @@ __all__ = [*_HOME, "__version__"]
 if TYPE_CHECKING:
     from bdh.data.tokenizer import byte_tokenizer as byte_tokenizer
     from bdh.errors import BDHError as BDHError
+    from bdh.inference.async_llm import AsyncLLM as AsyncLLM
+    from bdh.inference.engine import Engine as Engine
+    from bdh.inference.llm import LLM as LLM
+    from bdh.inference.params import SamplingParams as SamplingParams
+    from bdh.inference.request import Request as Request
     from bdh.model import BDHConfig as BDHConfig
     from bdh.model import BDHForCausalLM as BDHForCausalLM
     from bdh.model import BDHModel as BDHModel

@@ -41,8 +41,9 @@ def run(argv: list[str]) -> int:
     from bdh.data.blocks import ValidationWindows
     from bdh.data.loader import read_text
     from bdh.data.tokenizer import load_tokenizer, same_tokenizer
+    from bdh.model.device import choose_device
     from bdh.model.export import load_export
-    from bdh.training.device import autocast, choose_device
+    from bdh.training.device import autocast
     from bdh.training.evaluation import evaluate
 
     model, tokenizer = load_export(args.model)

@@ -1,49 +1,100 @@
-"""`bdh generate`: a model writes on from a prompt."""
+"""`bdh generate`: a model writes on from a prompt, or from each prompt of a file."""
 
+import json
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bdh.cli.parsing import Parser
+from bdh.cli.prompts import SEED_STRIDE, answer_prompts
+from bdh.cli.settings import add_model, add_settings, given_settings, open_model
+from bdh.cli.terminal import show
 from bdh.errors import BDHError
+
+if TYPE_CHECKING:
+    from bdh.inference.llm import LLM, TokenLogprob
+    from bdh.inference.params import SamplingParams
+
+PROMPTS_HELP = (
+    'answer a file of prompts: .txt, one a line; or .jsonl, objects with "prompt" or "messages" and settings of their '
+    "own, if you like. A line of JSON comes out for each, in order; it has an error in "
+    f"it where there is no answer. With --seed S, prompt i (from 0) has the seed S + {SEED_STRIDE} i"
+)
+OUTPUT_HELP = (
+    "where the lines for --prompts go, instead of stdout: a .jsonl file. What it has is kept, so the same command goes "
+    "on where it was interrupted"
+)
 
 
 def run(argv: list[str]) -> int:
     parser = Parser(
         prog="bdh generate",
         allow_abbrev=False,
-        description="Continue a prompt. Each token costs the same, however long the text has become.",
+        description="Continue a prompt, or each prompt of a file. A token costs the same, however long the text has "
+        "become.",
     )
-    parser.add_argument("--model", metavar="DIR", type=str, required=True, help="folder of an export")
-    parser.add_argument("--prompt", metavar="TEXT", type=str, required=True, help="what to go on from; - reads stdin")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens to write at most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    parser.add_argument("--top_k", type=int, default=0, help="choose among this many likeliest tokens; 0 among all")
-    parser.add_argument(
-        "--top_p", type=float, default=1.0, help="choose among the likeliest that hold this probability"
-    )
-    parser.add_argument("--seed", type=int, default=None, help="makes the choices repeatable")
+    add_model(parser)
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", metavar="TEXT", type=str, help="what to go on from; - reads stdin")
+    asked.add_argument("--prompts", metavar="FILE", type=Path, help=PROMPTS_HELP)
+    parser.add_argument("--output", metavar="FILE", type=Path, help=OUTPUT_HELP)
     parser.add_argument("--stream", action="store_true", help="show each character as soon as it is known")
-    parser.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument(
+        "--batch_size", metavar="N", type=int, help="texts in work at once; without it, what the device is good for"
+    )
+    add_settings(parser)
     args = parser.parse_args(argv)
+    given = given_settings(args)
+    if args.batch_size is not None and args.batch_size < 1:
+        raise BDHError(f"batch_size is {args.batch_size}; it must be at least 1")
+    if args.prompts is not None:
+        if args.stream:
+            raise BDHError("--stream is for one --prompt; the lines for --prompts come as they are ready anyway")
+        return answer_prompts(args, given)
+    if args.output is not None:
+        raise BDHError("--output is for --prompts; the text for one --prompt goes to stdout")
 
-    from bdh.inference.generation import SamplingSettings, generate_text
-    from bdh.model.export import load_export
-    from bdh.training.device import choose_device
+    from bdh.inference.params import SamplingParams
 
-    settings = SamplingSettings(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    model, tokenizer = load_export(args.model)
-    model.to(choose_device(args.device))
+    params = SamplingParams(**given)
+    if args.stream and params.n > 1:
+        raise BDHError(f"n is {params.n}; --stream shows one text, leave one of them out")
+    llm = open_model(args, args.batch_size)
     prompt = read_stdin() if args.prompt == "-" else args.prompt
-
-    def write(text: str) -> None:
-        print(text, end="", flush=True)
-
-    if args.stream:
-        write(prompt)
-        generate_text(model, tokenizer, prompt, settings, write)
-        print()
-    else:
-        print(prompt + generate_text(model, tokenizer, prompt, settings))
+    (stream if args.stream else write)(llm, prompt, params)
     return 0
+
+
+def write(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
+    """Shows what was written once it is whole, each of several texts under a line of its own."""
+    choices = llm.generate(prompt, params)[0].choices
+    for number, choice in enumerate(choices, 1):
+        heading = f"---------- {number} of {len(choices)}\n" if len(choices) > 1 else ""
+        show(f"{heading}{prompt}{choice.text}\n", sys.stdout)
+        show("".join(table(llm, choice.logprobs or ())), sys.stdout)
+
+
+def stream(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
+    """Shows what is written as it comes."""
+    deltas = llm.stream(prompt, params)
+    logprobs: list[TokenLogprob] = []
+    show(prompt, sys.stdout)
+    for delta in deltas:
+        show(delta.text, sys.stdout)
+        logprobs += delta.logprobs or ()
+    show("\n" + "".join(table(llm, logprobs)), sys.stdout)
+
+
+def table(llm: "LLM", logprobs: "Sequence[TokenLogprob]") -> Iterator[str]:
+    """A line a token: its log-probability, the token as it stands in the vocabulary, the likeliest with theirs."""
+
+    def name(token: int) -> str:
+        return json.dumps(llm.tokenizer.convert_ids_to_tokens(token), ensure_ascii=False)
+
+    for entry in logprobs:
+        likeliest = "".join(f"   {name(token)} {logprob:.4f}" for token, logprob in entry.top)
+        yield f"{entry.logprob:10.4f}  {name(entry.token):<12}{likeliest}".rstrip() + "\n"
 
 
 def read_stdin() -> str:

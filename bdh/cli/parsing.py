@@ -52,9 +52,12 @@ class Parser(ArgumentParser):
             ready, given = ready_configs(), match[1].removeprefix(f"{Path.cwd()}/")
             near = _nearest(Path(given).name, list(ready))
             return f"--config {given} does not exist{near or '; ready ones are ' + ', '.join(sorted(ready))}"
-        if match := re.match(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: ?(.*)', message):
-            near = _nearest(match[3], _choices(match[2]))
-            return f"{match[1]} is {match[3] or 'empty'}; it must be {_kind(match[2])}{near}"
+        if match := re.match(
+            r'Parser key "([^"]+)"(?: element (\d+))?: Expected an? (.+?)\. Got value: ?(.*)', message
+        ):
+            name = match[1] if match[2] is None else f"element {match[2]} of {match[1]}"
+            near = _nearest(match[4], _choices(match[3]))
+            return f"{name} is {match[4] or 'empty'}; it must be {_kind(match[3])}{near}"
         return re.sub(r"<class '(\w+)'>", r"\1", message)
 
 

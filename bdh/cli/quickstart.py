@@ -19,8 +19,8 @@ def run(argv: list[str]) -> int:
         given += ["--run_dir", str(free_run_dir())]
     config = build_config(parser, parser.parse_args(given))
 
-    from bdh.inference.generation import SamplingSettings, generate_text
-    from bdh.model.export import load_export
+    from bdh.inference.llm import LLM
+    from bdh.inference.params import SamplingParams
     from bdh.training.loop import train
     from bdh.training.tracking import read_metrics
 
@@ -33,15 +33,15 @@ def run(argv: list[str]) -> int:
     for record in records[-3:]:
         print(f"  step {record['step']:>5}   validation {record['bits_per_byte']:.3f} bits per byte")
     print(f"  drawn in {outcome.run_dir / 'loss.png'}\n\nThree samples:")
-    model, tokenizer = load_export(outcome.run_dir / "model")
-    for seed, prompt in enumerate(PROMPTS):
-        settings = SamplingSettings(max_new_tokens=240, temperature=0.6, seed=seed)
-        text = prompt + generate_text(model, tokenizer, prompt, settings)
+    params = [SamplingParams(max_new_tokens=240, temperature=0.6, seed=seed) for seed in range(len(PROMPTS))]
+    for prompt, completion in zip(PROMPTS, LLM(outcome.run_dir / "model").generate(PROMPTS, params), strict=True):
+        text = prompt + completion.text
         print("\n".join(f"  | {line}" for line in text.splitlines()) + "\n")
     bdh, folder = shlex.quote(command_name()), shlex.quote(str(outcome.run_dir / "model"))
     print(
         "Try next:\n"
         f'  {bdh} generate --model {folder} --prompt "Python is" --stream\n'
+        f"  {bdh} chat --model {folder}\n"
         f"  {bdh} eval --model {folder} --data.corpus pydoc\n"
         f"  {bdh} train --config quickstart --data.path YOUR_TEXT.txt --run_dir runs/mine"
     )

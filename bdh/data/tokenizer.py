@@ -114,23 +114,51 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
 
 
 class IncrementalDecoder:
-    """Text of ids as they come: each character as soon as it is whole, never half of one."""
+    """Text of ids as they come: each character as soon as it is whole, never half of one.
+
+    What was handed on stays. Some decoders take it back: where a row of byte tokens turns out to be no valid text, they
+    make replacement marks of all of it. Then only what was not yet handed on becomes marks.
+
+    Attributes:
+        tokens: All ids taken.
+        length: How many characters were handed on.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, skip_special_tokens: bool = True):
         self.tokenizer = tokenizer.backend_tokenizer
         self.skip_special_tokens = skip_special_tokens
         self.stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self.tokens: list[int] = []
-        self.written = ""
+        self.pending: list[int] = []  # those of which no text was handed on yet
+        self.pieces: list[str] = []  # what was handed on; joined where it is asked for, as a step must not get slower
+        self.length = 0
+
+    @property
+    def written(self) -> str:
+        """All text handed on."""
+        return "".join(self.pieces)
 
     def step(self, token: int) -> str:
         """The text that this token completes; often empty."""
         self.tokens.append(token)
-        text = self.stream.step(self.tokenizer, token) or ""
-        self.written += text
-        return text
+        self.pending.append(token)
+        try:
+            text = self.stream.step(self.tokenizer, token) or ""
+        except Exception:  # the library's own class, of which there is no name: the text before would be another now
+            text = self._decode(self.pending)
+            self.stream = DecodeStream(ids=[token], skip_special_tokens=self.skip_special_tokens)
+        return self._hand_on(text) if text else ""
 
     def end(self) -> str:
         """What was held back: bytes at the end that never became a character, as replacement marks."""
-        whole = self.tokenizer.decode(self.tokens, skip_special_tokens=self.skip_special_tokens)
-        return whole[len(self.written) :] if whole.startswith(self.written) else ""
+        whole = self._decode(self.tokens)
+        return self._hand_on(whole[self.length :] if whole.startswith(self.written) else self._decode(self.pending))
+
+    def _hand_on(self, text: str) -> str:
+        self.pending.clear()
+        self.pieces.append(text)
+        self.length += len(text)
+        return text
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=self.skip_special_tokens))

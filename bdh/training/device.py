@@ -6,20 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 
-from bdh.errors import BDHError
 from bdh.model import BDHForCausalLM
 from bdh.training.config import TrainingConfig
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; auto takes CUDA, then the CPU. Raises BDHError if the machine lacks it."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present[name]:
-        here = ", ".join(kind for kind, there in present.items() if there)
-        raise BDHError(f"the device is to be {name}, which this machine lacks; it has {here}")
-    return torch.device(name)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -22,11 +22,13 @@ from bdh.data.blocks import ValidationWindows, document_ids
 from bdh.data.loader import Batch, open_data
 from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
-from bdh.inference.generation import SamplingSettings, generate_text
+from bdh.inference.llm import sample_texts
+from bdh.inference.params import SamplingParams
 from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.model.device import choose_device
 from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, compare, validate, with_vocabulary, with_whole_path
-from bdh.training.device import autocast, choose_device, hardware, recompute_layers, seed_everything
+from bdh.training.device import autocast, hardware, recompute_layers, seed_everything
 from bdh.training.evaluation import Evaluation, evaluate
 from bdh.training.export import export_checkpoint
 from bdh.training.folder import RunFolder
@@ -295,14 +297,13 @@ class Trainer:
     def sample(self) -> None:
         """Lets the model write on from the fixed prompts, with a seed of their own."""
         logging = self.config.logging
-        settings = SamplingSettings(
-            logging.sample_tokens,
-            logging.sample_temperature,
+        params = SamplingParams(
+            max_new_tokens=logging.sample_tokens,
+            temperature=logging.sample_temperature,
             seed=(self.config.training.seed + self.state.step) % 2**63,
         )
-        prompts = logging.sample_prompts
-        texts = [(prompt, generate_text(self.model, self.tokenizer, prompt, settings)) for prompt in prompts]
-        self.tracker.samples(self.state.step, texts)
+        texts = sample_texts(self.model, self.tokenizer, logging.sample_prompts, params)
+        self.tracker.samples(self.state.step, list(zip(logging.sample_prompts, texts, strict=True)))
 
     # ----------------------------------------------------------------------------------- checkpoints and endings
 

@@ -176,8 +176,9 @@ def test_quickstart_trains_exports_writes_and_says_what_next(tmp_path: Path, bdh
     shown = done.stdout
     assert "trained for" in shown and shown.count("bits per byte") >= 4 and "Three samples:" in shown
     assert shown.count("  | The ") >= 1 and "  | A function " in shown
-    *_, first, second, third = shown.splitlines()
-    assert all(line.split()[0].endswith("bdh") for line in (first, second, third))
+    *_, first, second, third, fourth = shown.splitlines()
+    assert all(line.split()[0].endswith("bdh") for line in (first, second, third, fourth))
+    assert " chat --model runs/quickstart/model" in second
     assert (tmp_path / "runs" / "quickstart" / "loss.png").exists()
     suggested = [*first.split('"')[0].split(), "Python is", "--max_new_tokens", "5"]
     assert bdh(*suggested[1:]).stdout.startswith("Python is")

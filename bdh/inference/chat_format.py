@@ -1,0 +1,131 @@
+"""How a conversation becomes text: the tokenizer's chat template, or a plain transcript where it has none."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from bdh.errors import BDHError
+
+Message = Mapping[str, str]  # {"role": "user", "content": "Hello"}
+
+# For tokenizers without a template, as text in books looks:
+#
+#     What the system message says.
+#
+#     User: Hello
+#     Assistant: Good morning.
+#     User: And now?
+#     Assistant:
+PLAIN_TEMPLATE = r"""
+{%- for message in messages %}
+    {%- if not loop.first %}{{ '\n' }}{% endif %}
+    {%- if message['role'] == 'system' %}
+        {{- message['content'] ~ '\n' }}
+    {%- else %}
+        {{- message['role'] | capitalize ~ ': ' ~ message['content'] }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '\nAssistant:' }}
+{%- endif %}
+""".strip()
+
+ANSWER, QUESTION = "\ue000answer\ue000", "\ue000question\ue000"  # stand for contents; private characters, in no text
+
+
+@dataclass(frozen=True)
+class AnswerEnd:
+    """How an answer ends and begins, as the template has it.
+
+    Attributes:
+        token_ids: Special tokens that come after an answer.
+        stop: Text that comes after an answer, if no special token does: a new turn.
+        lead: White space that comes before an answer, and is no part of it.
+    """
+
+    token_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+    lead: str
+
+
+class ChatFormat:
+    """Conversations in the form of one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer = tokenizer
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation, up to where the assistant is to answer.
+
+        Raises:
+            BDHError: A message is not one, or the template does not take these.
+        """
+        check_messages(messages)
+        return self._render(messages, True)
+
+    def following(self, said: Sequence[Message], message: Message) -> str | None:
+        """What comes after the last answer of a conversation: its end, a new message, the beginning of the next answer.
+
+        None where the template does not simply go on: where the text before the last answer would be another now.
+
+        Raises:
+            BDHError: As for `render`.
+        """
+        check_messages([*said, message])
+        before = self._render(said[:-1], True)
+        answer = {**said[-1], "content": ANSWER}  # what it says does not matter: it was read as it was written
+        head, mark, tail = self._render([*said[:-1], answer, message], True).partition(ANSWER)
+        goes_on = head.startswith(before) and not head[len(before) :].strip()
+        return tail if mark and goes_on else None
+
+    @cached_property
+    def answer_end(self) -> AnswerEnd:
+        """How answers end: found out by asking the template what it writes around one."""
+        question = {"role": "user", "content": QUESTION}
+        try:
+            before = self._render([question], True)
+            whole = self._render([question, {"role": "assistant", "content": ANSWER}, question], False)
+        except BDHError:  # a template for something else: an end token is all that ends an answer
+            return AnswerEnd((), (), "")
+        head, _, tail = whole.partition(ANSWER)
+        lead = head[len(before) :] if head.startswith(before) else ""
+        between = tail.partition(QUESTION)[0].rstrip()
+        tokens = self.tokenizer(between, add_special_tokens=False).input_ids
+        if special := [token for token in tokens if token in special_ids(self.tokenizer)]:
+            return AnswerEnd((special[0],), (), lead)
+        return AnswerEnd((), (between,) if between else (), lead)
+
+    def _render(self, messages: Sequence[Message], answer_next: bool) -> str:
+        template = self.tokenizer.chat_template or PLAIN_TEMPLATE
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    chat_template=template
+                    if isinstance(template, str)
+                    else None,  # several have names; "default" is one
+                    add_generation_prompt=answer_next,
+                    tokenize=False,
+                )
+            )
+        except (TemplateError, ValueError, TypeError, AttributeError, KeyError) as error:
+            words = " ".join(str(error).split())[:200] or type(error).__name__
+            raise BDHError(f"the chat template does not take these messages: {words}") from error
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """The ids of tokens that are no text."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(token for token, what in added if what.special)}
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raises BDHError unless these are messages, each with a role and a content."""
+    if not messages:
+        raise BDHError("there are no messages; give at least one")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise BDHError(f"messages[{number}] is no message; give a role and a content, both text")

@@ -1,0 +1,389 @@
+"""The engine: many requests at once, token ids in, token ids out.
+
+What is notable about it, for a reader who knows engines for transformers:
+
+* There are no pages and no blocks. A sequence's past is one state of constant size, so a *slot* is all it needs, and
+  who has a slot can go on for ever. Scheduling is: who gets the next free slot.
+* Requests join and leave between steps. A step reads `prefill_chunk` tokens of prompts, in turn, and writes one
+  token of every continuation whose prompt is read; so a long prompt delays the others by one chunk.
+* States are exact. The state after a prompt serves all `n` answers to it, and the state after a common beginning of
+  prompts is kept and copied instead of read again.
+* A request's tokens depend on its prompt, its settings and its seed, never on who is beside it: the rows of a batch
+  never meet in the model, and each draws with random numbers of its own.
+"""
+
+import heapq
+import random
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bdh.errors import BDHError
+from bdh.inference.constraint import Constraint, Grammars
+from bdh.inference.prefix import PrefixCache
+from bdh.inference.request import Event, FinishReason, Request
+from bdh.inference.runner import Runner
+from bdh.inference.sampling import Sampled, Sampler
+from bdh.model import BDHState
+
+
+class QueueFull(BDHError):  # noqa: N818
+    """As many requests wait as may."""
+
+
+@dataclass
+class EngineStats:
+    """The present load, and counts since the engine was made."""
+
+    running: int = 0
+    waiting: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    prefix_hits: int = 0
+    prefix_tokens_saved: int = 0
+
+
+@dataclass(eq=False)
+class Branch:
+    """One continuation of a request."""
+
+    request: Request
+    index: int
+    seed: int
+    constraint: Constraint | None
+    slot: int = -1
+    read: int = 0  # tokens of the prompt that are in the slot
+    keep_at: int | None = None  # the state after this many is worth keeping
+    output: list[int] = field(default_factory=list)
+
+    def unread(self, chunk: int) -> list[int]:
+        """The next tokens of the prompt to read: up to the chunk's end, and up to where the state is to be kept.
+
+        Where chunks end does not depend on who else reads, or rounding would.
+        """
+        stop = min(self.read + chunk - self.read % chunk, len(self.request.prompt))
+        if self.keep_at is not None and self.read < self.keep_at < stop:
+            stop = self.keep_at
+        return list(self.request.prompt[self.read : stop])
+
+    @property
+    def prompt_is_read(self) -> bool:
+        return self.read == len(self.request.prompt)
+
+    def forbidden(self) -> list[int] | None:
+        """Tokens that may not come now: ends, while the text is too short."""
+        ends = self.request.ends
+        return sorted(ends) if ends and len(self.output) < self.request.params.min_new_tokens else None
+
+    @property
+    def wants_logprob(self) -> bool:
+        params = self.request.params
+        return params.logprobs is not None or (params.best_of or params.n) > params.n
+
+
+@dataclass(eq=False)
+class Group:
+    """The continuations of one request. The first to get a slot reads the prompt for all."""
+
+    branches: list[Branch]
+    reader: Branch | None = None
+    after_prompt: tuple[BDHState, Tensor] | None = None  # for those still waiting: the state, and the logits (V,)
+
+
+class Engine:
+    """Runs requests on a runner's slots; call `step` while it is `busy`. Not for several threads at once.
+
+    Args:
+        runner: The model and its slots.
+        grammars: What compiles regular expressions and schemas; without it, constrained requests are refused.
+        queue_size: Continuations that may wait for a slot; one more is refused.
+        prefill_chunk: Tokens of prompts read in one step, less than twice as many at times; a multiple of the runner's
+            grain. None: what the runner does best.
+        prefix_cache_bytes: What kept states may take; 0 keeps none.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        grammars: Grammars | None = None,
+        queue_size: int = 4096,
+        prefill_chunk: int | None = None,
+        prefix_cache_bytes: int = 1 << 30,
+    ):
+        self.runner = runner
+        self.grammars = grammars
+        self.queue_size = queue_size
+        self.prefill_chunk = prefill_chunk or runner.prefill_chunk
+        self.prefixes = PrefixCache(prefix_cache_bytes)
+        self.sampler = Sampler(runner.n_slots, runner.config.vocab_size, runner.device)
+        self.groups: dict[str, Group] = {}
+        self.waiting: deque[Branch] = deque()
+        self.reading: deque[Branch] = deque()  # have a slot, read their prompt
+        self.writing: list[Branch] = []  # have a slot and a last token to go on from
+        self.free = list(range(runner.n_slots))  # a heap
+        self.counts = EngineStats()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.groups)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The counts and the load as they are now."""
+        return replace(self.counts, running=len(self.reading) + len(self.writing), waiting=len(self.waiting))
+
+    # ---------------------------------------------------------------------------------------- requests come and go
+
+    def add(self, request: Request) -> str:
+        """Queues a request; returns its id.
+
+        Raises:
+            QueueFull: Too many wait.
+            BDHError: The prompt is empty or has unknown tokens, or the settings do not fit the model.
+        """
+        params, count = request.params, request.params.best_of or request.params.n
+        self.check(request)
+        if len(self.waiting) + count > self.queue_size + len(self.free):
+            raise QueueFull(
+                f"{len(self.waiting)} requests wait already, of {self.queue_size} that may; try again later"
+            )
+        seed = random.getrandbits(63) if params.seed is None else params.seed
+        branches = [Branch(request, index, (seed + index) % 2**63, self.constraint(request)) for index in range(count)]
+        self.groups[request.id] = Group(branches)
+        self.waiting.extend(branches)
+        return request.id
+
+    def check(self, request: Request) -> None:
+        size = self.runner.config.vocab_size
+        if request.id in self.groups:
+            raise BDHError(f"a request {request.id} is in work already; give each an id of its own")
+        if not request.prompt:
+            raise BDHError("the prompt is empty; give at least one token to go on from")
+        if not 0 <= min(request.prompt) <= max(request.prompt) < size:
+            raise BDHError(f"the prompt has a token that the model does not know; its tokens are 0 to {size - 1}")
+        if (count := request.params.best_of or request.params.n) > self.queue_size + self.runner.n_slots:
+            most = self.queue_size + self.runner.n_slots
+            raise BDHError(f"{count} continuations of one prompt are more than can ever wait; ask for {most} at most")
+        if request.state is not None:
+            self.check_state(request.state)
+        if request.params.num_beams > 1:
+            raise BDHError("num_beams is not for the engine; beam search is generate()'s")
+        request.params.check_vocabulary(size)
+
+    def check_state(self, state: BDHState) -> None:
+        config = self.runner.config
+        shape = (1, config.n_head, config.neurons_per_head, config.n_embd)
+        if len(state.synapses) != config.n_layer or any(S.shape != shape for S in state.synapses):
+            raise BDHError(
+                f"the state is not one sequence of this model: it wants {config.n_layer} synapses of {shape}"
+            )
+
+    def constraint(self, request: Request) -> Constraint | None:
+        if request.params.regex is None and request.params.json_schema is None:
+            return None
+        if self.grammars is None:
+            raise BDHError("regex and json_schema need a tokenizer; give the engine its grammars")
+        constraint = self.grammars.constraint(request.params)
+        if constraint is not None and not constraint.allowed().any():
+            raise BDHError("regex or json_schema allows nothing but an empty text; give one that text can follow")
+        return constraint
+
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one of its continuations, at once: its slot is free for others, no event of it follows."""
+        group = self.groups.get(request_id)
+        for branch in list(group.branches) if group else []:
+            if index is None or branch.index == index:
+                self.counts.cancelled += 1
+                self.leave(branch)
+
+    def leave(self, branch: Branch) -> None:
+        """Takes a continuation out of wherever it is."""
+        if branch.slot < 0:
+            self.waiting.remove(branch)
+        else:
+            (self.writing if branch.prompt_is_read else self.reading).remove(branch)
+            self.sampler.remove(branch.slot)
+            heapq.heappush(self.free, branch.slot)
+            branch.slot = -1
+        group = self.groups[branch.request.id]
+        group.branches.remove(branch)
+        if group.reader is branch:  # the next of the group reads the prompt
+            group.reader = None
+        if all(other.prompt_is_read for other in group.branches):
+            group.after_prompt = None
+        if not group.branches:
+            del self.groups[branch.request.id]
+
+    # ------------------------------------------------------------------------------------------------- one step
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Lets waiting requests in, reads some of their prompts and writes one token of each that can; its tokens."""
+        self.admit()
+        rows = sorted(self.writing, key=lambda branch: branch.slot)  # neighbours lie side by side in memory
+        logits = []
+        if rows:
+            logits.append(self.runner.decode([row.slot for row in rows], [row.output[-1] for row in rows]))  # (B, V)
+            self.counts.decode_tokens += len(rows)
+        for branch, after in self.read_prompts():
+            rows.append(branch)
+            logits.append(after[None])  # (1, V)
+        if not rows:
+            return []
+        sampled, errors = self.choose(rows, logits[0] if len(logits) == 1 else torch.cat(logits))
+        events = []
+        for i, row in enumerate(rows):
+            error = errors.get(row.slot)
+            events.append(self.advance(row, i, sampled) if error is None else self.fail(row, error))
+        return events
+
+    def admit(self) -> None:
+        """Gives free slots to those that have waited longest; who can use what another reads, waits for that."""
+        held = []
+        while self.free and self.waiting:
+            branch = self.waiting.popleft()
+            group = self.groups[branch.request.id]
+            if group.reader is not None and group.after_prompt is None:
+                held.append(branch)
+                continue
+            branch.slot = heapq.heappop(self.free)
+            self.sampler.add(branch.slot, branch.request.params, branch.request.prompt, branch.seed)
+            if group.after_prompt is None:
+                group.reader = branch
+                self.begin(branch)
+            self.reading.append(branch)
+        self.waiting.extendleft(reversed(held))
+
+    def begin(self, branch: Branch) -> None:
+        """Puts the state to start from into a branch's slot: the request's own, a kept beginning's, or none."""
+        request = branch.request
+        if request.state is not None:
+            self.runner.write_state(branch.slot, request.state)
+            return
+        hit = self.prefixes.find(request.prompt)
+        if hit is None:
+            self.runner.clear(branch.slot)
+        else:
+            self.runner.write_state(branch.slot, hit.state)
+            branch.read = hit.length
+            self.counts.prefix_hits += 1
+            self.counts.prefix_tokens_saved += hit.length
+        branch.keep_at = self.prefixes.worth_keeping(request.prompt, self.runner.state_nbytes, self.runner.grain)
+
+    def read_prompts(self) -> list[tuple[Branch, Tensor]]:
+        """Reads chunks of prompts, in turn, until they come to `prefill_chunk` tokens; which prompts are now read, with
+        the logits (V,) after them."""
+        done = []
+        left = self.prefill_chunk
+        while self.reading and left > 0:
+            branch = self.reading.popleft()
+            group = self.groups[branch.request.id]
+            if branch is not group.reader and group.after_prompt is not None:
+                state, logits = group.after_prompt
+                self.runner.write_state(branch.slot, state)
+                branch.read = len(branch.request.prompt)
+            else:
+                logits, count = self.read_chunk(branch)
+                left -= count
+            if not branch.prompt_is_read:
+                self.reading.append(branch)
+                continue
+            self.share(group, branch, logits)
+            done.append((branch, logits))
+            self.writing.append(branch)
+        return done
+
+    def read_chunk(self, branch: Branch) -> tuple[Tensor, int]:
+        """Reads the next tokens of a branch's prompt; the logits (V,) after them, and how many they were."""
+        tokens = branch.unread(self.prefill_chunk)
+        logits = self.runner.prefill(branch.slot, tokens)  # (V,)
+        branch.read += len(tokens)
+        self.counts.prefill_tokens += len(tokens)
+        if branch.read == branch.keep_at:
+            self.prefixes.keep(branch.request.prompt[: branch.read], self.runner.read_state(branch.slot))
+        return logits, len(tokens)
+
+    def share(self, group: Group, branch: Branch, logits: Tensor) -> None:
+        """Keeps the state after a prompt as long as others of its group wait for a slot or for this state."""
+        behind = [other for other in group.branches if not other.prompt_is_read]
+        if not behind:
+            group.after_prompt = None
+        elif group.after_prompt is None:
+            group.after_prompt = (self.runner.read_state(branch.slot), logits.clone())
+
+    def choose(self, rows: list[Branch], logits: Tensor) -> tuple[Sampled, dict[int, BDHError]]:
+        """Samples one token a row from logits (B, V); and what keeps constrained rows from going on, by slot, whose
+        tokens then mean nothing."""
+        allowed, errors = {}, {}
+        for row in rows:
+            if row.constraint is not None:
+                try:
+                    allowed[row.slot] = row.constraint.allowed()
+                except BDHError as error:
+                    errors[row.slot] = error
+        forbidden = {row.slot: tokens for row in rows if (tokens := row.forbidden())}
+        slots = [row.slot for row in rows]
+        return self.sampler.sample(logits, slots, allowed or None, forbidden or None), errors
+
+    def advance(self, branch: Branch, row: int, sampled: Sampled) -> Event:
+        """Takes a branch's new token; if it is the last, the slot is free again."""
+        request, token = branch.request, sampled.tokens[row]
+        branch.output.append(token)
+        try:
+            if branch.constraint is not None:
+                branch.constraint.accept(token)
+            reason = self.finish_reason(branch)
+        except BDHError as error:  # the grammar has come to the library's limits
+            return self.fail(branch, error)
+        return Event(
+            request.id,
+            branch.index,
+            token,
+            sampled.logprobs[row] if sampled.logprobs and branch.wants_logprob else None,
+            sampled.top[row] if sampled.top and request.params.logprobs else None,
+            reason,
+            None if reason is None else self.end(branch),
+        )
+
+    def fail(self, branch: Branch, error: BDHError) -> Event:
+        """Takes out a continuation that cannot go on; the others are none the worse for it."""
+        self.leave(branch)
+        return Event(branch.request.id, branch.index, -1, error=error)
+
+    def end(self, branch: Branch) -> BDHState | None:
+        """Lets a continuation end at the last token reported; the state it leaves, if that is to be kept."""
+        request, state = branch.request, None
+        keep_prefix = request.keep_prefix and request.state is None and self.prefixes.fits(self.runner.state_nbytes)
+        if request.keep_state or keep_prefix:
+            state = self.runner.read_state(branch.slot)
+        if keep_prefix and state is not None:
+            self.prefixes.keep([*request.prompt, *branch.output[:-1]], state)
+        self.counts.finished += 1
+        self.leave(branch)
+        return state if request.keep_state else None
+
+    def finish(self, request_id: str, index: int) -> BDHState | None:
+        """Ends a continuation at the last token reported, as an end token would: when the caller has what it wants.
+
+        Returns:
+            With `keep_state`, the state after the prompt and all tokens but the last one reported; None for a
+            continuation that is over, or of which no token was reported yet.
+        """
+        group = self.groups.get(request_id)
+        branch = next((branch for branch in group.branches if branch.index == index), None) if group else None
+        if branch is None or not branch.output:
+            self.cancel(request_id, index)
+            return None
+        return self.end(branch)
+
+    def finish_reason(self, branch: Branch) -> FinishReason | None:
+        if branch.output[-1] in branch.request.ends or (
+            branch.constraint is not None and branch.constraint.is_complete
+        ):
+            return "stop"
+        return "length" if len(branch.output) >= branch.request.params.max_new_tokens else None

@@ -1,0 +1,247 @@
+"""Text in, text out: one model, its tokenizer and an engine, for one thread. `AsyncLLM` is for many callers."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from bdh.data.tokenizer import vocabulary_size
+from bdh.errors import BDHError
+from bdh.inference.answer import Choice, Completion, Delta, TextRequest, TokenLogprob
+from bdh.inference.chat_format import Message
+from bdh.inference.params import SamplingParams
+from bdh.inference.runner import ModelRunner, Runner, make_runner
+from bdh.inference.state_file import model_fingerprint
+from bdh.inference.text_engine import Prompt, TextEngine
+from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.model.device import choose_device
+from bdh.model.export import load_export, load_model_only
+
+if TYPE_CHECKING:
+    from bdh.inference.session import Session
+
+__all__ = ["LLM", "Choice", "Completion", "Delta", "Prompt", "TokenLogprob", "sample_texts"]
+
+CPU_BATCH_SIZE, CUDA_BATCH_SIZE = 8, 64
+
+
+class LLM(TextEngine):
+    """A model that writes text. Not for several threads at once.
+
+    An exception in the midst of the work, Ctrl-C included, ends the requests it touches and leaves the rest usable.
+
+    Args:
+        model: The folder of an export; or a model, which is moved and changed and not to be used otherwise from now on;
+            or a runner, used as it is (then `device`, `dtype`, `quantization` and `max_batch_size` say nothing).
+        tokenizer: Of a model or runner; an export has its own.
+        device: "auto" (CUDA, then the CPU), "cpu", "cuda" or "mps".
+        dtype: Of weights and activity: "float32", "bfloat16", or "auto": what is fast on the device.
+        quantization: None, "int8" or "int4": of the weights, on the CPU.
+        max_batch_size: Continuations in work at once, each with a state of its own. None takes 8; on CUDA as many as
+            half of the free memory holds, up to 64.
+        prefix_cache_bytes: What kept states of prompts' beginnings may take; 0 keeps none.
+
+    Raises:
+        BDHError: The export cannot be loaded, the tokenizer does not fit, or the device cannot do what is asked.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | BDHForCausalLM | Runner,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantization: str | None = None,
+        max_batch_size: int | None = None,
+        prefix_cache_bytes: int = 1 << 30,
+    ):
+        whole = isinstance(max_batch_size, Integral) and not isinstance(max_batch_size, bool)
+        if max_batch_size is not None and (not whole or max_batch_size < 1):
+            raise BDHError(f"max_batch_size is {max_batch_size!r}; it must be a whole number, at least 1")
+        if isinstance(model, str | Path):
+            where = choose_device(device)
+            if tokenizer is None:
+                model, tokenizer = load_export(model)
+            else:
+                model = load_model_only(Path(model))
+        elif isinstance(model, BDHForCausalLM):
+            where = choose_device(device)
+        tokenizer = checked_tokenizer(tokenizer, model.config)
+        own: BDHForCausalLM | None
+        if isinstance(model, BDHForCausalLM):
+            own = model.to(where)
+            n_slots = max_batch_size or default_batch_size(model.config, where)
+            runner = make_runner(own, n_slots, dtype, quantization)
+        else:
+            runner, own = model, getattr(model, "model", None)
+        ends = end_tokens(tokenizer, getattr(own, "generation_config", None), runner.config)
+        super().__init__(runner, tokenizer, own, ends, prefix_cache_bytes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Which model this is, whatever its dtype. Raises BDHError for a runner that has no model."""
+        if self.model is None:
+            raise BDHError("sessions cannot be saved here: the runner keeps no model to know them by")
+        return model_fingerprint(self.model)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Continues prompts, any number of them, as many at once as there are slots.
+
+        Args:
+            prompts: A text or a list of token ids, or several of them. No special tokens are added.
+            params: For all prompts, or one for each.
+            progress: Whether to draw a bar on stderr.
+
+        Returns:
+            A completion for each prompt, in their order. Where a constrained text cannot go on, it has an `error`.
+
+        Raises:
+            BDHError: A prompt or its params are wrong; nothing is written then. Or the text for a prompt that was given
+                alone, not in a list, cannot go on.
+        """
+        asked = self._checked(prompts, params)
+        done: dict[int, Completion] = {}
+        console = Console(file=sys.stderr)
+        with Progress(console=console, disable=not progress) as bar:
+            task = bar.add_task("prompts", total=len(asked))
+            for number, completion in self.run(asked):
+                done[number] = completion
+                bar.advance(task)
+        if is_alone(prompts):
+            done[0].answered()
+        return [done[number] for number in range(len(asked))]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Continues a prompt; yields its text piece by piece, of `n` continuations in turn.
+
+        Closing the iterator, or letting go of it, ends the request.
+
+        Raises:
+            BDHError: The prompt or its params are wrong, or cannot be streamed (best_of, num_beams).
+        """
+        return self.stream_of(self.text_request(prompt, params))
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
+        """The assistant's answer to a conversation, by the tokenizer's chat template or as a plain transcript.
+
+        The state it leaves is kept a while, so that the same conversation with one more message is not read again.
+
+        Args:
+            messages: Each with a "role" ("system", "user", "assistant") and a "content".
+            params: As for `generate`.
+
+        Raises:
+            BDHError: As for `generate`, or the template does not take these messages.
+        """
+        asked = self.chat_request(messages, params)
+        self.check(asked)
+        return next(completion for _, completion in self.run([asked])).answered()
+
+    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Delta]:
+        """As `chat`, piece by piece. Raises BDHError as `chat` and `stream`."""
+        return self.stream_of(self.chat_request(messages, params))
+
+    def session(self, system: str | None = None, params: SamplingParams | None = None) -> "Session":
+        """A conversation that keeps its synapses, so that only new messages are read.
+
+        Args:
+            system: What the assistant is told before all else.
+            params: For answers whose `send` has none.
+        """
+        from bdh.inference.session import Session
+
+        return Session(self, system, params)
+
+    def load_session(self, path: str | Path) -> "Session":
+        """A session that was saved, to go on as if it had never been put away. Raises BDHError."""
+        from bdh.inference.session import Session
+
+        return Session.load(self, path)
+
+    def _checked(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[TextRequest]:
+        """A request for each prompt. Raises BDHError for the first that is wrong, with its number."""
+        if not isinstance(prompts, Sequence):
+            raise BDHError(
+                f"the prompts are a {type(prompts).__name__}; give a text, a list of token ids, or a list of these"
+            )
+        several: list[Prompt] = [prompts] if is_alone(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(several)
+        if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+            raise BDHError("the params are no SamplingParams; give one for all prompts, or a list of one for each")
+        if len(params) != len(several):
+            raise BDHError(
+                f"there are {len(several)} prompts and {len(params)} params; give one for all, or one for each"
+            )
+        asked = []
+        for number, (prompt, its_params) in enumerate(zip(several, params, strict=True)):
+            try:
+                asked.append(self.text_request(prompt, its_params))
+                self.check(asked[-1])
+            except BDHError as error:
+                raise error if len(several) == 1 else BDHError(f"prompt {number + 1}: {error}") from error
+        return asked
+
+
+def is_alone(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is one prompt and not several."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
+
+
+def sample_texts(
+    model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], params: SamplingParams
+) -> list[str]:
+    """Continuations by a model as it is, say in the midst of training: not moved, not changed, its mode put back.
+
+    Raises:
+        BDHError: A prompt has no tokens, or cannot be encoded.
+    """
+    was_training = model.training
+    try:
+        llm = LLM(ModelRunner(model, 1), tokenizer, prefix_cache_bytes=0)
+        return [completion.text for completion in llm.generate(list(prompts), params)]
+    finally:
+        model.train(was_training)
+
+
+def checked_tokenizer(tokenizer: PreTrainedTokenizerFast | None, config: BDHConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer, if it fits the model. Raises BDHError."""
+    if tokenizer is None:
+        raise BDHError("a model alone has no tokenizer; give one beside it")
+    if (size := vocabulary_size(tokenizer)) > config.vocab_size:
+        raise BDHError(f"the tokenizer has {size} tokens, the model {config.vocab_size}; they do not fit")
+    return tokenizer
+
+
+def default_batch_size(config: BDHConfig, device: torch.device) -> int:
+    """How many states to have room for."""
+    if device.type != "cuda":
+        return CPU_BATCH_SIZE
+    state = 4 * config.n_layer * config.n_neurons * config.n_embd  # bytes
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(CUDA_BATCH_SIZE, free // 2 // state))
+
+
+def end_tokens(
+    tokenizer: PreTrainedTokenizerFast, generation_config: GenerationConfig | None, config: BDHConfig
+) -> tuple[int, ...]:
+    """Tokens that end a text: the tokenizer's, and those the model's generation config names."""
+    named = getattr(generation_config, "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])]
+    return tuple(dict.fromkeys(end for end in ends if end is not None and 0 <= end < config.vocab_size))

@@ -1,0 +1,88 @@
+"""States of prompts' beginnings, kept by content, so that a beginning that comes again is not read again."""
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bdh.model import BDHState
+
+REMEMBERED = 128  # prompts compared with a new one
+
+
+def key_of(tokens: Sequence[int]) -> bytes:
+    """Tokens as bytes, four a token, so that one compares beginnings at the speed of memory."""
+    return np.asarray(tokens, dtype=np.int32).tobytes()
+
+
+def common_tokens(one: bytes, other: bytes) -> int:
+    """How many tokens two keys share from the beginning."""
+    size = min(len(one), len(other)) // 4
+    differs = np.flatnonzero(np.frombuffer(one, np.int32, size) != np.frombuffer(other, np.int32, size))
+    return int(differs[0]) if differs.size else size
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A kept state and the number of tokens it has read."""
+
+    length: int
+    state: BDHState
+
+
+class PrefixCache:
+    """Exact states after beginnings of prompts, within a budget of bytes, the least recently used out first.
+
+    A state is large, so not every prompt leaves one: a beginning is kept when a second prompt shares it
+    (`worth_keeping`), and where the caller knows that it will be gone on from.
+    """
+
+    def __init__(self, budget: int):
+        self.budget = budget
+        self.nbytes = 0
+        self.states: OrderedDict[bytes, BDHState] = OrderedDict()
+        self.prompts: deque[bytes] = deque(maxlen=REMEMBERED)
+
+    def fits(self, state_nbytes: int) -> bool:
+        """Whether a state of this size could be kept at all."""
+        return state_nbytes <= self.budget
+
+    def find(self, prompt: Sequence[int]) -> Hit | None:
+        """The longest kept beginning that leaves at least one token of the prompt to read."""
+        if not self.states:
+            return None
+        key = key_of(prompt[:-1])
+        best = max((kept for kept in self.states if key.startswith(kept)), key=len, default=None)
+        if best is None:
+            return None
+        self.states.move_to_end(best)
+        return Hit(len(best) // 4, self.states[best])
+
+    def worth_keeping(self, prompt: Sequence[int], state_nbytes: int, grain: int) -> int | None:
+        """Remembers a prompt; where its state should be kept: the multiple of `grain` that an earlier one shared."""
+        if not self.fits(state_nbytes):
+            return None
+        key = key_of(prompt)
+        shared = max((common_tokens(key, earlier) for earlier in self.prompts), default=0)
+        if key not in self.prompts:
+            self.prompts.append(key)
+        length = min(shared, len(prompt) - 1)
+        length -= length % grain
+        return length or None
+
+    def keep(self, tokens: Sequence[int], state: BDHState) -> None:
+        """Keeps a state (not copied) that has read these tokens; what was used longest ago makes room."""
+        key = key_of(tokens)
+        if not self.fits(state.nbytes):
+            return
+        if key not in self.states:
+            self.states[key] = state
+            self.nbytes += state.nbytes
+        self.states.move_to_end(key)
+        while self.nbytes > self.budget:
+            _, oldest = self.states.popitem(last=False)
+            self.nbytes -= oldest.nbytes
+
+    def __len__(self) -> int:
+        return len(self.states)

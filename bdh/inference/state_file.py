@@ -1,0 +1,118 @@
+"""States on disk: safetensors, with the fingerprint of the model they are of."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bdh.errors import BDHError
+from bdh.model import BDHConfig, BDHForCausalLM, BDHState
+
+FORMAT = "bdh-state-1"
+SIZES = ("vocab_size", "n_embd", "n_head", "n_layer", "n_neurons", "rope_theta", "layer_norm_eps")
+
+
+def model_fingerprint(model: BDHForCausalLM) -> str:
+    """SHA-256 of a model's sizes and its weights rounded to bfloat16: the same in whichever dtype it is loaded."""
+    sizes = {name: getattr(model.config, name) for name in SIZES}
+    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(bits_of(weight.detach().to(torch.bfloat16)))
+    return digest.hexdigest()
+
+
+def bits_of(tensor: Tensor) -> Any:
+    """A tensor's numbers as bytes, a buffer that is not copied."""
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of all that a file holds."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(bits_of(tensor))
+    return digest.hexdigest()
+
+
+def save_state(path: str | Path, state: BDHState, fingerprint: str, metadata: Mapping[str, str]) -> None:
+    """Writes a state to a file, whole or not at all; one that is there already is replaced.
+
+    Args:
+        path: The file; its folder must exist.
+        state: Of any batch size.
+        fingerprint: Of the model.
+        metadata: What else is to be known, text by name.
+
+    Raises:
+        BDHError: The file cannot be written; what was there before is as it was.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise BDHError(f"{path} is a folder; name a file for the state")
+    tensors = {f"synapses.{i}": S.detach().cpu().contiguous() for i, S in enumerate(state.synapses)}
+    tensors["position"] = state.position.cpu()
+    metadata = {**metadata, "format": FORMAT, "fingerprint": fingerprint, "length": str(state.length)}
+    try:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:  # nobody else's
+            partial = Path(folder) / path.name
+            save_file(tensors, partial, {**metadata, "sha256": checksum(tensors, metadata)})
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise BDHError(f"{path} cannot be written: {_reason(error)}") from error
+
+
+def load_state(path: str | Path, config: BDHConfig, fingerprint: str) -> tuple[BDHState, dict[str, str]]:
+    """Reads a state that `save_state` wrote; returns it, on the CPU, and its metadata.
+
+    Raises:
+        BDHError: There is no such file, it is damaged or something else, or the state is of another model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BDHError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; give the file of a saved state")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            if metadata.get("format") != FORMAT:
+                raise BDHError(f"{path} is no saved state that this version of bdh knows")
+            if metadata.get("fingerprint") != fingerprint:
+                raise BDHError(f"{path} is the state of another model; load the model it was saved with")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if metadata.pop("sha256", None) != checksum(tensors, metadata):
+            raise ValueError("it does not match its checksum")
+        synapses = [tensors[f"synapses.{i}"] for i in range(config.n_layer)]
+        state = BDHState(synapses, tensors["position"], int(metadata.pop("length")))
+        check_state(state, config)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise BDHError(f"{path} is damaged: {_reason(error)}") from error
+    return state, {name: text for name, text in metadata.items() if name not in ("format", "fingerprint")}
+
+
+def check_state(state: BDHState, config: BDHConfig) -> None:
+    """Raises ValueError unless this could be a state of the model: checksums say nothing about who made them."""
+    position = state.position  # (B,)
+    if position.dtype != torch.int64 or position.dim() != 1 or not len(position) or position.min() < 0:
+        raise ValueError("the positions are not one whole number from 0 on for each sequence")
+    if state.length < 0:
+        raise ValueError("the length is below 0")
+    shape = (len(position), config.n_head, config.neurons_per_head, config.n_embd)
+    if any(S.shape != shape for S in state.synapses):
+        raise ValueError("the synapses do not have the model's sizes")
+    if not all(S.dtype == torch.float32 and bool(S.isfinite().all()) for S in state.synapses):
+        raise ValueError("the synapses are not finite float32 numbers")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,90 @@
+"""The text of one continuation while its tokens come: whole characters, and nothing of a stop string."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+from bdh.data.tokenizer import IncrementalDecoder
+
+
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the stop string begins that is complete first; of several complete at once, the longest. None without."""
+    found = [(start + len(word), start) for word in stop if (start := text.find(word)) >= 0]
+    return min(found)[1] if found else None
+
+
+def undecided(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of a text without a stop string may be the beginning of one."""
+    longest = max(map(len, stop), default=1) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(word.startswith(text[-size:]) for word in stop):
+            return size
+    return 0
+
+
+class ContinuationText:
+    """Hands on text as soon as it is settled; the text ends before the stop string that is complete first.
+
+    What could be the beginning of a stop string is held back until it is known to be none. All this depends on the text
+    alone, not on how it is split into tokens.
+
+    Attributes:
+        stopped: Whether a stop string is complete: no text follows.
+        tokens: All tokens taken.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = (), strip: bool = False):
+        """strip leaves out white space at the beginning."""
+        self.decoder = IncrementalDecoder(tokenizer)
+        self.stop = stop
+        self.strip = strip
+        self.stopped = False
+        self.ends: list[int] = []  # how many characters were decoded after each token
+        self.held = ""
+        self.handed_on = 0  # characters, those left out at the beginning not counted
+        self.left_out = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.decoder.tokens
+
+    def step(self, token: int) -> str:
+        """The text that this token settles; often empty."""
+        text = self.decoder.step(token)
+        self.ends.append(self.decoder.length)
+        return self._settle(text)
+
+    def end(self) -> str:
+        """The rest, when no token follows: what was held back, and replacement marks for half a character."""
+        text = self._settle(self.decoder.end())
+        held, self.held = self.held, ""
+        return text + self._hand_on(held)
+
+    def kept(self, length: int) -> tuple[list[int], str]:
+        """What the first `length` characters handed on are made of, for who goes on from there.
+
+        Returns:
+            The tokens before the cut, and the text from there to the cut, where a token reaches across it.
+        """
+        cut = length + self.left_out if length else 0
+        whole = max((end for end in self.ends if end <= cut), default=0)  # characters
+        count = self.ends.index(whole) + 1 if whole else 0
+        return self.tokens[:count], self.decoder.written[whole:cut]
+
+    def _settle(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        text = self.held + text
+        start = first_stop(text, self.stop)
+        self.stopped = start is not None
+        settled = len(text) - undecided(text, self.stop) if start is None else start
+        self.held = "" if self.stopped else text[settled:]
+        return self._hand_on(text[:settled])
+
+    def _hand_on(self, text: str) -> str:
+        if self.strip and not self.handed_on:
+            stripped = text.lstrip()
+            self.left_out += len(text) - len(stripped)
+            text = stripped
+        self.handed_on += len(text)
+        return text

@@ -1,0 +1,267 @@
+"""Text requests on one engine: what `LLM`, `Session` and `AsyncLLM` have in common."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from numbers import Integral
+
+from transformers import PreTrainedTokenizerFast
+
+from bdh.errors import BDHError
+from bdh.inference.answer import Answer, Completion, Delta, TextRequest
+from bdh.inference.beams import beam_search, plain_request
+from bdh.inference.chat_format import ChatFormat, Message
+from bdh.inference.constraint import Grammars
+from bdh.inference.engine import Engine
+from bdh.inference.interrupt import uninterrupted
+from bdh.inference.params import SamplingParams
+from bdh.inference.request import Event, Request
+from bdh.inference.runner import Runner
+from bdh.model import BDHForCausalLM
+
+Prompt = str | Sequence[int]  # text, or its tokens
+
+
+class TextEngine:
+    """Makes requests of texts, gives them to an engine, drives it, and makes text of what comes. For one thread.
+
+    Several requests may be in work, begun by different callers: whoever calls `step` lets all of them go on.
+
+    Args:
+        runner: The model and its slots.
+        tokenizer: Its tokenizer.
+        model: What beam search is done with, if there is such a model.
+        end_token_ids: Tokens that end a text.
+        prefix_cache_bytes: What kept states of prompts' beginnings may take.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: PreTrainedTokenizerFast,
+        model: BDHForCausalLM | None,
+        end_token_ids: tuple[int, ...],
+        prefix_cache_bytes: int,
+    ):
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.model = model
+        self.end_token_ids = end_token_ids
+        self.prefix_cache_bytes = prefix_cache_bytes
+        tokenizer.backend_tokenizer.no_truncation()  # now, so that no call changes it while another thread uses it
+        tokenizer.backend_tokenizer.no_padding()
+        self.engine = self._new_engine()
+        self.answers: dict[str, Answer] = {}  # of requests in work
+        self._stepping = False
+        self._dropped: deque[str] = deque()
+
+    # --------------------------------------------------------------------------- requests of texts; for any thread
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        return ChatFormat(self.tokenizer)
+
+    def encode(self, text: str, what: str = "the prompt") -> list[int]:
+        """Token ids of a text, without special tokens. Raises BDHError if it is not one."""
+        if not isinstance(text, str):
+            raise BDHError(f"{what} is a {type(text).__name__}; give text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BDHError(f"{what} is not valid text: character {error.start} is half of one") from error
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def text_request(self, prompt: Prompt, params: SamplingParams | None = None) -> TextRequest:
+        """A request to continue a prompt. Raises BDHError."""
+        params = params or SamplingParams()
+        if isinstance(prompt, str):
+            text, tokens = prompt, self.encode(prompt)
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise BDHError(f"the prompt is a {type(prompt).__name__}; give text, or a list of token ids")
+        elif not all(isinstance(token, Integral) for token in prompt):
+            raise BDHError("the prompt is a list of something else than token ids; give text, or whole numbers")
+        else:
+            tokens = [int(token) for token in prompt]
+            known = [token for token in tokens if 0 <= token < self.runner.config.vocab_size]
+            text = self.tokenizer.decode(known)
+        return TextRequest(Request(tokens, params, end_token_ids=self.end_token_ids), text, params.stop)
+
+    def chat_request(self, messages: Sequence[Message], params: SamplingParams | None = None) -> TextRequest:
+        """A request to answer a conversation. Raises BDHError."""
+        text = self.chat_format.render(messages)
+        request = Request(self.encode(text, "the conversation"), params or SamplingParams(), keep_prefix=True)
+        return self.as_answer(TextRequest(request, text))
+
+    def as_answer(self, asked: TextRequest) -> TextRequest:
+        """The same request, ending and beginning as answers do in this tokenizer's conversations."""
+        end = self.chat_format.answer_end
+        ends = tuple(dict.fromkeys((*self.end_token_ids, *end.token_ids)))
+        stop = (*asked.request.params.stop, *end.stop)
+        return replace(asked, request=replace(asked.request, end_token_ids=ends), stop=stop, strip=bool(end.lead))
+
+    def check_streamable(self, asked: TextRequest) -> None:
+        """Raises BDHError if there is something to choose among at the end."""
+        params = asked.request.params
+        for name, value, usual in (
+            ("num_beams", params.num_beams, 1),
+            ("best_of", params.best_of or params.n, params.n),
+        ):
+            if value > usual:
+                raise BDHError(
+                    f"{name} is {value}, which cannot be streamed: the choice is made at the end; leave it out"
+                )
+
+    # ------------------------------------------------------------------------------- work; for one thread at a time
+
+    def check(self, asked: TextRequest) -> None:
+        """Raises BDHError if the engine, or the beam search, would not take the request."""
+        request = asked.request
+        if request.params.num_beams > 1:
+            request = plain_request(self.model, request)
+        self._prepare(request)
+        self.engine.check(request)
+        self.engine.constraint(request)
+
+    def start(self, asked: TextRequest, wants_deltas: bool = False) -> Answer:
+        """Gives a request to the engine. Raises BDHError (QueueFull among them) if it does not take it."""
+        self._prepare(asked.request)
+        self.engine.check(asked.request)  # first, as an answer takes memory for each of its continuations
+        answer = Answer(asked, self.tokenizer, wants_deltas)
+        try:
+            with uninterrupted():
+                self.engine.add(asked.request)
+                self.answers[asked.request.id] = answer
+        except KeyboardInterrupt:
+            self.drop(answer)
+            raise
+        return answer
+
+    def step(self) -> None:
+        """One step of the engine; what comes of it goes to the answers. Ctrl-C waits for its end.
+
+        An exception ends all requests: they get it too, and the engine begins anew.
+        """
+        with uninterrupted():
+            self._stepping = True
+            try:
+                for event in self.engine.step():
+                    self._hand_out(event)
+            except Exception as error:
+                self._begin_anew(error)
+                raise
+            finally:
+                self._stepping = False
+            while self._dropped:
+                self.engine.cancel(self._dropped.popleft())
+
+    def drop(self, answer: Answer) -> None:
+        """Ends what is left of a request; nothing more comes of it."""
+        with uninterrupted():
+            if self.answers.pop(answer.request.id, None) is None:
+                return
+            if self._stepping:  # an iterator that is closed by the garbage collector, in the middle of a step
+                self._dropped.append(answer.request.id)
+            else:
+                self.engine.cancel(answer.request.id)
+
+    def finish(self, answer: Answer) -> None:
+        """As `drop`, and continuations that were going on get the states they left, if the request keeps them."""
+        with uninterrupted():
+            if answer.request.id in self.answers and not self._stepping:
+                for continuation in answer.continuations:
+                    if continuation.finish_reason is None:
+                        continuation.state = self.engine.finish(answer.request.id, continuation.index)
+        self.drop(answer)
+
+    def pieces(self, answer: Answer) -> Iterator[Delta]:
+        """The deltas of an answer as they come, driving the engine meanwhile."""
+        while True:
+            while answer.deltas:
+                yield answer.deltas.popleft()
+            if answer.error is not None:
+                raise answer.error
+            if not answer.unfinished:
+                return
+            self.step()
+
+    def run(self, asked: Sequence[TextRequest]) -> Iterator[tuple[int, Completion]]:
+        """Completions as they get ready, with their numbers. Feeds the engine as its slots get free.
+
+        One that cannot go on has an error in its completion, and the others do go on. Letting go of the iterator ends
+        the rest. Raises BDHError where the engine does not take one.
+        """
+        waiting = deque(enumerate(asked))
+        running: dict[int, Answer] = {}
+        try:
+            while waiting or running:
+                while waiting and len(self.engine.waiting) < self.runner.n_slots:
+                    number, one = waiting.popleft()
+                    if one.request.params.num_beams > 1:
+                        yield number, self.beam_search(one)
+                    else:
+                        running[number] = self.start(one)
+                if running or waiting:  # there may be no room because of others, who then go on
+                    self.step()
+                for number, answer in list(running.items()):
+                    if answer.error is not None and not isinstance(answer.error, BDHError):
+                        raise answer.error
+                    if answer.error is not None or not answer.unfinished:
+                        yield number, running.pop(number).completion()
+        finally:
+            for answer in running.values():
+                self.drop(answer)
+
+    def stream_of(self, asked: TextRequest) -> Iterator[Delta]:
+        """Pieces of a request's text as they come, begun when the first is asked for. Raises BDHError as `check`."""
+        self.check_streamable(asked)
+        self.check(asked)
+        return self._started(asked)
+
+    def _started(self, asked: TextRequest) -> Iterator[Delta]:
+        answer = self.start(asked, wants_deltas=True)
+        try:
+            yield from self.pieces(answer)
+        finally:
+            self.drop(answer)
+
+    def beam_search(self, asked: TextRequest) -> Completion:
+        """The likeliest continuations; nothing else goes on meanwhile. Raises BDHError as `check`."""
+        self.check(asked)
+        assert self.model is not None
+        return beam_search(self.model, self.tokenizer, asked)
+
+    def _new_engine(self) -> Engine:
+        return Engine(self.runner, prefix_cache_bytes=self.prefix_cache_bytes)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.runner.config.vocab_size)
+
+    def _prepare(self, request: Request) -> None:
+        """Gives the engine grammars when the first request needs them."""
+        if request.params.regex is not None or request.params.json_schema is not None:
+            self.engine.grammars = self._grammars
+
+    def _hand_out(self, event: Event) -> None:
+        answer = self.answers.get(event.request_id)
+        if answer is None:
+            return
+        if event.error is not None:
+            answer.error = event.error
+            self.engine.cancel(event.request_id)
+        elif answer.take(event):  # a stop string, of which the engine knows nothing
+            answer.continuations[event.index].state = self.engine.finish(event.request_id, event.index)
+        if answer.error is not None or not answer.unfinished:
+            del self.answers[event.request_id]
+
+    def _begin_anew(self, error: Exception) -> None:
+        for answer in self.answers.values():
+            answer.error = error
+        self.answers.clear()
+        self._dropped.clear()
+        old, self.engine = self.engine, self._new_engine()
+        old.prefixes.states.clear()  # the error's traceback keeps the old engine, but not its states
+        old.groups.clear()
+        for branches in (old.waiting, old.reading, old.writing):
+            branches.clear()

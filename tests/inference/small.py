@@ -1,0 +1,63 @@
+"""A small model whose text is letters, and tokenizers for it."""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from bdh.data.tokenizer import byte_tokenizer
+from bdh.data.vocabulary import train_tokenizer
+from bdh.inference.llm import LLM
+from bdh.inference.params import SamplingParams
+from bdh.inference.runner import ModelRunner
+from bdh.model import BDHConfig, BDHForCausalLM
+
+BYTES = byte_tokenizer()
+CHAT = train_tokenizer("bytes", [], 0)  # bytes, six special tokens and a chat template
+LETTERS = {byte: -100.0 for byte in range(262) if chr(byte) not in " .abcdefghijklmnopqrstuvwxyz"}
+
+
+def small_model(seed: int = 0, vocab_size: int = 256) -> BDHForCausalLM:
+    torch.manual_seed(seed)
+    config = BDHConfig(
+        n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8, initializer_range=0.4, vocab_size=vocab_size
+    )
+    return BDHForCausalLM(config).eval()
+
+
+def letters(vocab_size: int = 256, **settings: object) -> SamplingParams:
+    """Params of a text of letters, with a seed."""
+    bias = {token: value for token, value in LETTERS.items() if token < vocab_size}
+    return SamplingParams(**{"max_new_tokens": 30, "seed": 7, "logit_bias": bias, **settings})  # type: ignore[arg-type]
+
+
+def small_llm(tokenizer: PreTrainedTokenizerFast = BYTES, n_slots: int = 4) -> LLM:
+    return LLM(small_model(vocab_size=256 if tokenizer is BYTES else 262), tokenizer, max_batch_size=n_slots)
+
+
+class Tripwire(ModelRunner):
+    """A runner that does something at its `at`-th decoding step."""
+
+    def __init__(self, model: BDHForCausalLM, n_slots: int, at: int, happens: Callable[[], object]):
+        super().__init__(model, n_slots)
+        self.left = at
+        self.happens = happens
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            self.happens()
+        return super().decode(slots, tokens)
+
+
+@contextmanager
+def ctrl_c_works() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where a shell had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
