@@ -1,39 +1,53 @@
-"""Decoding with the state against recomputing the context, by context length: the cost of a token.
+"""Decoding and reading prompts with the engine against the published way, by context and by batch.
 
-    python -m benchmarks.decode_speed [--contexts 64 512 2048] [--quadratic 64 512] [--device cpu]
+    python -m benchmarks.decode_speed [--device cpu|cuda] [--settings float32 int8 …] [--model DIR]
 
-The default 25.3 M model with random weights, one sequence, through `generate()` of transformers, the way `bdh generate`
-decodes. "quadratic" is the published way: for every token, the whole context goes through the model again. Contexts
-are taken in turn, several rounds in one process, and the median is reported, so that a machine that drifts treats all
-alike.
+Without --model: the default 25.3 M model with random weights, whose activity is denser than a trained one (50 % of the
+neurons fire, not 35 %), so that a trained model is faster. "published" is its way: for every token the whole
+context goes through the model again, in the model's own dtype, all pairs at once.
+
+All figures are the engine's: requests in, greedy tokens out, one Python step a token. A context is a position, with the
+synapses of a prompt of 512 tokens: nothing else of a past is ever read. Contexts are taken in turn, several rounds in
+one process, so that a machine that drifts treats all alike; tokens/s are of the mean step, in which the synapses are
+written now and then.
 Writes results/decode_speed_DEVICE.json and .png.
 """
 
 import argparse
+import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from bdh import BDHConfig, BDHForCausalLM
+from bdh.inference.engine import Engine
+from bdh.inference.params import SamplingParams
+from bdh.inference.request import Request
+from bdh.inference.runner import Runner, make_runner
+from bdh.model import BDHState
 from benchmarks.record import RESULTS, save
 
-
-@torch.inference_mode()
-def seconds_per_token(model: BDHForCausalLM, context: int, tokens: int, use_state: bool) -> float:
-    """Wall seconds of one new token after `context` others; the reading of the context is not counted with a state."""
-    prompt = torch.randint(256, (1, context), device=model.device)
-    settings = {"max_new_tokens": tokens, "do_sample": False}
-    if use_state:
-        state = model(prompt[:, :-1], logits_to_keep=1).past_key_values
-        return timed(lambda: model.generate(prompt, past_key_values=state, **settings)) / tokens
-    return timed(lambda: model.generate(prompt, use_cache=False, **settings)) / tokens
+CONTEXTS = (64, 512, 2048, 100_000)
+FOR_EVER = 10**9
+SETTINGS = {  # name: dtype and quantization
+    "float32": ("float32", None),
+    "bfloat16": ("bfloat16", None),
+    "int8": ("auto", "int8"),
+    "int4": ("auto", "int4"),
+}
 
 
-def timed(work: Callable[[], object]) -> float:
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], object]) -> float:
     """Wall seconds of some work, the GPU's included."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     started = time.perf_counter()
     work()
@@ -41,54 +55,185 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512, 2048])
-    parser.add_argument("--quadratic", type=int, nargs="*", default=[64, 512])
-    parser.add_argument("--tokens", type=int, default=32, help="new tokens of one measurement")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+def random_tokens(count: int, vocab_size: int) -> list[int]:
+    return torch.randint(vocab_size, (count,)).tolist()
 
-    torch.manual_seed(0)
-    model = BDHForCausalLM(BDHConfig()).eval().to(args.device)
-    seconds_per_token(model, args.contexts[0], 4, True)  # warm up
-    with_state: dict[int, list[float]] = {context: [] for context in args.contexts}
+
+def after_prompt(runner: Runner) -> BDHState:
+    """The state after a prompt of 512 tokens."""
+    runner.clear(0)
+    runner.prefill(0, random_tokens(512, runner.config.vocab_size))
+    return runner.read_state(0)
+
+
+def writing(runner: Runner, state: BDHState, context: int, batch: int) -> Engine:
+    """An engine that writes `batch` texts on from a state, as if it had read `context` tokens, greedily."""
+    engine = Engine(runner, prefix_cache_bytes=0)
+    params = SamplingParams(temperature=0, max_new_tokens=FOR_EVER)
+    there = BDHState(state.synapses, torch.full_like(state.position, context), context)
+    for _ in range(batch):
+        engine.add(Request([65], params, state=there))
+    while len(engine.writing) < batch:
+        engine.step()
+    return engine
+
+
+def decoding(runner: Runner, state: BDHState, context: int, batch: int, steps: int) -> list[float]:
+    """Wall seconds of each of some steps after a context, when nothing else is to be done."""
+    engine = writing(runner, state, context, batch)
+    for _ in range(4):
+        engine.step()
+    return [seconds(engine.step) for _ in range(steps)]
+
+
+@torch.inference_mode()
+def recomputing(model: BDHForCausalLM, context: int, tokens: int) -> float:
+    """Tokens a second of the published way of decoding."""
+    ids = torch.randint(model.config.vocab_size, (1, context), device=model.device)
+    took = []
+    for _ in range(tokens + 1):
+        took.append(seconds(lambda: model(ids, use_cache=False).logits[:, -1].argmax(-1)))  # (1, V)
+    return 1 / statistics.median(took[1:])
+
+
+def reading(runner: Runner, tokens: int, rounds: int) -> float:
+    """Tokens a second of a prompt."""
+    prompt = random_tokens(tokens, runner.config.vocab_size)
+    took = []
+    for _ in range(rounds + 1):
+        engine = Engine(runner, prefix_cache_bytes=0, prefill_chunk=max(tokens, runner.prefill_chunk))
+        engine.add(Request(prompt, SamplingParams(temperature=0, max_new_tokens=1)))
+        took.append(seconds(engine.step))
+    return tokens / statistics.median(took[1:])
+
+
+@torch.inference_mode()
+def overhead(rounds: int, batch: int = 8, tokens: int = 100) -> dict[str, float]:
+    """A batch of small requests on the CPU: the engine's speed over the bare model's and the bare runner's."""
+    ratios: dict[str, list[float]] = {"model": [], "runner": []}
+    model = small_model()
+    runner = make_runner(copy.deepcopy(model), batch)
+    prompts = [random_tokens(16, 256) for _ in range(batch)]
+
+    def engine_runs() -> None:
+        engine = Engine(runner)
+        for prompt in prompts:
+            engine.add(Request(prompt, SamplingParams(temperature=0, max_new_tokens=tokens)))
+        while engine.busy:
+            engine.step()
+
+    def model_runs() -> None:
+        output = model(torch.tensor(prompts), use_cache=True, logits_to_keep=1)
+        for _ in range(tokens - 1):
+            chosen = output.logits[:, -1].argmax(-1, keepdim=True)  # (B, 1)
+            output = model(chosen, past_key_values=output.past_key_values, use_cache=True)
+
+    def runner_runs() -> None:
+        for slot, prompt in enumerate(prompts):
+            runner.clear(slot)
+            logits = runner.prefill(slot, prompt)
+        chosen = [int(logits.argmax())] * batch
+        for _ in range(tokens - 1):
+            chosen = runner.decode(range(batch), chosen).argmax(-1).tolist()
+
+    for _ in range(rounds + 1):
+        took = seconds(engine_runs)
+        ratios["model"].append(seconds(model_runs) / took)
+        ratios["runner"].append(seconds(runner_runs) / took)
+    return {name: statistics.median(values[1:]) for name, values in ratios.items()}
+
+
+def small_model() -> BDHForCausalLM:
+    """The size of the quickstart."""
+    return BDHForCausalLM(BDHConfig(n_layer=3, mlp_internal_dim_multiplier=16)).eval()
+
+
+def measure(args: argparse.Namespace, model: BDHForCausalLM, name: str) -> dict[str, Any]:
+    """All figures of one setting."""
+    dtype, quantization = SETTINGS[name]
+    runner = make_runner(copy.deepcopy(model), max(args.batches), dtype, quantization)
+    state = after_prompt(runner)
+    by_context: dict[int, list[float]] = {context: [] for context in args.contexts}
     for _ in range(args.rounds):
         for context in args.contexts:
-            with_state[context].append(seconds_per_token(model, context, args.tokens, True))
-    recomputed = {context: seconds_per_token(model, context, 2, False) for context in args.quadratic}
-
-    state = {context: 1 / statistics.median(times) for context, times in with_state.items()}
-    quadratic = {context: 1 / seconds for context, seconds in recomputed.items()}
-    ratio = state[max(state)] / state[min(state)]
-    print("context   with the state   recomputing the context   (tokens/s)")
-    for context in sorted({*state, *quadratic}):
-        cells = [f"{row[context]:.2f}" if context in row else "-" for row in (state, quadratic)]
-        print(f"{context:>7}   {cells[0]:>14}   {cells[1]:>23}")
-    print(f"at {max(state)} it decodes at {ratio:.2f} of the speed at {min(state)}")
-    name = f"decode_speed_{args.device}"
-    figures = {
-        "tokens_per_second": {"state": state, "quadratic": quadratic},
-        "longest_over_shortest": ratio,
-        "seconds_per_token_of_each_round": with_state,
+            by_context[context] += decoding(runner, state, context, 1, args.steps)
+    by_batch = {batch: decoding(runner, state, 512, batch, args.steps) for batch in args.batches}
+    return {
+        "tokens_per_second_by_context": {context: 1 / statistics.mean(took) for context, took in by_context.items()},
+        "p99_step_ms_by_context": {context: 1e3 * percentile(took, 0.99) for context, took in by_context.items()},
+        "tokens_per_second_by_batch": {batch: batch / statistics.mean(took) for batch, took in by_batch.items()},
+        "median_step_ms_by_batch": {batch: 1e3 * statistics.median(took) for batch, took in by_batch.items()},
+        "prompt_tokens_per_second": {count: reading(runner, count, args.rounds) for count in args.prompts},
     }
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--model", type=Path, help="an export to measure instead of random weights")
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS))
+    parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
+    parser.add_argument("--batches", type=int, nargs="+")
+    parser.add_argument("--prompts", type=int, nargs="+")
+    parser.add_argument("--published", type=int, nargs="*", help="contexts for the published way")
+    parser.add_argument("--steps", type=int, help="tokens of one measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    on_gpu = args.device == "cuda"
+    args.settings = args.settings or (["bfloat16", "float32"] if on_gpu else list(SETTINGS))
+    args.batches = args.batches or ([1, 8, 64] if on_gpu else [1, 2, 4, 8])
+    args.prompts = args.prompts or ([512, 2048, 8192] if on_gpu else [512])
+    args.steps = args.steps or (208 if on_gpu else 32)
+    args.published = args.published if args.published is not None else ([512, 2048] if on_gpu else [64, 512])
+
+    torch.manual_seed(0)
+    if args.model:
+        from bdh.model.export import load_model_only
+
+        model = load_model_only(args.model).to(args.device)
+    else:
+        model = BDHForCausalLM(BDHConfig()).eval().to(args.device)
+    figures: dict[str, Any] = {
+        "published_tokens_per_second": {context: recomputing(model, context, 2) for context in args.published}
+    }
+    for name in args.settings:
+        figures[name] = measure(args, model, name)
+        print(name, *(f"\n  {what}: {rounded(values)}" for what, values in figures[name].items()), flush=True)
+    print("published:", rounded(figures["published_tokens_per_second"]))
+    if not on_gpu:
+        figures["engine_over_bare"] = overhead(args.rounds)
+        print("8 small requests, engine over bare:", rounded(figures["engine_over_bare"]))
+    name = f"decode_speed_{args.device}"
     print(save(name, figures))
-    draw(name, state, quadratic)
+    draw(name, figures, args.settings)
 
 
-def draw(name: str, state: dict[int, float], quadratic: dict[int, float]) -> None:
+def rounded(values: dict[Any, float]) -> dict[Any, float]:
+    return {key: float(f"{value:.4g}") for key, value in values.items()}
+
+
+def draw(name: str, figures: dict[str, Any], settings: Sequence[str]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    axes.plot(list(state), list(state.values()), marker="o", color="#1d4ed8", label="with the state (recurrent)")
-    axes.plot(list(quadratic), list(quadratic.values()), marker="o", color="#c2410c", label="recomputing the context")
-    axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="tokens per second")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), dpi=120)
+    published = figures["published_tokens_per_second"]
+    left.plot(list(published), list(published.values()), "o--", color="#57534e", label="published way, float32")
+    for setting in settings:
+        by_context, by_batch = (figures[setting][f"tokens_per_second_by_{what}"] for what in ("context", "batch"))
+        left.plot(list(by_context), list(by_context.values()), "o-", label=setting)
+        right.plot(list(by_batch), list(by_batch.values()), "o-", label=setting)
+    left.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="tokens per second, one sequence")
+    right.set(xscale="log", yscale="log", xlabel="sequences at once", ylabel="tokens per second together")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.tight_layout()
     figure.savefig(RESULTS / f"{name}.png")
 
