@@ -5,7 +5,6 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -82,8 +81,8 @@ class AsyncLLM:
 
     @property
     def stats(self) -> EngineStats:
-        """A copy of the engine's figures."""
-        return replace(self.llm.engine.stats)
+        """The engine's figures as they are now."""
+        return self.llm.engine.stats
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
         """Continues a prompt. With `num_beams`, nothing else goes on meanwhile.

@@ -73,9 +73,9 @@ class PrefixCache:
 
     def keep(self, tokens: Sequence[int], state: BDHState) -> None:
         """Keeps a state (not copied) that has read these tokens; what was used longest ago makes room."""
-        key = key_of(tokens)
         if not self.fits(state.nbytes):
             return
+        key = key_of(tokens)
         if key not in self.states:
             self.states[key] = state
             self.nbytes += state.nbytes
