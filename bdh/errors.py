@@ -6,3 +6,11 @@ class BDHError(Exception):
 
     Every command prints it to stderr without a traceback and exits with code 2.
     """
+
+
+class QueueFull(BDHError):  # noqa: N818
+    """As many requests wait for the engine as may."""
+
+
+class ModelClosed(BDHError):  # noqa: N818
+    """The model was closed, and what it had in work with it."""

@@ -1,14 +1,18 @@
 """What comes of a request: its tokens' text as it comes, and the completion at the end."""
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from bdh.errors import BDHError
 from bdh.inference.request import Event, FinishReason, Request
 from bdh.inference.text import ContinuationText
-from bdh.model import BDHState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from bdh.model import BDHState
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,14 @@ class Completion:
         prompt_tokens: As it was read.
         choices: The continuations; none if there is an error.
         error: Why there is no answer: the constrained output came to where nothing that fits can follow.
+        cached_tokens: How many of the prompt's tokens were not read, as a kept state had read them.
     """
 
     prompt: str
     prompt_tokens: list[int]
     choices: list[Choice]
     error: str | None = None
+    cached_tokens: int = 0
 
     @property
     def text(self) -> str:
@@ -164,9 +170,10 @@ class Answer:
     Attributes:
         deltas: Pieces that nobody has taken yet, if they are wanted.
         error: What ended the request before its time.
+        first_at, last_at: When its first and its last token came, by `time.perf_counter`; 0 before.
     """
 
-    def __init__(self, asked: TextRequest, tokenizer: PreTrainedTokenizerFast, wants_deltas: bool = False):
+    def __init__(self, asked: TextRequest, tokenizer: "PreTrainedTokenizerFast", wants_deltas: bool = False):
         self.asked = asked
         self.request = asked.request
         params = self.request.params
@@ -178,10 +185,15 @@ class Answer:
         self.wants_deltas = wants_deltas
         self.deltas: deque[Delta] = deque()
         self.error: BaseException | None = None
+        self.cached_tokens = 0
+        self.first_at = self.last_at = 0.0
 
     def take(self, event: Event) -> bool:
         """Takes a token; whether a stop string is complete with it, so that the engine need not go on."""
         continuation = self.continuations[event.index]
+        self.cached_tokens = max(self.cached_tokens, event.cached)
+        self.last_at = time.perf_counter()
+        self.first_at = self.first_at or self.last_at
         text = continuation.take(event)
         finished = continuation.finish_reason is not None
         self.unfinished -= finished
@@ -197,4 +209,4 @@ class Answer:
         if len(parts) > params.n:
             parts = sorted(parts, key=Continuation.mean_logprob, reverse=True)[: params.n]
         choices = [part.choice(index) for index, part in enumerate(parts)]
-        return Completion(self.asked.prompt, list(self.request.prompt), choices)
+        return Completion(self.asked.prompt, list(self.request.prompt), choices, cached_tokens=self.cached_tokens)

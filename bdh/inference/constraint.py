@@ -7,7 +7,7 @@ for tokenizers that cannot write every text, what they can write.
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -24,6 +24,7 @@ from bdh.errors import BDHError
 from bdh.inference.params import SamplingParams
 
 CACHED = 32  # compiled grammars that are kept
+LONGEST = 4096  # characters of an expression; with a row of a million "a?" the library takes minutes, and all memory
 SEARCHED = 2000  # beginnings of texts to go through when looking for one that a tokenizer can write
 LIMITS = LLParserLimits(verbose_errors=False)
 
@@ -54,7 +55,7 @@ class Grammars:
     `oneOf` whose parts overlap are refused. One thing is neither: a name that is not among the `properties` may come
     twice in an object.
 
-    Not to be shared between threads, and neither are its constraints.
+    Threads may share it, but not its constraints.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int):
@@ -96,6 +97,7 @@ class Grammars:
         return constraint
 
     def _regex(self, source: str) -> str:
+        check_length(source)
         if (len(source) - len(source.rstrip("\\"))) % 2 == 1:  # the library would leave it out
             raise ValueError("nothing follows the backslash at its end")
         expression = regex_to_lark(source, "d") or "(?:)"  # of nothing, the two strokes would begin a comment
@@ -105,7 +107,30 @@ class Grammars:
     def _json(self, schema: dict[str, object] | bool) -> str:
         spaces = SPACED if b" " in self.vocabulary.later else MAYBE_SPACED
         given = schema if isinstance(schema, dict) else {} if schema else {"enum": []}
+        for pattern in patterns(given):
+            check_length(pattern)
         return "start: %json " + json.dumps({**given, "x-guidance": spaces})
+
+
+def check_length(expression: str) -> None:
+    """Raises ValueError for an expression that is too long."""
+    if len(expression) > LONGEST:
+        raise ValueError(f"it has {len(expression)} characters; an expression may have {LONGEST}")
+
+
+def patterns(schema: object) -> Iterator[str]:
+    """All expressions in a schema."""
+    parts = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            parts += part.values()
+            if isinstance(pattern := part.get("pattern"), str):
+                yield pattern
+            if isinstance(named := part.get("patternProperties"), dict):
+                yield from named
 
 
 class Constraint:

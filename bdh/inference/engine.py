@@ -20,17 +20,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bdh.errors import BDHError
+from bdh.errors import BDHError, QueueFull
 from bdh.inference.constraint import Constraint, Grammars
 from bdh.inference.prefix import PrefixCache
 from bdh.inference.request import Event, FinishReason, Request
 from bdh.inference.runner import Runner
 from bdh.inference.sampling import Sampled, Sampler
 from bdh.model import BDHState
-
-
-class QueueFull(BDHError):  # noqa: N818
-    """As many requests wait as may."""
 
 
 @dataclass
@@ -57,6 +53,7 @@ class Branch:
     constraint: Constraint | None
     slot: int = -1
     read: int = 0  # tokens of the prompt that are in the slot
+    cached: int = 0  # how many of these a kept state had read
     keep_at: int | None = None  # the state after this many is worth keeping
     output: list[int] = field(default_factory=list)
 
@@ -265,15 +262,17 @@ class Engine:
         if request.state is not None:
             self.runner.write_state(branch.slot, request.state)
             return
-        hit = self.prefixes.find(request.prompt)
+        hit = self.prefixes.find(request.prompt, request.prefix_owner)
         if hit is None:
             self.runner.clear(branch.slot)
         else:
             self.runner.write_state(branch.slot, hit.state)
-            branch.read = hit.length
+            branch.read = branch.cached = hit.length
             self.counts.prefix_hits += 1
             self.counts.prefix_tokens_saved += hit.length
-        branch.keep_at = self.prefixes.worth_keeping(request.prompt, self.runner.state_nbytes, self.runner.grain)
+        branch.keep_at = self.prefixes.worth_keeping(
+            request.prompt, self.runner.state_nbytes, self.runner.grain, request.prefix_owner
+        )
 
     def read_prompts(self) -> list[tuple[Branch, Tensor]]:
         """Reads chunks of prompts, in turn, until they come to `prefill_chunk` tokens; which prompts are now read, with
@@ -305,7 +304,8 @@ class Engine:
         branch.read += len(tokens)
         self.counts.prefill_tokens += len(tokens)
         if branch.read == branch.keep_at:
-            self.prefixes.keep(branch.request.prompt[: branch.read], self.runner.read_state(branch.slot))
+            begun, state = branch.request.prompt[: branch.read], self.runner.read_state(branch.slot)
+            self.prefixes.keep(begun, state, branch.request.prefix_owner)
         return logits, len(tokens)
 
     def share(self, group: Group, branch: Branch, logits: Tensor) -> None:
@@ -348,6 +348,7 @@ class Engine:
             sampled.top[row] if sampled.top and request.params.logprobs else None,
             reason,
             None if reason is None else self.end(branch),
+            branch.cached if len(branch.output) == 1 else 0,
         )
 
     def fail(self, branch: Branch, error: BDHError) -> Event:
@@ -362,7 +363,7 @@ class Engine:
         if request.keep_state or keep_prefix:
             state = self.runner.read_state(branch.slot)
         if keep_prefix and state is not None:
-            self.prefixes.keep([*request.prompt, *branch.output[:-1]], state)
+            self.prefixes.keep([*request.prompt, *branch.output[:-1]], state, request.prefix_owner)
         self.counts.finished += 1
         self.leave(branch)
         return state if request.keep_state else None

@@ -47,6 +47,7 @@ class LLM(TextEngine):
         max_batch_size: Continuations in work at once, each with a state of its own. None takes 8; on CUDA as many as
             half of the free memory holds, up to 64.
         prefix_cache_bytes: What kept states of prompts' beginnings may take; 0 keeps none.
+        queue_size: Continuations that may wait for others to end; more are refused with `QueueFull`.
 
     Raises:
         BDHError: The export cannot be loaded, the tokenizer does not fit, or the device cannot do what is asked.
@@ -62,6 +63,7 @@ class LLM(TextEngine):
         quantization: str | None = None,
         max_batch_size: int | None = None,
         prefix_cache_bytes: int = 1 << 30,
+        queue_size: int = 4096,
     ):
         whole = isinstance(max_batch_size, Integral) and not isinstance(max_batch_size, bool)
         if max_batch_size is not None and (not whole or max_batch_size < 1):
@@ -83,7 +85,7 @@ class LLM(TextEngine):
         else:
             runner, own = model, getattr(model, "model", None)
         ends = end_tokens(tokenizer, getattr(own, "generation_config", None), runner.config)
-        super().__init__(runner, tokenizer, own, ends, prefix_cache_bytes)
+        super().__init__(runner, tokenizer, own, ends, prefix_cache_bytes, queue_size)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -35,47 +35,51 @@ class PrefixCache:
     """Exact states after beginnings of prompts, within a budget of bytes, the least recently used out first.
 
     A state is large, so not every prompt leaves one: a beginning is kept when a second prompt shares it
-    (`worth_keeping`), and where the caller knows that it will be gone on from.
+    (`worth_keeping`), and where the caller knows that it will be gone on from. What one owner's prompts left is for
+    that owner alone: how much of a prompt was kept tells what others have asked.
     """
 
     def __init__(self, budget: int):
         self.budget = budget
         self.nbytes = 0
-        self.states: OrderedDict[bytes, BDHState] = OrderedDict()
-        self.prompts: deque[bytes] = deque(maxlen=REMEMBERED)
+        self.states: OrderedDict[tuple[str | None, bytes], BDHState] = OrderedDict()
+        self.prompts: deque[tuple[str | None, bytes]] = deque(maxlen=REMEMBERED)
 
     def fits(self, state_nbytes: int) -> bool:
         """Whether a state of this size could be kept at all."""
         return state_nbytes <= self.budget
 
-    def find(self, prompt: Sequence[int]) -> Hit | None:
+    def find(self, prompt: Sequence[int], owner: str | None = None) -> Hit | None:
         """The longest kept beginning that leaves at least one token of the prompt to read."""
         if not self.states:
             return None
         key = key_of(prompt[:-1])
-        best = max((kept for kept in self.states if key.startswith(kept)), key=len, default=None)
+        fitting = (kept for whose, kept in self.states if whose == owner and key.startswith(kept))
+        best = max(fitting, key=len, default=None)
         if best is None:
             return None
-        self.states.move_to_end(best)
-        return Hit(len(best) // 4, self.states[best])
+        self.states.move_to_end((owner, best))
+        return Hit(len(best) // 4, self.states[owner, best])
 
-    def worth_keeping(self, prompt: Sequence[int], state_nbytes: int, grain: int) -> int | None:
+    def worth_keeping(
+        self, prompt: Sequence[int], state_nbytes: int, grain: int, owner: str | None = None
+    ) -> int | None:
         """Remembers a prompt; where its state should be kept: the multiple of `grain` that an earlier one shared."""
         if not self.fits(state_nbytes):
             return None
         key = key_of(prompt)
-        shared = max((common_tokens(key, earlier) for earlier in self.prompts), default=0)
-        if key not in self.prompts:
-            self.prompts.append(key)
+        shared = max((common_tokens(key, earlier) for whose, earlier in self.prompts if whose == owner), default=0)
+        if (owner, key) not in self.prompts:
+            self.prompts.append((owner, key))
         length = min(shared, len(prompt) - 1)
         length -= length % grain
         return length or None
 
-    def keep(self, tokens: Sequence[int], state: BDHState) -> None:
+    def keep(self, tokens: Sequence[int], state: BDHState, owner: str | None = None) -> None:
         """Keeps a state (not copied) that has read these tokens; what was used longest ago makes room."""
         if not self.fits(state.nbytes):
             return
-        key = key_of(tokens)
+        key = owner, key_of(tokens)
         if key not in self.states:
             self.states[key] = state
             self.nbytes += state.nbytes

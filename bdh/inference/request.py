@@ -4,11 +4,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bdh.errors import BDHError
 from bdh.inference.params import SamplingParams
-from bdh.model import BDHState
+
+if TYPE_CHECKING:
+    from bdh.model import BDHState
 
 FinishReason = Literal["stop", "length"]
 
@@ -24,6 +26,7 @@ class Request:
         end_token_ids: Tokens that end a text, unless `params.ignore_eos`.
         state: What to go on from instead of the beginning, a batch of one; it is copied, not changed.
         keep_state: Whether the last event of a continuation carries the state it left.
+        prefix_owner: Whose kept beginnings it may use and leave some to.
         keep_prefix: Whether the state it left goes into the prefix cache: the next prompt of a chat goes on from there.
     """
 
@@ -31,9 +34,10 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     end_token_ids: tuple[int, ...] = ()
-    state: BDHState | None = None
+    state: "BDHState | None" = None
     keep_state: bool = False
     keep_prefix: bool = False
+    prefix_owner: str | None = None
 
     @cached_property
     def ends(self) -> frozenset[int]:
@@ -55,6 +59,7 @@ class Event:
             `max_new_tokens`; None while it goes on.
         state: With `keep_state`, on the last event: the state after the prompt and all tokens but this last one, which
             was chosen and never read.
+        cached: On the first token: how many of the prompt's tokens were not read, as a kept state had read them.
         error: What keeps a constrained continuation from going on; it ends, and `token` is -1.
     """
 
@@ -64,5 +69,6 @@ class Event:
     logprob: float | None = None
     top: list[tuple[int, float]] | None = None
     finish_reason: FinishReason | None = None
-    state: BDHState | None = None
+    state: "BDHState | None" = None
+    cached: int = 0
     error: BDHError | None = None

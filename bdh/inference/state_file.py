@@ -89,7 +89,8 @@ def load_state(path: str | Path, config: BDHConfig, fingerprint: str) -> tuple[B
                 raise BDHError(f"{path} is no saved state that this version of bdh knows")
             if metadata.get("fingerprint") != fingerprint:
                 raise BDHError(f"{path} is the state of another model; load the model it was saved with")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            # Copies: what a file gives is the file itself, and changes with it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
         if metadata.pop("sha256", None) != checksum(tensors, metadata):
             raise ValueError("it does not match its checksum")
         synapses = [tensors[f"synapses.{i}"] for i in range(config.n_layer)]
@@ -98,6 +99,22 @@ def load_state(path: str | Path, config: BDHConfig, fingerprint: str) -> tuple[B
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise BDHError(f"{path} is damaged: {_reason(error)}") from error
     return state, {name: text for name, text in metadata.items() if name not in ("format", "fingerprint")}
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a saved state's file tells besides the state, which is not read and may be damaged.
+
+    Raises:
+        BDHError: It is no saved state.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise BDHError(f"{path} is no saved state: {_reason(error)}") from error
+    if metadata.get("format") != FORMAT:
+        raise BDHError(f"{path} is no saved state that this version of bdh knows")
+    return metadata
 
 
 def check_state(state: BDHState, config: BDHConfig) -> None:

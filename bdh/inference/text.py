@@ -1,10 +1,10 @@
 """The text of one continuation while its tokens come: whole characters, and nothing of a stop string."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerFast
-
-from bdh.data.tokenizer import IncrementalDecoder
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
@@ -33,8 +33,10 @@ class ContinuationText:
         tokens: All tokens taken.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = (), strip: bool = False):
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str] = (), strip: bool = False):
         """strip leaves out white space at the beginning."""
+        from bdh.data.tokenizer import IncrementalDecoder
+
         self.decoder = IncrementalDecoder(tokenizer)
         self.stop = stop
         self.strip = strip

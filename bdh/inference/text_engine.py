@@ -34,6 +34,7 @@ class TextEngine:
         model: What beam search is done with, if there is such a model.
         end_token_ids: Tokens that end a text.
         prefix_cache_bytes: What kept states of prompts' beginnings may take.
+        queue_size: Continuations that may wait for a slot.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class TextEngine:
         model: BDHForCausalLM | None,
         end_token_ids: tuple[int, ...],
         prefix_cache_bytes: int,
+        queue_size: int,
     ):
         self.runner = runner
         self.tokenizer = tokenizer
         self.model = model
         self.end_token_ids = end_token_ids
         self.prefix_cache_bytes = prefix_cache_bytes
+        self.queue_size = queue_size
         tokenizer.backend_tokenizer.no_truncation()  # now, so that no call changes it while another thread uses it
         tokenizer.backend_tokenizer.no_padding()
         self.engine = self._new_engine()
@@ -232,11 +235,15 @@ class TextEngine:
         return beam_search(self.model, self.tokenizer, asked)
 
     def _new_engine(self) -> Engine:
-        return Engine(self.runner, prefix_cache_bytes=self.prefix_cache_bytes)
+        return Engine(self.runner, queue_size=self.queue_size, prefix_cache_bytes=self.prefix_cache_bytes)
 
     @cached_property
     def _grammars(self) -> Grammars:
         return Grammars(self.tokenizer, self.runner.config.vocab_size)
+
+    def prepare_grammar(self, params: SamplingParams) -> None:
+        """Compiles what constrains a request, so that `start` finds it ready; for any thread. Raises BDHError."""
+        self._grammars.constraint(params)
 
     def _prepare(self, request: Request) -> None:
         """Gives the engine grammars when the first request needs them."""

@@ -313,6 +313,14 @@ def test_what_cannot_be_followed_is_refused(asked: dict[str, Any], reason: str) 
     assert message.startswith(next(iter(asked))) and len(message.splitlines()) == 1 and len(message) < 350
 
 
+@pytest.mark.parametrize("where", ["regex", "pattern", "patternProperties"])
+def test_a_very_long_expression_is_refused(where: str) -> None:
+    long = "a?" * 2049  # as long as it takes: memory and time grow with the square
+    schema: dict[str, Any] = {"items": [{"patternProperties": {long: {}}} if where != "pattern" else {"pattern": long}]}
+    with pytest.raises(BDHError, match="it has 4098 characters; an expression may have 4096"):
+        constrain("byte", **({"regex": long} if where == "regex" else {"json_schema": schema}))
+
+
 def test_a_tokenizer_without_the_characters() -> None:
     assert "~" not in TEXT
     with pytest.raises(BDHError, match="this tokenizer can write"):

@@ -331,7 +331,8 @@ def test_the_next_turn_of_a_chat_goes_on_from_the_kept_state() -> None:
         assert llm.engine.stats.prefix_hits == 1
         assert llm.engine.stats.prefill_tokens - read < len(first.prompt_tokens) + 5
         fresh = small_llm(tokenizer).chat([question, answer, question], params)
-        assert second == fresh
+        assert second.choices == fresh.choices and fresh.cached_tokens == 0
+        assert second.cached_tokens == llm.engine.stats.prefix_tokens_saved > 0
 
 
 def test_a_chat_template_says_how_an_answer_ends() -> None:

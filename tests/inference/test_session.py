@@ -18,10 +18,11 @@ from bdh.data.tokenizer import byte_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
 from bdh.inference.answer import Delta
+from bdh.inference.conversation import as_json
 from bdh.inference.llm import LLM
 from bdh.inference.params import SamplingParams
 from bdh.inference.runner import ModelRunner
-from bdh.inference.session import Session, as_json
+from bdh.inference.session import Session
 from bdh.inference.state_file import load_state, save_state
 from bdh.model import BDHState
 from bdh.model.card import model_card
