@@ -1,0 +1,83 @@
+"""What is kept of a text that a model read: little, as all else follows from it.
+
+A neuron's activity is a function of the vector x that comes into its layer, X = relu(x E), and so are the synapses that
+a token writes and reads. So of each token the record keeps that one vector a layer, and what is asked about neurons and
+synapses is worked out again, exactly, when it is asked (`bdh.insight.study`). Kept sparsely, the activity itself would
+take some forty times the memory.
+
+A *raster* is a picture of a layer's activity in at most `BINS` bytes: see `raster_of`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdh.model import BDHConfig, BDHState
+
+BINS = 256
+
+
+class Record:
+    """The last tokens that an observer read, numbered from 0.
+
+    Attributes:
+        tokens: Their ids; the arrays below hold as many rows that count.
+        vectors: What came into each layer, (max_tokens, L, D), in the model's dtype, on the CPU.
+        rasters: (max_tokens, L, bins) uint8.
+        shares: Which part of the neurons was active, (max_tokens, L) float32.
+        base: The synapses before token 0, None if there were none. Nobody changes them.
+        start: Position of token 0 in the text.
+    """
+
+    def __init__(self, config: BDHConfig, max_tokens: int, dtype: torch.dtype = torch.float32):
+        self.config = config
+        self.max_tokens = max_tokens
+        self.tokens: list[int] = []
+        L = config.n_layer
+        self.vectors = torch.empty(max_tokens, L, config.n_embd, dtype=dtype)  # memory is taken where it is written
+        self.rasters = np.empty((max_tokens, L, bins_of(config.n_neurons)), dtype=np.uint8)
+        self.shares = np.empty((max_tokens, L), dtype=np.float32)
+        self.base: BDHState | None = None
+        self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that a token takes; 7704 at the default sizes in float32."""
+        return (self.vectors.nbytes + self.rasters.nbytes + self.shares.nbytes) // self.max_tokens
+
+    def add(self, tokens: Sequence[int], vectors: Tensor, rasters: Tensor, shares: Tensor) -> None:
+        """Adds T tokens, as many as there is room for: vectors (T, L, D), rasters (T, L, bins) uint8, shares (T, L)."""
+        rows = slice(len(self), len(self) + len(tokens))
+        self.vectors[rows] = vectors.cpu()
+        self.rasters[rows] = rasters.cpu().numpy()
+        self.shares[rows] = shares.cpu().numpy()
+        self.tokens += tokens  # last: whoever reads in another thread finds whole tokens only
+
+
+def bins_of(n: int) -> int:
+    """How many bins the rasters of n neurons have: as many as neurons, or up to `BINS` of ceil(n / BINS) neurons each,
+    of which the last may have fewer."""
+    return math.ceil(n / math.ceil(n / BINS))
+
+
+def raster_of(X: Tensor, D: int) -> Tensor:
+    """Pictures of activity, (T, n) -> (T, bins) uint8.
+
+    Bin b is of the neurons b * w to (b + 1) * w - 1, w = ceil(n / BINS). Its byte tells the largest activity a among
+    them: 0 if all are silent, else ceil(255 * sqrt(a / sqrt(D))), at most 255. The root keeps weak activity visible;
+    sqrt(D), the length of x, is what a neuron shows whose weights have the length 1 and point where x does. The
+    strongest of trained models come to about half of that.
+    """
+    n = X.shape[-1]
+    bins = bins_of(n)
+    width = math.ceil(n / BINS)
+    X = F.pad(X, (0, bins * width - n))  # (T, bins * width)
+    largest = X.unflatten(-1, (bins, width)).amax(-1).float()  # (T, bins)
+    return (largest / math.sqrt(D)).sqrt().mul(255).ceil().clamp(max=255).to(torch.uint8)
