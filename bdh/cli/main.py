@@ -20,6 +20,8 @@ COMMANDS = {
     "convert": "turn a published checkpoint into an export, or back",
     "average": "average the weights of several checkpoints into an export",
     "tokenizer": "learn a vocabulary from text, look at one, encode and decode",
+    "serve": "serve models: the OpenAI API, sessions, and a page to talk to them and watch them think",
+    "keys": "make, list and revoke the API keys of a server",
     "info": "show a model's sizes: parameters, memory, state",
 }
 

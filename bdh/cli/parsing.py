@@ -1,8 +1,10 @@
 """Command lines and YAML to settings, and mistakes in them to one line."""
 
 import difflib
+import itertools
 import os
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +21,7 @@ def ready_configs() -> dict[str, str]:
     return {entry.name.removesuffix(".yaml"): str(entry) for entry in folder.iterdir() if entry.name.endswith(".yaml")}
 
 
-OTHER_VARIABLES = {"BDH_SHAKESPEARE_URL"}  # of this program, but no settings of a run
+OTHER_VARIABLES = {"BDH_SHAKESPEARE_URL", "BDH_API_KEYS"}  # of this program, but no settings
 
 
 class ReadyConfigFile(ActionConfigFile):
@@ -33,7 +35,10 @@ class ReadyConfigFile(ActionConfigFile):
 
 
 class Parser(ArgumentParser):
-    """A parser whose errors are one line, with the nearest spelling where there is one."""
+    """A parser whose errors are one line, with the nearest spelling where there is one; flags win over files."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:  # type: ignore[override]
+        return super().parse_args(None if args is None else files_first(args), *more, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise BDHError(self.explain(message)) from ex
@@ -42,8 +47,9 @@ class Parser(ArgumentParser):
         """jsonargparse's message in the words of someone who has to mend it."""
         message = " ".join(message.split())
         known = [action.dest for action in self._actions]
+        options = [option.lstrip("-") for action in self._actions for option in action.option_strings]
         if match := re.match(r"unrecognized arguments: (\S+)", message):
-            return f"{match[1]} is not an option{_nearest(match[1].lstrip('-').split('=')[0], known, '--')}"
+            return f"{match[1]} is not an option{_nearest(match[1].lstrip('-').split('=')[0], options, '--')}"
         if match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", message):
             return f"{match[1]}.{match[2]} is not a setting{_nearest(f'{match[1]}.{match[2]}', known)}"
         if match := re.match(r"Option '([^']+)' is not accepted", message):
@@ -61,8 +67,23 @@ class Parser(ArgumentParser):
         return re.sub(r"<class '(\w+)'>", r"\1", message)
 
 
+def files_first(argv: Sequence[str]) -> list[str]:
+    """A command line whose --config files come before everything else, so that no flag is undone by one after it."""
+    files: list[str] = []
+    others: list[str] = []
+    left = iter(argv)
+    for argument in left:
+        if argument == "--config":
+            files += [argument, *itertools.islice(left, 1)]
+        else:
+            (files if argument.startswith("--config=") else others).append(argument)
+    return files + others
+
+
 def _nearest(word: str, known: list[str], prefix: str = "") -> str:
+    last_parts = {name.rpartition(".")[2]: name for name in reversed(known)}
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = near or [last_parts[part] for part in difflib.get_close_matches(word, last_parts, n=1, cutoff=0.7)]
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
@@ -73,7 +94,7 @@ def _choices(kind: str) -> list[str]:
 def _kind(kind: str) -> str:
     if choices := _choices(kind):
         return f"one of {', '.join(choices)}"
-    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
     words = re.sub(r"<class '(\w+)'>", r"\1", kind)
     return names.get(words, words)
 
@@ -98,11 +119,18 @@ def train_parser(prog: str, description: str) -> Parser:
 
 def build_config(parser: Parser, parsed: Any) -> TrainConfig:
     """The parsed settings as a validated TrainConfig. Raises BDHError."""
-    known = {f"BDH_{action.dest.upper().replace('.', '__')}" for action in parser._actions} | OTHER_VARIABLES
-    for name in sorted(os.environ):
-        if name.startswith("BDH_") and name not in known:
-            raise BDHError(f"the environment variable {name} is not a setting{_nearest(name, sorted(known))}")
+    check_environment(parser)
     settings = parser.instantiate(parsed)
     config = TrainConfig(**{name: getattr(settings, name) for name in TrainConfig.__dataclass_fields__})
     validate(config)
     return config
+
+
+def check_environment(parser: Parser) -> None:
+    """Raises BDHError for a variable that looks like a setting of what the parser is for, and is none."""
+    own = {f"BDH_{action.dest.upper().replace('.', '__')}" for action in parser._actions}
+    known = own | OTHER_VARIABLES
+    serving = any(name.startswith("BDH_SERVE__") for name in own)
+    for name in sorted(os.environ):
+        if name.startswith("BDH_") and name.startswith("BDH_SERVE__") == serving and name not in known:
+            raise BDHError(f"the environment variable {name} is not a setting{_nearest(name, sorted(known))}")

@@ -23,6 +23,8 @@ def test_later_files_win_and_flags_win_over_files(tmp_path: Path) -> None:
     config = parse("--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml"), "--model.n_embd", "32")
     assert (config.model.n_layer, config.model.n_embd, config.training.max_steps) == (4, 32, 500)
     assert config.data == TrainConfig().data
+    early = parse("--model.n_embd=32", "--config", str(tmp_path / "a.yaml"), f"--config={tmp_path / 'b.yaml'}")
+    assert early == config  # wherever they stand
 
 
 def test_environment_variables_set_fields_and_flags_win_over_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,50 @@
+"""How a request that writes text is answered, whatever its dialect: whole, or as a stream."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Protocol
+
+from fastapi import Request
+from starlette.responses import Response
+
+from bdh.serving.streaming import EventStream, JSONAnswer, until_gone
+from bdh.serving.writing import Writing
+
+LARGE = 2000  # tokens whose log-probabilities are sooner put into JSON beside the event loop
+
+
+class Work(Protocol):
+    """A request that writes."""
+
+    writing: Writing
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the answer is to come in pieces."""
+
+    async def begin(self) -> None:
+        """Checks the request and gives it to the engine. Raises ApiError or BDHError."""
+
+    async def answer(self) -> Callable[[], dict[str, Any]]:
+        """What makes the JSON of the whole answer, once it is there. Raises ApiError, BDHError or RuntimeError."""
+
+    def events(self) -> AsyncGenerator[bytes]:
+        """The answer as a stream of events. Raises likewise."""
+
+
+async def answered(work: Work, request: Request) -> Response:
+    """The answer to a request. Raises as the work, and as `until_gone`."""
+    try:
+        await until_gone(request, work.begin())
+        if work.streamed:
+            return EventStream(work.events(), work.writing.end, request)
+        make = await until_gone(request, work.answer())
+        if work.writing.completion_tokens + work.writing.prompt_tokens > LARGE:
+            answer = await asyncio.to_thread(lambda: JSONAnswer(make()))
+        else:
+            answer = JSONAnswer(make())
+    except BaseException:
+        await work.writing.end()
+        raise
+    await work.writing.end()
+    return answer

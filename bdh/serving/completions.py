@@ -1,0 +1,182 @@
+"""POST /v1/completions: text goes on."""
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from bdh.inference.answer import TextRequest, TokenLogprob
+from bdh.serving.access import Caller, caller
+from bdh.serving.answering import answered
+from bdh.serving.answers import CompletionAnswer, Envelope
+from bdh.serving.choices import Choices, CompletionDialect, Scored
+from bdh.serving.documented import streamed
+from bdh.serving.errors import bad_request
+from bdh.serving.protocol import CompletionRequest
+from bdh.serving.served import ServedModel
+from bdh.serving.streaming import DONE, as_event
+from bdh.serving.token_text import LogprobWriter
+from bdh.serving.writing import Writing
+
+if TYPE_CHECKING:
+    from bdh.serving.server import Server
+
+router = APIRouter()
+
+USUAL_MAX_TOKENS = 16  # the API's own, for completions
+
+
+@router.post("/v1/completions", response_model=CompletionAnswer, responses=streamed(CompletionAnswer), tags=["OpenAI"])
+async def completions(body: CompletionRequest, request: Request, who: Annotated[Caller, Depends(caller)]) -> Response:
+    """Continues each prompt."""
+    server: Server = request.app.state.server
+    served = server.models.get(body.model)
+    work = CompletionWork(server, served, body, Writing(server, served, who, request), who)
+    return await answered(work, request)
+
+
+@dataclass
+class Echo:
+    """A prompt that is part of its answer."""
+
+    text: str = ""
+    scored: Scored = field(default_factory=list)
+
+
+class CompletionWork:
+    """One request to continue prompts."""
+
+    def __init__(self, server: "Server", served: ServedModel, body: CompletionRequest, writing: Writing, who: Caller):
+        self.server = server
+        self.served = served
+        self.body = body
+        self.writing = writing
+        self.who = who
+        self.envelope = Envelope("cmpl", served.name)
+        self.asked: list[TextRequest] = []
+        self.echoes: list[Echo] = []
+
+    @property
+    def streamed(self) -> bool:
+        return bool(self.body.stream)
+
+    async def begin(self) -> None:
+        """Checks the request and gives it to the engine. Raises ApiError or BDHError."""
+        body = self.body
+        if body.suffix:
+            raise bad_request("suffix is not supported: the model reads from left to right; leave it out", "suffix")
+        if body.brain and (body.n or 1) * len(body.prompts()) > 1:
+            raise bad_request("brain is for one text at a time; leave n and other prompts out", "brain")
+        max_tokens = USUAL_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        if max_tokens == 0 and not (body.echo and not body.stream):
+            raise bad_request("max_tokens is 0, which is for echo without stream; give at least 1", "max_tokens")
+        if max_tokens == 0 and body.brain:
+            raise bad_request("brain is for texts that are written; leave it out, or set max_tokens to 1", "brain")
+        prompts = body.prompts()
+        if len(prompts) > self.served.limits.max_prompts:
+            most = self.served.limits.max_prompts
+            raise bad_request(f"there are {len(prompts)} prompts; this server takes {most} at a time", "prompt")
+        params = body.sampling(
+            self.served.limits, max(1, max_tokens), n=body.n or 1, best_of=body.best_of, logprobs=body.logprobs
+        )
+        self.writing.check_count(len(prompts) * (params.best_of or params.n))
+        self.served.check_length(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), "prompt")
+        self.asked = [await self.served.llm.text_request(prompt, params) for prompt in prompts]
+        for one in self.asked:
+            self.served.check_prompt(one.request.prompt, "prompt")
+        if max_tokens == 0:
+            await self.writing.charge_prompt(sum(len(one.request.prompt) for one in self.asked))
+        else:
+            await self.writing.begin(self.asked, wants_deltas=bool(body.stream))
+        self.echoes = [await self.echo(one) for one in self.asked]
+        if body.brain:
+            prompt = list(self.asked[0].request.prompt)
+            await self.writing.look(prompt, None)
+
+    async def echo(self, asked: TextRequest) -> Echo:
+        """The prompt as the answer has it, scored if log-probabilities are asked for."""
+        if not self.body.echo:
+            return Echo()
+        if self.body.logprobs is None:
+            return Echo(asked.prompt)
+        tokens = list(asked.request.prompt)
+        scores = [TokenLogprob(tokens[0], float("nan")), *await self.served.llm.score(tokens, self.body.logprobs)]
+        return Echo(asked.prompt, await self.served.llm.beside(lambda: self.placed(scores)))
+
+    def placed(self, scores: Sequence[TokenLogprob]) -> Scored:
+        """The tokens of a text, each with where it begins."""
+        from bdh.data.tokenizer import IncrementalDecoder
+
+        decoder = IncrementalDecoder(self.served.llm.llm.tokenizer, skip_special_tokens=False)
+        scored = []
+        for one in scores:
+            scored.append((decoder.length, one))
+            decoder.step(one.token)
+        return scored
+
+    def choices(self, number: int) -> Choices:
+        """What makes choices of a prompt's continuations."""
+        n, texts, params = self.body.n or 1, self.served.texts, self.asked[number].request.params
+        dialect = CompletionDialect(texts, bool(self.body.logprobs))
+        if self.body.logprobs is None:
+            return Choices(dialect, None, number * n)
+        ends, offset = self.asked[number].request.ends, len(self.echoes[number].text)
+        writers = [LogprobWriter(texts, ends, offset=offset, tells_end=True) for _ in range(params.n)]
+        return Choices(dialect, writers, number * n)
+
+    async def answer(self) -> Callable[[], dict[str, Any]]:
+        """What makes the JSON of the whole answer. Raises ApiError, BDHError or RuntimeError."""
+        if not self.writing.calls:
+            return lambda: self.envelope.whole(self.echoed_only(), usage=self.writing.usage())
+        several = [completion.answered().choices for completion in await self.writing.completions()]
+        brain = await self.writing.observed_whole(several[0][0].tokens)
+        if self.server.config.logging.prompts:
+            self.writing.log["answer"] = [one.text for found in several for one in found]
+
+        def make() -> dict[str, Any]:
+            whole = []
+            for number, (echo, found) in enumerate(zip(self.echoes, several, strict=True)):
+                choices = self.choices(number)
+                whole += [choices.whole(one, echo.text, echo.scored) for one in found]
+            return self.envelope.whole(whole, usage=self.writing.usage(), **brain)
+
+        return make
+
+    def echoed_only(self) -> list[dict[str, Any]]:
+        """Choices that are prompts and nothing more."""
+        dialect = CompletionDialect(self.served.texts, bool(self.body.logprobs))
+        scored = self.body.logprobs is not None
+        n = self.body.n or 1
+        return [
+            dialect.whole(number * n + index, echo.text, echo.scored if scored else None, "length")
+            for number, echo in enumerate(self.echoes)
+            for index in range(n)
+        ]
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """The answer as a stream of events."""
+        usage: dict[str, Any] = {"usage": None} if self.body.wants_usage else {}
+        made = [self.choices(number) for number in range(len(self.asked))]
+        for event in self.opening(made):
+            yield as_event(self.envelope.piece([event], **usage))
+        if self.writing.watch is not None:
+            yield as_event(self.envelope.piece([], **usage, brain=await self.writing.watch.prompt()))
+        async for number, deltas in self.writing.pieces():
+            brain = await self.writing.observed(deltas)
+            for piece in made[number].pieces(deltas):
+                yield as_event(self.envelope.piece([piece], **usage, **brain))
+        if self.body.wants_usage:
+            yield as_event(self.envelope.piece([], usage=self.writing.usage()))
+        yield DONE
+
+    def opening(self, made: Sequence[Choices]) -> list[dict[str, Any]]:
+        """The echoed prompts, as first pieces."""
+        if not self.body.echo:
+            return []
+        return [
+            choices.dialect.piece(choices.first_index + index, echo.text, echo.scored or None, None)
+            for choices, echo in zip(made, self.echoes, strict=True)
+            for index in range(self.body.n or 1)
+        ]

@@ -1,0 +1,45 @@
+"""GET /health/live, /health/ready and /metrics: for those who watch over the server."""
+
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from bdh.serving.documented import errors
+from bdh.serving.errors import unavailable
+from bdh.serving.streaming import JSONAnswer
+
+if TYPE_CHECKING:
+    from bdh.serving.server import Server
+
+router = APIRouter(tags=["operation"])
+
+
+class Health(BaseModel):
+    status: str
+
+
+@router.get("/health/live", response_model=Health)
+async def live(request: Request) -> Response:
+    """Whether the process answers at all. It does while it loads and while it drains."""
+    return JSONAnswer({"status": "alive"})
+
+
+@router.get("/health/ready", response_model=Health, responses=errors(503))
+async def ready(request: Request) -> Response:
+    """Whether requests should be sent here: all models are loaded, and it is not about to end."""
+    server: Server = request.app.state.server
+    if server.draining:
+        raise unavailable("draining", "draining")
+    if not server.models.ready:
+        raise unavailable("loading", "loading", 2)
+    return JSONAnswer({"status": "ready"})
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(request: Request) -> Response:
+    """Figures for Prometheus."""
+    server: Server = request.app.state.server
+    figures = server.metrics.render() if server.peers is None else await server.peers.metrics()
+    return Response(figures, media_type=server.metrics.content_type)

@@ -1,0 +1,13 @@
+"""What a server that is one of several asks the others, so that all answer as one."""
+
+from typing import Any, Protocol
+
+
+class Peers(Protocol):
+    """All servers together, the one that asks among them."""
+
+    async def metrics(self) -> bytes:
+        """The figures of all, in Prometheus' text format, each with a label that says whose it is."""
+
+    async def sessions(self, owner: str | None) -> list[dict[str, Any]]:
+        """The cards of an owner's sessions, wherever they are."""

@@ -1,0 +1,255 @@
+"""A server: its rooms, its beginning and its end."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from ipaddress import ip_address
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from bdh.errors import BDHError
+from bdh.serving.app import create_app
+from bdh.serving.brain import TraceStore
+from bdh.serving.config import ServeConfig, validate
+from bdh.serving.connection import PatientProtocol
+from bdh.serving.errors import ApiError
+from bdh.serving.keys import KeyStore
+from bdh.serving.limits import RateLimits
+from bdh.serving.logs import configure_logging
+from bdh.serving.metrics import Metrics
+from bdh.serving.peers import Peers
+from bdh.serving.served import Models, ServedModel
+from bdh.serving.sessions import SessionStore
+
+log = logging.getLogger(__name__)
+
+CLOSING_SECONDS = 3  # for answers that were cut off at the end to reach their clients
+LONGEST_WAIT = 60  # seconds that a client is told to wait
+
+
+class Server:
+    """All that a server has. `start` and `close` are its lifespan's.
+
+    Args:
+        config: Its settings.
+        environment: Where `BDH_API_KEYS` may be.
+        place: What stands for this server in ids, if it is one of several that answer as one.
+
+    Attributes:
+        peers: These several.
+
+    Raises:
+        BDHError: A setting cannot be.
+    """
+
+    def __init__(self, config: ServeConfig, environment: Mapping[str, str] = os.environ, place: str = ""):
+        validate(config)
+        self.config = config
+        keys_file = config.auth.keys_file
+        self.keys = KeyStore(Path(keys_file) if keys_file else None, environment.get("BDH_API_KEYS"))
+        self.limits = RateLimits(config.limits)
+        self.metrics = Metrics()
+        self.models = Models(config)
+        self.sessions = SessionStore(config.sessions, place)
+        self.traces = TraceStore(config.brain, place)
+        self.peers: Peers | None = None
+        self.inside = 0  # requests, those about health not counted
+        self.draining = False
+        self.drained = asyncio.Event()
+        self.ending = asyncio.Event()  # whoever is still inside is told so, and sent home
+        self.failure: BDHError | None = None  # why it cannot go on
+        self.failed = asyncio.Event()
+        self._seconds = 1.0  # that a request takes, about
+        self._loading: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begins to load the models; requests are answered with 503 until they are there."""
+        self._loading = asyncio.create_task(self._load())
+        await self.sessions.start()
+
+    async def _load(self) -> None:
+        try:
+            await self.models.load()
+        except Exception as error:
+            self.failure = error if isinstance(error, BDHError) else BDHError(f"the models cannot be loaded: {error}")
+            self.failed.set()
+            return
+        for served in self.models.loaded.values():
+            self.watch(served)
+
+    def watch(self, served: ServedModel) -> None:
+        """Makes a model's figures part of the metrics."""
+        runner = served.llm.llm.runner
+
+        def kept() -> dict[str, float]:
+            return {
+                "prefix_cache": served.llm.llm.engine.prefixes.nbytes,
+                "sessions": self.sessions.nbytes(served.name),
+            }
+
+        self.metrics.watch(served.name, lambda: served.llm.stats, runner.n_slots, runner.state_nbytes, kept)
+
+    @property
+    def loading(self) -> bool:
+        """Whether a model is being loaded, though nobody may wait for it any more."""
+        return self._loading is not None and (not self._loading.done() or self._loading.cancelled())
+
+    async def close(self) -> None:
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
+        await self.sessions.close()
+        await self.models.close()
+        await self.limits.close()
+
+    # ---------------------------------------------------------------------------------------------------- under way
+
+    def count(self, error: ApiError) -> None:
+        """Counts a refusal."""
+        if error.reason is not None:
+            self.metrics.refused(error.reason)
+
+    def took(self, seconds: float) -> None:
+        """Remembers how long requests take."""
+        self._seconds += (seconds - self._seconds) / 16
+
+    def queue_seconds(self, served: ServedModel) -> int:
+        """How long a full queue will take, about."""
+        waves = served.llm.stats.waiting / served.llm.llm.runner.n_slots
+        return max(1, min(LONGEST_WAIT, round(waves * self._seconds)))
+
+    def begin_drain(self) -> None:
+        """Takes no new requests from now on; those inside come to their end."""
+        if not self.draining:
+            log.info("draining: %d requests are inside; once more to end at once", self.inside)
+            self.draining = True
+        self.check_drained()
+
+    def check_drained(self) -> None:
+        if self.draining and self.inside == 0:
+            self.drained.set()
+
+
+class Listener(uvicorn.Server):
+    """uvicorn, which drains before it ends: on the first signal, or at once on the second."""
+
+    def __init__(self, config: uvicorn.Config, server: Server):
+        super().__init__(config)
+        self.server = server
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self.watching = [asyncio.create_task(self._end_when_drained()), asyncio.create_task(self._end_when_failed())]
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for task in self.watching:
+            task.cancel()
+        await super().shutdown(sockets)
+        if self.server.loading:  # nothing ends the thread that does, and Python would wait for it
+            logging.shutdown()
+            os._exit(0)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.loop is None or self.server.ending.is_set():
+            self.should_exit = True
+            self.force_exit = sig == signal.SIGINT
+        else:
+            self.loop.call_soon_threadsafe(self._signalled)
+
+    def _signalled(self) -> None:
+        """What a signal asks for: the first to drain, the second not to wait for that."""
+        if self.server.draining:
+            self.server.ending.set()
+        else:
+            self.server.begin_drain()
+
+    async def _end_when_drained(self) -> None:
+        while not self.server.draining:
+            await asyncio.sleep(0.05)
+        server = self.server
+        either = [asyncio.ensure_future(event.wait()) for event in (server.drained, server.ending)]
+        await asyncio.wait(either, timeout=server.config.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
+        if server.inside:
+            log.warning("%d requests are sent home with a 503", server.inside)
+            server.ending.set()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CLOSING_SECONDS):
+                    await server.drained.wait()
+        for task in either:
+            task.cancel()
+        self.should_exit = True
+
+    async def _end_when_failed(self) -> None:
+        await self.server.failed.wait()
+        self.should_exit = True
+
+
+def serve(config: ServeConfig) -> None:
+    """Serves until a signal comes. Raises BDHError if it cannot begin, or a model cannot be loaded."""
+    configure_logging(config.logging)
+    server = Server(config)
+    check_folders(config)
+    listening = listen(config.host, config.port)
+    address = shown_address(listening)
+    log.info("serving %s at %s", ", ".join(server.models.settings), address)
+    if not server.keys.required and not is_local(config.host):
+        log.warning("%s is open to the network without API keys: whoever reaches it can use it; see bdh keys", address)
+    listener = Listener(
+        uvicorn.Config(
+            create_app(server),
+            http=PatientProtocol.within(config.requests.body_seconds),
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=round(config.requests.idle_seconds) or 1,
+            timeout_graceful_shutdown=CLOSING_SECONDS,
+            forwarded_allow_ips=config.trusted_proxies,
+        ),
+        server,
+    )
+    listener.run(sockets=[listening])
+    if server.failure is not None:
+        raise server.failure
+
+
+def check_folders(config: ServeConfig) -> None:
+    """Raises BDHError for a model whose folder is none, before anything is begun."""
+    for model in config.models:
+        if not (Path(model.path) / "config.json").is_file():
+            raise BDHError(f"--model {model.path} is no folder of an export: there is no config.json in it")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket to take connections from. Raises BDHError."""
+    try:
+        family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.create_server((where[0], port), family=family, backlog=1024)
+    except OSError as error:
+        system = error.errno is not None and error.errno > 0  # and not the resolver of names
+        reason = os.strerror(error.errno or 0) if system else error.strerror or str(error)
+        raise BDHError(f"{host}:{port} cannot be listened on: {reason}; choose another --host or --port") from error
+    listening.setblocking(False)
+    return listening
+
+
+def shown_address(listening: socket.socket) -> str:
+    host, port, *_ = listening.getsockname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,190 @@
+"""What one HTTP request has in the engine: begun together, counted, and ended together."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request
+
+from bdh.inference.answer import Completion, Delta, TextRequest
+from bdh.serving.access import Caller
+from bdh.serving.answers import usage
+from bdh.serving.errors import TooManyRequests, bad_request
+from bdh.serving.served import ServedModel
+
+if TYPE_CHECKING:
+    from bdh.inference.answer import Answer
+    from bdh.inference.async_llm import Call
+    from bdh.inference.async_session import Turn
+    from bdh.model import BDHState
+    from bdh.serving.server import Server
+    from bdh.serving.traces import Watch
+
+
+class Writing:
+    """The work of one HTTP request. Made when the request comes, begun once it is checked, and always ended.
+
+    Args:
+        server: Whose.
+        served: The model that writes.
+        who: Whose tokens they are.
+        request: Its log fields are filled in.
+    """
+
+    def __init__(self, server: "Server", served: ServedModel, who: Caller, request: Request):
+        self.server = server
+        self.served = served
+        self.who = who
+        self.log: dict[str, Any] = request.state.log
+        self.log["model"] = served.name
+        self.limit_headers: dict[str, str] = request.state.limit_headers
+        self.calls: list[Call | Turn] = []
+        self.watch: Watch | None = None  # who looks at the brain meanwhile
+        self.prompt_tokens = 0
+        self.began = time.perf_counter()
+        self._ended = False
+
+    # ---------------------------------------------------------------------------------------------------- beginning
+
+    async def begin(self, asked: Sequence[TextRequest], wants_deltas: bool) -> None:
+        """Gives requests to the engine, all or none. Raises ApiError or BDHError."""
+        self.check_queue()
+        await self.charge_prompt(sum(len(one.request.prompt) for one in asked))
+        if self.server.config.logging.prompts:
+            self.log["prompt"] = [one.prompt for one in asked]
+        try:
+            for one in asked:
+                one.request.prefix_owner = self.who.owner
+                self.calls.append(await self.served.llm.start(one, wants_deltas))
+        except BaseException:
+            self.drop()
+            raise
+
+    def check_count(self, texts: int) -> None:
+        """Raises ApiError for a request of too many texts."""
+        if texts > (most := self.served.limits.max_choices):
+            raise bad_request(f"{texts} texts are asked for; this server writes {most} for one request at most", "n")
+
+    async def charge_prompt(self, tokens: int) -> None:
+        """Counts tokens of prompts."""
+        self.prompt_tokens += tokens
+        headers = await self.server.limits.charge(self.who.key, self.who.address, tokens)
+        self.limit_headers.update(headers)
+
+    def check_queue(self) -> None:
+        """Refuses at once, before anything is made of the request, where the queue is full."""
+        waiting, most = self.served.llm.stats.waiting, self.server.config.queue_size
+        if waiting >= most:
+            words = f"{waiting} requests wait already, of {most} that may; try again later"
+            raise TooManyRequests(words, self.seconds_of_queue(), "queue_full")
+
+    def seconds_of_queue(self) -> int:
+        """About how long those that wait will take: what a client that was refused had better wait."""
+        return self.server.queue_seconds(self.served)
+
+    async def look(self, prompt: list[int], state: "BDHState | None") -> None:
+        """Begins a trace of what the neurons do, from a prompt after a state. Raises ApiError."""
+        traces = self.server.traces
+        self.watch = await traces.begin(self.served.name, self.served.llm, self.who.owner, prompt, state)
+
+    # ------------------------------------------------------------------------------------------------------ results
+
+    async def completions(self) -> list[Completion]:
+        """The whole of each. Raises BDHError where a constrained text could not go on, RuntimeError as the engine."""
+        return [await call.completion() for call in self.calls]
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, list[Delta]]]:
+        """Pieces of all, each with the number of its request."""
+        if len(self.calls) == 1:
+            async for deltas in self.calls[0].deltas():
+                yield 0, deltas
+            return
+        queue: asyncio.Queue[tuple[int, list[Delta] | Exception | None]] = asyncio.Queue()
+
+        async def pump(number: int, call: "Call | Turn") -> None:
+            try:
+                async for deltas in call.deltas():
+                    queue.put_nowait((number, deltas))
+                queue.put_nowait((number, None))
+            except Exception as error:
+                queue.put_nowait((number, error))
+
+        pumps = [asyncio.create_task(pump(number, call)) for number, call in enumerate(self.calls)]
+        try:
+            unfinished = len(pumps)
+            while unfinished:
+                number, came = await queue.get()
+                if isinstance(came, Exception):
+                    raise came
+                if came is None:
+                    unfinished -= 1
+                else:
+                    yield number, came
+        finally:
+            for task in pumps:
+                task.cancel()
+
+    async def observed(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """What a piece of a stream tells of the brain, if somebody looks."""
+        if self.watch is None:
+            return {}
+        return {"brain": await self.watch.tokens([token for delta in deltas for token in delta.tokens])}
+
+    async def observed_whole(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """What a whole answer tells of the brain, if somebody looks: where to look."""
+        if self.watch is None:
+            return {}
+        await self.watch.prompt()
+        await self.watch.tokens(tokens)
+        return {"brain": {"trace": self.watch.id}}
+
+    # ------------------------------------------------------------------------------------------------------- ending
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens written so far, of all continuations, those that `best_of` gives up among them."""
+        return sum(len(part.tokens) for answer in self._answers() for part in answer.continuations)
+
+    def _answers(self) -> "list[Answer]":
+        return [call.answer for call in self.calls if call.answer is not None]
+
+    def usage(self) -> dict[str, Any]:
+        """The JSON of the answer's `usage`."""
+        return usage(self.prompt_tokens, self.completion_tokens, sum(call.cached_tokens for call in self.calls))
+
+    def drop(self) -> None:
+        for call in self.calls:
+            call.drop()
+
+    async def end(self) -> None:
+        """Ends what is left, and counts what was done. Also where the client has gone or something failed."""
+        if self._ended:
+            return
+        self._ended = True
+        self.drop()
+        if self.watch is not None:
+            self.watch.close()
+        written, cached = self.completion_tokens, sum(call.cached_tokens for call in self.calls)
+        self.log.update(prompt_tokens=self.prompt_tokens, completion_tokens=written, cached_tokens=cached)
+        parts = [part for answer in self._answers() for part in answer.continuations]
+        if reasons := {part.finish_reason for part in parts if part.finish_reason}:
+            self.log["finish_reason"] = ",".join(sorted(reasons))
+        self.server.metrics.usage(self.served.name, self.prompt_tokens, cached, written)
+        self._tell_times()
+        if self.calls:
+            self.server.took(time.perf_counter() - self.began)
+        charging = self.server.limits.charge(self.who.key, self.who.address, written)
+        await asyncio.shield(charging)  # also where the client's going ends this task
+
+    def _tell_times(self) -> None:
+        """Tells the metrics how long clients waited for first tokens, and for those that followed."""
+        metrics, name = self.server.metrics, self.served.name
+        for answer in self._answers():
+            if not answer.first_at:
+                continue
+            metrics.first_token(name, answer.first_at - self.began)
+            texts, written = len(answer.continuations), sum(len(part.tokens) for part in answer.continuations)
+            if written > texts:
+                steps = written / texts - 1  # of one continuation, after its first token
+                metrics.token_times(name, (answer.last_at - answer.first_at) / steps, written - texts)
