@@ -7,7 +7,8 @@ from typing import Any, Protocol
 from fastapi import Request
 from starlette.responses import Response
 
-from bdh.serving.streaming import EventStream, JSONAnswer, until_gone
+from bdh.serving.answers import Envelope
+from bdh.serving.streaming import DONE, EventStream, JSONAnswer, as_event, until_gone
 from bdh.serving.writing import Writing
 
 LARGE = 2000  # tokens whose log-probabilities are sooner put into JSON beside the event loop
@@ -30,6 +31,17 @@ class Work(Protocol):
 
     def events(self) -> AsyncGenerator[bytes]:
         """The answer as a stream of events. Raises likewise."""
+
+
+async def as_events(
+    pieces: AsyncGenerator[dict[str, Any]], envelope: Envelope, usage: Callable[[], dict[str, Any]] | None
+) -> AsyncGenerator[bytes]:
+    """A stream of pieces as events, to [DONE]; if the usage is asked for, the last one before tells it."""
+    async for piece in pieces:
+        yield as_event(piece if usage is None else {**piece, "usage": None})
+    if usage is not None:
+        yield as_event(envelope.piece([], usage=usage()))
+    yield DONE
 
 
 async def answered(work: Work, request: Request) -> Response:

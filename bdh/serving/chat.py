@@ -8,14 +8,13 @@ from starlette.responses import Response
 
 from bdh.inference.answer import TextRequest
 from bdh.serving.access import Caller, caller
-from bdh.serving.answering import answered
+from bdh.serving.answering import answered, as_events
 from bdh.serving.answers import ChatAnswer, ChatChunk, Envelope
 from bdh.serving.choices import ChatDialect, Choices
 from bdh.serving.documented import streamed
 from bdh.serving.errors import bad_request
 from bdh.serving.protocol import ChatRequest
 from bdh.serving.served import ServedModel
-from bdh.serving.streaming import DONE, as_event
 from bdh.serving.token_text import LogprobWriter
 from bdh.serving.writing import Writing
 
@@ -30,19 +29,18 @@ async def chat_completions(body: ChatRequest, request: Request, who: Annotated[C
     """Answers a conversation."""
     server: Server = request.app.state.server
     served = server.models.get(body.model)
-    work = ChatWork(server, served, body, Writing(server, served, who, request), who)
+    work = ChatWork(server, served, body, Writing(server, served, who, request))
     return await answered(work, request)
 
 
 class ChatWork:
     """One request to answer a conversation."""
 
-    def __init__(self, server: "Server", served: ServedModel, body: ChatRequest, writing: Writing, who: Caller):
+    def __init__(self, server: "Server", served: ServedModel, body: ChatRequest, writing: Writing):
         self.server = server
         self.served = served
         self.body = body
         self.writing = writing
-        self.who = who
         self.envelope = Envelope("chatcmpl", served.name)
 
     @property
@@ -81,23 +79,17 @@ class ChatWork:
     async def events(self) -> AsyncGenerator[bytes]:
         """The answer as a stream of events."""
         pieces = chat_events(self.envelope, self.choices, self.body.n or 1, self.writing)
-        async for piece in pieces:
-            if self.body.wants_usage:
-                piece["usage"] = None
-            yield as_event(piece)
-        if self.body.wants_usage:
-            yield as_event(self.envelope.piece([], usage=self.writing.usage()))
-        yield DONE
+        async for event in as_events(pieces, self.envelope, self.writing.usage if self.body.wants_usage else None):
+            yield event
 
 
-def chat_choices(served: ServedModel, asked: TextRequest, continued: bool = False) -> Choices:
-    """What makes choices of an answer's continuations; one that is continued begins as it is."""
+def chat_choices(served: ServedModel, asked: TextRequest) -> Choices:
+    """What makes choices of an answer's continuations."""
     params = asked.request.params
     dialect = ChatDialect(served.texts)
     if params.logprobs is None:
         return Choices(dialect, None)
-    strip = asked.strip and not continued
-    return Choices(dialect, [LogprobWriter(served.texts, asked.request.ends, strip) for _ in range(params.n)])
+    return Choices(dialect, [LogprobWriter(served.texts, asked.request.ends, asked.strip) for _ in range(params.n)])
 
 
 async def chat_events(envelope: Envelope, choices: Choices, n: int, writing: Writing) -> AsyncGenerator[dict[str, Any]]:

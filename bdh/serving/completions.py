@@ -9,14 +9,13 @@ from starlette.responses import Response
 
 from bdh.inference.answer import TextRequest, TokenLogprob
 from bdh.serving.access import Caller, caller
-from bdh.serving.answering import answered
+from bdh.serving.answering import answered, as_events
 from bdh.serving.answers import CompletionAnswer, Envelope
 from bdh.serving.choices import Choices, CompletionDialect, Scored
 from bdh.serving.documented import streamed
 from bdh.serving.errors import bad_request
 from bdh.serving.protocol import CompletionRequest
 from bdh.serving.served import ServedModel
-from bdh.serving.streaming import DONE, as_event
 from bdh.serving.token_text import LogprobWriter
 from bdh.serving.writing import Writing
 
@@ -33,7 +32,7 @@ async def completions(body: CompletionRequest, request: Request, who: Annotated[
     """Continues each prompt."""
     server: Server = request.app.state.server
     served = server.models.get(body.model)
-    work = CompletionWork(server, served, body, Writing(server, served, who, request), who)
+    work = CompletionWork(server, served, body, Writing(server, served, who, request))
     return await answered(work, request)
 
 
@@ -48,12 +47,11 @@ class Echo:
 class CompletionWork:
     """One request to continue prompts."""
 
-    def __init__(self, server: "Server", served: ServedModel, body: CompletionRequest, writing: Writing, who: Caller):
+    def __init__(self, server: "Server", served: ServedModel, body: CompletionRequest, writing: Writing):
         self.server = server
         self.served = served
         self.body = body
         self.writing = writing
-        self.who = who
         self.envelope = Envelope("cmpl", served.name)
         self.asked: list[TextRequest] = []
         self.echoes: list[Echo] = []
@@ -157,19 +155,21 @@ class CompletionWork:
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The answer as a stream of events."""
-        usage: dict[str, Any] = {"usage": None} if self.body.wants_usage else {}
+        usage = self.writing.usage if self.body.wants_usage else None
+        async for event in as_events(self.pieces(), self.envelope, usage):
+            yield event
+
+    async def pieces(self) -> AsyncGenerator[dict[str, Any]]:
+        """The pieces of its stream, without what they tell of the usage."""
         made = [self.choices(number) for number in range(len(self.asked))]
         for event in self.opening(made):
-            yield as_event(self.envelope.piece([event], **usage))
+            yield self.envelope.piece([event])
         if self.writing.watch is not None:
-            yield as_event(self.envelope.piece([], **usage, brain=await self.writing.watch.prompt()))
+            yield self.envelope.piece([], brain=await self.writing.watch.prompt())
         async for number, deltas in self.writing.pieces():
             brain = await self.writing.observed(deltas)
             for piece in made[number].pieces(deltas):
-                yield as_event(self.envelope.piece([piece], **usage, **brain))
-        if self.body.wants_usage:
-            yield as_event(self.envelope.piece([], usage=self.writing.usage()))
-        yield DONE
+                yield self.envelope.piece([piece], **brain)
 
     def opening(self, made: Sequence[Choices]) -> list[dict[str, Any]]:
         """The echoed prompts, as first pieces."""

@@ -160,7 +160,7 @@ async def one_session(request: Request, kept: Own) -> Response:
 async def say(body: MessageRequest, request: Request, kept: Own, who: Who) -> Response:
     """Says something to the assistant, who answers. Only what is new is read."""
     server: Server = request.app.state.server
-    work = MessageWork(server, kept, body, Writing(server, kept.served, who, request), who)
+    work = MessageWork(server, kept, body, Writing(server, kept.served, who, request))
     return await answered(work, request)
 
 
@@ -175,7 +175,7 @@ async def write(body: WriteRequest, request: Request, kept: Own, who: Who) -> Re
     After an answer that was cut short, and without a prompt, this goes on with the answer.
     """
     server: Server = request.app.state.server
-    work = WriteWork(server, kept, body, Writing(server, kept.served, who, request), who)
+    work = WriteWork(server, kept, body, Writing(server, kept.served, who, request))
     return await answered(work, request)
 
 

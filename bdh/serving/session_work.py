@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from bdh.serving.access import Caller
+from bdh.serving.answering import as_events
 from bdh.serving.answers import Envelope, usage
 from bdh.serving.chat import chat_choices, chat_events
 from bdh.serving.choices import Choices, CompletionDialect
@@ -13,7 +13,6 @@ from bdh.serving.completions import USUAL_MAX_TOKENS
 from bdh.serving.errors import bad_request
 from bdh.serving.protocol import LARGEST, ChatFields, Content, KnownFields, SamplingFields, text_of
 from bdh.serving.session_memory import Kept
-from bdh.serving.streaming import DONE, as_event
 from bdh.serving.token_text import LogprobWriter
 from bdh.serving.writing import Writing
 
@@ -62,7 +61,6 @@ class SessionWork:
         kept: The session.
         body: How tokens are chosen, and how the answer is to come.
         writing: Counts the work.
-        who: Whose it is.
         envelope: For the answer.
     """
 
@@ -72,7 +70,6 @@ class SessionWork:
         kept: Kept,
         body: SamplingFields,
         writing: Writing,
-        who: Caller,
         envelope: Envelope,
     ):
         self.server = server
@@ -80,7 +77,6 @@ class SessionWork:
         self.served = kept.served
         self.body = body
         self.writing = writing
-        self.who = who
         self.envelope = envelope
         self.choices: Choices | None = None  # None: there is nothing to write
         self.cached_tokens = 0  # of what was only read
@@ -126,13 +122,8 @@ class SessionWork:
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The answer as a stream of events."""
-        async for piece in self.pieces():
-            if self.body.wants_usage:
-                piece["usage"] = None
-            yield as_event(piece)
-        if self.body.wants_usage:
-            yield as_event(self.envelope.piece([], usage=self.usage()))
-        yield DONE
+        async for event in as_events(self.pieces(), self.envelope, self.usage if self.body.wants_usage else None):
+            yield event
 
     async def pieces(self) -> AsyncGenerator[dict[str, Any]]:
         if self.choices is None:
@@ -156,8 +147,8 @@ class MessageWork(SessionWork):
 
     body: MessageRequest
 
-    def __init__(self, server: "Server", kept: Kept, body: MessageRequest, writing: Writing, who: Caller):
-        super().__init__(server, kept, body, writing, who, SessionEnvelope("chatcmpl", kept))
+    def __init__(self, server: "Server", kept: Kept, body: MessageRequest, writing: Writing):
+        super().__init__(server, kept, body, writing, SessionEnvelope("chatcmpl", kept))
 
     async def begin(self) -> None:
         body, limits = self.body, self.served.limits
@@ -178,8 +169,8 @@ class WriteWork(SessionWork):
 
     body: WriteRequest
 
-    def __init__(self, server: "Server", kept: Kept, body: WriteRequest, writing: Writing, who: Caller):
-        super().__init__(server, kept, body, writing, who, SessionEnvelope("cmpl", kept))
+    def __init__(self, server: "Server", kept: Kept, body: WriteRequest, writing: Writing):
+        super().__init__(server, kept, body, writing, SessionEnvelope("cmpl", kept))
 
     async def begin(self) -> None:
         body = self.body
