@@ -28,7 +28,7 @@ from bdh.inference.engine import Engine
 from bdh.inference.params import SamplingParams
 from bdh.inference.request import Request
 from bdh.inference.runner import Runner, make_runner
-from bdh.model import BDHState
+from bdh.model import BDHState, state_of
 from benchmarks.record import RESULTS, save
 
 CONTEXTS = (64, 512, 2048, 100_000)
@@ -126,7 +126,7 @@ def overhead(rounds: int, batch: int = 8, tokens: int = 100) -> dict[str, float]
         output = model(torch.tensor(prompts), use_cache=True, logits_to_keep=1)
         for _ in range(tokens - 1):
             chosen = output.logits[:, -1].argmax(-1, keepdim=True)  # (B, 1)
-            output = model(chosen, past_key_values=output.past_key_values, use_cache=True)
+            output = model(chosen, past_key_values=state_of(output), use_cache=True)
 
     def runner_runs() -> None:
         for slot, prompt in enumerate(prompts):

@@ -154,11 +154,11 @@ async def clients(count: int, host: str, port: int, seconds: float) -> Tally:
 
 def engine_alone(args: argparse.Namespace) -> float:
     """Tokens a second of the engine with the same requests, as many in work as there are clients."""
-    from bdh.inference.llm import LLM
+    from bdh.inference.engine_process import EngineSettings, load
     from bdh.inference.params import SamplingParams
     from bdh.inference.request import Request
 
-    llm = LLM(args.model, max_batch_size=args.slots)
+    llm = load(EngineSettings(args.model, max_batch_size=args.slots))
     mixes = [requests(number) for number in range(args.clients)]
     owners: dict[str, int] = {}
     leaves: dict[str, int] = {}

@@ -5,6 +5,7 @@ from typing import Any
 
 from bdh.cli.parsing import Parser, ReadyConfigFile, check_environment
 from bdh.errors import BDHError
+from bdh.inference.engine_process import EngineProcess
 from bdh.serving.config import ModelSettings, ServeConfig
 
 USAGE = "bdh serve --model [NAME=]DIR [--model [NAME=]DIR …] [--config FILE] [options]"
@@ -36,15 +37,22 @@ class Settings:
 
 
 def run(argv: list[str]) -> int:
-    config = parsed_config(argv)
-    if config.ray.enabled:
-        from bdh.serving.ray_serve import serve_on_ray
+    spare = None
+    try:
+        if not {"-h", "--help", "--ray"} & {*argv}:
+            spare = EngineProcess()  # gets ready while the settings are read
+        config = parsed_config(argv)
+        if not config.ray.enabled:
+            from bdh.serving.launch import launch
 
-        serve_on_ray(config)
-    else:
-        from bdh.serving.server import serve
+            launch(config, spare)
+            return 0
+    finally:
+        if spare is not None:
+            spare.abandon()
+    from bdh.serving.ray_serve import serve_on_ray
 
-        serve(config)
+    serve_on_ray(config)
     return 0
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from bdh.errors import BDHError
 
@@ -56,6 +56,8 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
         if folder.is_dir():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         else:
+            from transformers import AutoTokenizer  # brings torch, which nothing else here needs
+
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds; all mean the same to the user
         words = " ".join(str(error).split())[:200] or type(error).__name__
@@ -64,6 +66,17 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise BDHError(f"data.tokenizer {name} has no tokenizer.json; only tokenizers of the fast kind can be used")
     return tokenizer
+
+
+def load_export_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that lies in an export. Raises BDHError."""
+    if not (directory / "tokenizer.json").is_file():
+        raise BDHError(f"{directory} has no tokenizer.json; put a tokenizer beside the model")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:  # the library raises many kinds for a damaged file; all mean the same to the user
+        words = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BDHError(f"the tokenizer in {directory} cannot be loaded: {words}") from error
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:

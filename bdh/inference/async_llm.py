@@ -4,33 +4,26 @@ import asyncio
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
-from bdh.errors import ModelClosed, QueueFull
-from bdh.inference.answer import Answer, Completion, Delta, TextRequest, TokenLogprob
-from bdh.inference.chat_format import Message
-from bdh.inference.engine import EngineStats
-from bdh.inference.llm import LLM, Prompt
-from bdh.inference.params import SamplingParams
+from bdh.errors import ModelClosed
+from bdh.inference import errands
+from bdh.inference.answer import TextRequest
+from bdh.inference.async_model import SHORT_PROMPT, Aside, AsyncModel, Call, Result, closed, engine_failed
+from bdh.inference.figures import EngineStats, ModelFigures
+from bdh.inference.llm import LLM
 from bdh.inference.runner import Runner
-from bdh.inference.scoring import Scorer
 from bdh.model import BDHForCausalLM
 
-if TYPE_CHECKING:
-    from bdh.inference.async_session import AsyncSession
+__all__ = ["SHORT_PROMPT", "AsyncLLM"]
 
 T = TypeVar("T")
-
-SHORT_PROMPT = 4096  # characters, or tokens, that are made a request of sooner than a thread is asked to
-BESIDE = 2  # threads for longer ones
-MOST_WAITING = 64  # long prompts for these threads; texts to be scored
 
 
 class Mailbox:
@@ -38,12 +31,12 @@ class Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
-        self.letters: deque[tuple[Call, list[Delta] | Completion | Exception | None]] = deque()
+        self.letters: deque[tuple[Call, Result]] = deque()
         self.called = False  # the loop has been told, and has not looked yet
         self.aside = Aside()
         self.lock = threading.Lock()
 
-    def post(self, call: "Call", result: "list[Delta] | Completion | Exception | None") -> None:
+    def post(self, call: Call, result: Result) -> None:
         with self.lock:
             self.letters.append((call, result))
             called, self.called = self.called, True
@@ -56,102 +49,24 @@ class Mailbox:
             letters, self.letters = self.letters, deque()
             self.called = False
         for call, result in letters:
-            call.results.append(result)
-            call.came.set()
+            call.put(result)
 
 
-class Aside:
-    """Long work that is no request of the engine's: one at a time, so that requests go on; a few wait."""
+class ThreadCall(Call):
+    """A call whose results come from the engine's thread, which alone has its answer until it has let go of it."""
 
-    def __init__(self) -> None:
-        self.turn = asyncio.Lock()
-        self.waiting = 0
+    def __init__(self, model: "AsyncLLM", asked: TextRequest, wants_deltas: bool):
+        super().__init__(model, asked, wants_deltas)
+        self.mailbox = model._mailbox()
 
-    async def __aenter__(self) -> None:
-        if self.waiting >= MOST_WAITING:
-            raise QueueFull(f"{self.waiting} texts wait to be scored or looked into already; try again later")
-        self.waiting += 1
-        try:
-            await self.turn.acquire()
-        finally:
-            self.waiting -= 1
-
-    async def __aexit__(self, *error: object) -> None:
-        self.turn.release()
-
-
-class Call:
-    """A request, as its caller has it: begun, and to be waited for in the caller's event loop.
-
-    Attributes:
-        asked: The request.
-        cached_tokens: How many of the prompt's tokens were not read, as a kept state had read them; known with the
-            first result.
-    """
-
-    def __init__(self, llm: "AsyncLLM", asked: TextRequest, wants_deltas: bool):
-        self.asked = asked
-        self.wants_deltas = wants_deltas
-        self.answer: Answer | None = None  # the engine's thread's, until it has let go of the request
-        self.results: deque[list[Delta] | Completion | Exception | None] = deque()  # None: it is in the engine
-        self.came = asyncio.Event()
-        self.mailbox = llm._mailbox()
-        self._llm = llm
-
-    @property
-    def cached_tokens(self) -> int:
-        return 0 if self.answer is None else self.answer.cached_tokens
-
-    def hand(self, result: "list[Delta] | Completion | Exception | None") -> None:
+    def hand(self, result: Result) -> None:
         self.mailbox.post(self, result)
 
-    async def result(self) -> list[Delta] | Completion | None:
-        while not self.results:
-            self.came.clear()
-            await self.came.wait()
-        result = self.results.popleft()
-        if isinstance(result, Exception):
-            raise result
-        return result
 
-    async def deltas(self) -> AsyncGenerator[list[Delta]]:
-        """Pieces of the text, all that have come since the last ones; to the end. Raises as `AsyncLLM.generate`."""
-        unfinished = self.asked.request.params.n
-        while unfinished:
-            deltas = await self.result()
-            assert isinstance(deltas, list)
-            while self.results and isinstance(more := self.results[0], list):
-                deltas += more
-                self.results.popleft()
-            unfinished -= sum(delta.finish_reason is not None for delta in deltas)
-            yield deltas
-
-    async def completion(self) -> Completion:
-        """The whole. Raises as `AsyncLLM.generate`."""
-        result = await self.result()
-        assert isinstance(result, Completion)
-        return result
-
-    async def finish(self) -> Answer:
-        """Ends what is left of the request at the last token that was reported; its answer, which nothing changes any
-        more, with the states that the continuations left, if the request keeps them."""
-        answer = self.answer
-        assert answer is not None
-        await self._llm.call(lambda: self._llm._end(self, keep=True))
-        return answer
-
-    def drop(self) -> None:
-        """Ends what is left of the request: its slots are free before the next step."""
-        self._llm._command(lambda: self._llm._end(self), at_end=True)
-
-
-class AsyncLLM:
+class AsyncLLM(AsyncModel):
     """As `LLM`, for any number of callers in any number of event loops. All of it but `close` may be used at once.
 
-    A task that is cancelled, or an iterator that is closed, ends its request. What is wrong with one request is raised
-    where it was made; if the engine fails, all that wait get a RuntimeError, and it begins anew with what comes next.
-
-    Close it in the end: `async with AsyncLLM(…) as llm`, or `await llm.close()`. Arguments and errors as for `LLM`.
+    After a failure of the engine it begins anew with what comes next. Arguments and errors as for `LLM`.
     """
 
     def __init__(
@@ -176,130 +91,28 @@ class AsyncLLM:
             prefix_cache_bytes=prefix_cache_bytes,
             queue_size=queue_size,
         )
+        super().__init__(self.llm)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._calls: dict[str, Call] = {}  # in work; the thread's own
+        self._calls: dict[str, ThreadCall] = {}  # in work; the thread's own
         self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
-        self._beside = ThreadPoolExecutor(BESIDE, "bdh-beside")
-        self._pending = 0  # in it; changed in event loops
         self._closing = False
         self._closed = False
         self._lock = threading.Lock()  # of `_closed`: no command is left behind
-        self._fingerprint_lock = threading.Lock()  # it is worked out once
         self._thread = threading.Thread(target=self._work, name="bdh-engine", daemon=True)
         self._thread.start()
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's figures as they are now."""
         return self.llm.engine.stats
 
-    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
-        """Continues a prompt. With `num_beams`, nothing else goes on meanwhile.
-
-        Raises:
-            QueueFull: Too many wait (a BDHError).
-            BDHError: The prompt or its params are wrong, or this is closed.
-            RuntimeError: The engine failed.
-        """
-        return await self._completion(await self.text_request(prompt, params))
-
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[Delta]:
-        """Continues a prompt; yields its text piece by piece. Raises as `generate`, when iterated."""
-        async with aclosing(self._deltas(await self.text_request(prompt, params))) as deltas:
-            async for delta in deltas:
-                yield delta
-
-    async def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
-        """The assistant's answer to a conversation, as `LLM.chat`. Raises as `generate`."""
-        return await self._completion(await self.chat_request(messages, params))
-
-    async def stream_chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None
-    ) -> AsyncGenerator[Delta]:
-        """As `chat`, piece by piece. Raises as `generate`, when iterated."""
-        async with aclosing(self._deltas(await self.chat_request(messages, params))) as deltas:
-            async for delta in deltas:
-                yield delta
-
-    def session(self, system: str | None = None, params: SamplingParams | None = None) -> "AsyncSession":
-        """A conversation that keeps its synapses, as `LLM.session`."""
-        from bdh.inference.async_session import AsyncSession
-
-        return AsyncSession(self, system, params)
-
-    async def load_session(self, path: str | Path) -> "AsyncSession":
-        """A session that was saved, by an `LLM` or here, to go on as if it had never been put away. Raises BDHError."""
-        from bdh.inference.async_session import AsyncSession
-
-        return await AsyncSession.load(self, path)
-
-    async def fingerprint(self) -> str:
-        """As `LLM.fingerprint`; worked out once, beside the event loop."""
-        return await asyncio.to_thread(self._fingerprint)
-
-    def _fingerprint(self) -> str:
-        with self._fingerprint_lock:
-            return self.llm.fingerprint
-
-    # ----------------------------------------------------- for who wants to know more of a request than its text
-
-    async def text_request(self, prompt: Prompt, params: SamplingParams | None = None) -> TextRequest:
-        """As `LLM.text_request`; a long prompt is tokenized beside the event loop."""
-        if isinstance(prompt, str | list) and len(prompt) <= SHORT_PROMPT:
-            return self.llm.text_request(prompt, params)
-        return await self.beside(lambda: self.llm.text_request(prompt, params))
-
-    async def chat_request(self, messages: Sequence[Message], params: SamplingParams | None = None) -> TextRequest:
-        """As `LLM.chat_request`; a long conversation is tokenized beside the event loop."""
-        if sum(len(str(message.get("content"))) for message in messages) + 64 * len(messages) <= SHORT_PROMPT:
-            return self.llm.chat_request(messages, params)
-        return await self.beside(lambda: self.llm.chat_request(messages, params))
-
-    async def beside(self, function: Callable[[], T]) -> T:
-        """Calls what takes long in one of a few threads. Raises QueueFull if many wait for them, or as it does."""
-        with self._lock:
-            if self._pending >= MOST_WAITING:
-                raise QueueFull(f"{self._pending} long prompts wait to be tokenized already; try again later")
-            self._pending += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._beside, function)
-        finally:
-            with self._lock:
-                self._pending -= 1
+    @cached_property
+    def figures(self) -> ModelFigures:
+        return errands.figures(self.llm)
 
     def aside(self) -> Aside:
-        """To be entered by who does long work in pieces, by `call`. Raises QueueFull then, if many wait."""
         return self._mailbox().aside
 
-    async def start(self, asked: TextRequest, wants_deltas: bool) -> Call:
-        """Gives a request to the engine; returns when it is in the queue. Who does so ends it: `Call.drop` or `finish`.
-
-        Args:
-            asked: The request.
-            wants_deltas: Whether `Call.deltas` will be iterated, or else `Call.completion` awaited.
-
-        Raises:
-            BDHError: As for `generate`; QueueFull among them.
-        """
-        if wants_deltas:
-            self.llm.check_streamable(asked)
-        params = asked.request.params
-        if params.regex is not None or params.json_schema is not None:
-            await self.beside(lambda: self.llm.prepare_grammar(params))
-        call = Call(self, asked, wants_deltas)
-        self._command(lambda: self._begin(call))
-        try:
-            await call.result()
-        except BaseException:
-            call.drop()
-            raise
-        return call
-
-    async def call(self, function: Callable[[], T]) -> T:
-        """Has the engine's thread call a function between two steps; returns, or raises, what the function does.
-
-        Meanwhile nobody's text goes on: give it pieces of long work. Raises BDHError if this is closed.
-        """
+    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -318,7 +131,7 @@ class AsyncLLM:
             try:
                 if self._closing:
                     raise closed()
-                result = function()
+                result = function(self.llm, *arguments)
             except Exception as caught:
                 error = caught
             with suppress(RuntimeError):  # the loop is closed
@@ -327,25 +140,10 @@ class AsyncLLM:
         self._command(work)
         return await future
 
-    async def score(self, tokens: Sequence[int], top: int = 0) -> list[TokenLogprob]:
-        """How likely each token of a text is after those before it, all but the first.
-
-        Args:
-            tokens: Token ids, at least one.
-            top: How many of the likeliest to tell in the place of each.
-
-        Raises:
-            BDHError: A token is unknown, or the runner has no model.
-        """
-        async with self.aside():
-            scorer = await self.call(lambda: Scorer(self.llm.model, tokens, top))
-            while not scorer.done:
-                await self.call(scorer.read_piece)
-        return scorer.scores
+    async def call_beside(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.to_thread(function, self.llm, *arguments)
 
     async def close(self) -> None:
-        """Ends all requests, whose callers get a BDHError, and the thread."""
-
         def stop() -> None:
             self._closing = True
 
@@ -355,31 +153,7 @@ class AsyncLLM:
         await asyncio.to_thread(self._thread.join)
         self._beside.shutdown(wait=False, cancel_futures=True)
 
-    async def __aenter__(self) -> "AsyncLLM":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
-
     # -------------------------------------------------------------------------------------------- in the event loop
-
-    async def _completion(self, asked: TextRequest) -> Completion:
-        call = await self.start(asked, wants_deltas=False)
-        try:
-            return await call.completion()
-        finally:
-            call.drop()
-
-    async def _deltas(self, asked: TextRequest) -> AsyncGenerator[Delta]:
-        call = await self.start(asked, wants_deltas=True)
-        try:
-            async for deltas in call.deltas():
-                for delta in deltas:
-                    yield delta
-        finally:
-            call.drop()
 
     def _mailbox(self) -> Mailbox:
         loop = asyncio.get_running_loop()
@@ -395,6 +169,19 @@ class AsyncLLM:
                 self._commands.put(command)
             elif not at_end:
                 raise ModelClosed("this model is closed; make another AsyncLLM")
+
+    def _new_call(self, asked: TextRequest, wants_deltas: bool) -> ThreadCall:
+        return ThreadCall(self, asked, wants_deltas)
+
+    def _begin(self, call: Call) -> None:
+        assert isinstance(call, ThreadCall)
+        self._command(lambda: self._add(call))
+
+    def _drop(self, call: Call) -> None:
+        self._command(lambda: self._end(call), at_end=True)
+
+    async def _finish(self, call: Call) -> None:
+        await self.call(lambda llm: self._end(call, keep=True))
 
     # ---------------------------------------------------------------------------------------- in the engine's thread
 
@@ -421,7 +208,7 @@ class AsyncLLM:
         for _ in range(max(self._commands.qsize(), int(wait))):
             self._commands.get()()
 
-    def _begin(self, call: Call) -> None:
+    def _add(self, call: ThreadCall) -> None:
         if self._closing:
             call.hand(closed())
             return
@@ -449,11 +236,8 @@ class AsyncLLM:
         try:
             self.llm.step()
         except Exception as error:  # the LLM has made a new engine
-            words = " ".join(str(error).split())[:200]
             for call in self._calls.values():
-                failure = RuntimeError(f"the engine failed, with all it had in work: {type(error).__name__}: {words}")
-                failure.__cause__ = error
-                call.hand(failure)
+                call.hand(engine_failed(error))
             self._calls.clear()
             return
         for name, call in list(self._calls.items()):
@@ -468,7 +252,3 @@ class AsyncLLM:
                 call.hand(answer.completion())
             if answer.error is not None or not answer.unfinished:
                 del self._calls[name]
-
-
-def closed() -> ModelClosed:
-    return ModelClosed("the model was closed before the text was complete")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from bdh.errors import BDHError
+from bdh.inference import errands
 from bdh.inference.answer import Answer, Completion, Delta, TextRequest
-from bdh.inference.async_llm import SHORT_PROMPT, AsyncLLM, Call
+from bdh.inference.async_model import SHORT_PROMPT, AsyncModel, Call
 from bdh.inference.chat_format import check_messages
 from bdh.inference.conversation import Conversation, Plan
 from bdh.inference.params import SamplingParams
@@ -104,7 +105,7 @@ class Turn:
 
 
 class AsyncSession(Conversation):
-    """As `Session`, on an `AsyncLLM`: what is long is done beside the event loop, and all else goes on meanwhile.
+    """As `Session`, on an `AsyncModel`: what is long is done beside the event loop, and all else goes on meanwhile.
 
     For tasks of one event loop. One thing at a time: a second is refused with a BDHError.
 
@@ -112,8 +113,8 @@ class AsyncSession(Conversation):
         when_free: Is called when what made it busy is over.
     """
 
-    def __init__(self, llm: AsyncLLM, system: str | None = None, params: SamplingParams | None = None):
-        super().__init__(llm.llm, system, params)
+    def __init__(self, llm: AsyncModel, system: str | None = None, params: SamplingParams | None = None):
+        super().__init__(llm.texts, system, params)
         self.llm = llm
         self.when_free: Callable[[], None] = lambda: None
         self._settling: asyncio.Task[None] | None = None  # of the last turn
@@ -204,16 +205,13 @@ class AsyncSession(Conversation):
             BDHError: As for `Session.save`.
         """
         await self.settled()
-        snapshot = self._snapshot()
-        fingerprint = await self.llm.fingerprint()
-        await asyncio.to_thread(snapshot.write, path, fingerprint, **more)
+        await self.llm.call_beside(errands.write_session, self._snapshot(), Path(path).absolute(), more)
 
     @classmethod
-    async def load(cls, llm: AsyncLLM, path: str | Path) -> "AsyncSession":
+    async def load(cls, llm: AsyncModel, path: str | Path) -> "AsyncSession":
         """Reads a session that was saved. Raises BDHError if it is not one, or is of another model."""
         session = cls(llm)
-        fingerprint = await llm.fingerprint()
-        await asyncio.to_thread(session._restore, path, fingerprint)
+        session._restore(await llm.call_beside(errands.read_session, path))
         return session
 
     async def _begin(self, make: Callable[[], Plan], long: bool, wants_deltas: bool, check: CheckTokens | None) -> Turn:
@@ -242,6 +240,6 @@ def is_long(text: str) -> bool:
     return isinstance(text, str) and len(text) > SHORT_PROMPT
 
 
-async def beside(llm: AsyncLLM, function: Callable[[], P], long: bool) -> P:
+async def beside(llm: AsyncModel, function: Callable[[], P], long: bool) -> P:
     """Calls a function, beside the event loop if it takes long."""
     return await llm.beside(function) if long else function()

@@ -4,18 +4,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from bdh.errors import BDHError
 from bdh.inference.answer import Answer, TextRequest
-from bdh.inference.chat_format import check_messages
 from bdh.inference.params import SamplingParams
 from bdh.inference.request import Request
-from bdh.inference.state_file import load_state, read_metadata, save_state
-from bdh.inference.text_engine import TextEngine
-from bdh.model import BDHState
+from bdh.inference.state_metadata import read_metadata
+from bdh.inference.texts import Texts
+
+if TYPE_CHECKING:
+    from bdh.model import BDHState
 
 ONE_TOKEN = SamplingParams(max_new_tokens=1, temperature=0)  # as few as a request can write
 
@@ -50,20 +49,32 @@ class Reading:
 
     asked: TextRequest | None
     new: Sequence[int]
-    before: BDHState | None
+    before: "BDHState | None"
     waiting: list[int]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A session at a moment, for a file. Nothing that the session does later changes it."""
+    """A session at a moment, for a file. Nothing that the session does later changes it.
 
-    states: Sequence[BDHState]
-    about: str  # JSON
+    Attributes:
+        state: As the session's.
+        ahead: The state further on, if there is one.
+        about: All else, as JSON.
+    """
 
-    def write(self, path: str | Path, fingerprint: str, **more: str) -> None:
-        """Writes a file, whole or not at all, with what else is to be known. Raises BDHError if it cannot."""
-        save_state(path, joined(self.states), fingerprint, {**more, "session": self.about})
+    state: "BDHState | None"
+    ahead: "BDHState | None"
+    about: str
+
+
+@dataclass(frozen=True)
+class SavedConversation:
+    """What a file holds of a session; it has been checked."""
+
+    state: "BDHState | None"
+    ahead: "BDHState | None"
+    about: dict[str, Any]
 
 
 class Conversation:
@@ -83,7 +94,7 @@ class Conversation:
         owner: Whose kept beginnings of prompts it may use.
     """
 
-    def __init__(self, texts: TextEngine, system: str | None = None, params: SamplingParams | None = None):
+    def __init__(self, texts: Texts, system: str | None = None, params: SamplingParams | None = None):
         self.texts = texts  # for what it can do in any thread
         self.system = system
         self.params = params or SamplingParams()
@@ -147,12 +158,12 @@ class Conversation:
         request = Request(prompt[:-1], ONE_TOKEN, state=state, keep_state=True, prefix_owner=self.owner)
         return Reading(TextRequest(request), tokens, state, prompt[-1:])
 
-    def _asked(self, state: BDHState | None, prompt: list[int], params: SamplingParams) -> TextRequest:
+    def _asked(self, state: "BDHState | None", prompt: list[int], params: SamplingParams) -> TextRequest:
         ends = self.texts.end_token_ids
         request = Request(prompt, params, end_token_ids=ends, state=state, keep_state=True, prefix_owner=self.owner)
         return TextRequest(request, stop=params.stop)
 
-    def _with(self, tokens: list[int]) -> tuple[BDHState | None, list[int]]:
+    def _with(self, tokens: list[int]) -> "tuple[BDHState | None, list[int]]":
         """What goes on with these tokens: the state furthest on, and what follows it."""
         unread = self.unread + tokens
         if self.ahead is not None:
@@ -206,14 +217,14 @@ class Conversation:
         else:  # what was written and not handed on will hardly come again
             self._go_to(answer.request.state, said)
 
-    def _settle_reading(self, reading: Reading, after: BDHState | None) -> None:
+    def _settle_reading(self, reading: Reading, after: "BDHState | None") -> None:
         """Takes what was read into the session; `after` is the state that the request left, if there was one."""
         if reading.new:
             self._go_to(reading.before if reading.asked is None else after, reading.waiting)
             self.answering = self.ended = False
 
     def _go_to(
-        self, state: BDHState | None, unread: list[int], ahead: tuple[BDHState, list[int]] | None = None
+        self, state: "BDHState | None", unread: list[int], ahead: "tuple[BDHState, list[int]] | None" = None
     ) -> None:
         self.state, self.unread, self.ahead = state, unread, ahead
 
@@ -222,7 +233,6 @@ class Conversation:
     def _snapshot(self) -> Snapshot:
         """The session as it is. Raises BDHError while an answer is not finished."""
         self._check_idle()
-        first = self.state or BDHState.zeros(self.texts.runner.config, 1)
         about = {
             "system": self.system,
             "params": as_json(self.params),
@@ -232,25 +242,15 @@ class Conversation:
             "answering": self.answering,
             "ended": self.ended,
         }
-        return Snapshot([first] if self.ahead is None else [first, self.ahead[0]], json.dumps(about))
+        return Snapshot(self.state, None if self.ahead is None else self.ahead[0], json.dumps(about))
 
-    def _restore(self, path: str | Path, fingerprint: str) -> None:
-        """Becomes the session that a file holds. Raises BDHError if it holds none, or one of another model."""
-        config = self.texts.runner.config
-        states, metadata = load_state(path, config, fingerprint)
-        try:
-            about = json.loads(metadata["session"])
-            self.system, self.params = about["system"], from_json(about["params"])
-            self.transcript = about["transcript"]
-            check_about(about, states.batch_size, config.vocab_size)
-            first = row(states, 0) if int(states.position[0]) else None
-            ahead = None if about["ahead"] is None else (row(states, 1), about["ahead"])
-            self._go_to(first, about["unread"], ahead)
-            self.answering, self.ended = about["answering"], about["ended"]
-        except BDHError as error:
-            raise BDHError(f"{path} is damaged: {error}") from error
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise BDHError(f"{path} holds a state, but no session; give a file that a session was saved to") from error
+    def _restore(self, saved: SavedConversation) -> None:
+        """Becomes the session that a file holds."""
+        about = saved.about
+        self.system, self.params = about["system"], from_json(about["params"])
+        self.transcript = about["transcript"]
+        self._go_to(saved.state, about["unread"], None if saved.ahead is None else (saved.ahead, about["ahead"]))
+        self.answering, self.ended = about["answering"], about["ended"]
 
 
 def read_transcript(path: str | Path) -> list[dict[str, str]]:
@@ -260,43 +260,6 @@ def read_transcript(path: str | Path) -> list[dict[str, str]]:
         return transcript
     except (KeyError, TypeError, ValueError) as error:
         raise BDHError(f"{path} holds no session") from error
-
-
-def check_about(about: Mapping[str, Any], n_states: int, vocab_size: int) -> None:
-    """Raises BDHError unless a session could have written this, beside as many states, about itself."""
-    transcript, ahead = about["transcript"], about["ahead"]
-    if not isinstance(about["system"], str | None):
-        raise BDHError("the system message is no text")
-    if not isinstance(transcript, list):
-        raise BDHError("the transcript is no list of messages")
-    if transcript:
-        check_messages(transcript)
-    for name, tokens in (("unread", about["unread"]), ("ahead", [] if ahead is None else ahead)):
-        if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < vocab_size for token in tokens):
-            raise BDHError(f"{name} is no list of the model's tokens")
-    if n_states != (1 if ahead is None else 2):
-        raise BDHError(f"there are {n_states} states; one is of the session, and one of what is ahead")
-    if not all(isinstance(about[name], bool) for name in ("answering", "ended")):
-        raise BDHError("answering and ended are not true or false")
-    if about["answering"] and (not transcript or transcript[-1]["role"] != "assistant"):
-        raise BDHError("there is no answer to go on with")
-
-
-def joined(states: Sequence[BDHState]) -> BDHState:
-    """States of one sequence each as one of them all, on the CPU; of a single one, no copy but for that."""
-    states = [state.to("cpu") for state in states]
-    if len(states) == 1:
-        return states[0]
-    layers = [
-        torch.cat(layer) for layer in zip(*(state.synapses for state in states), strict=True)
-    ]  # (B, h, N, D) each
-    return BDHState(layers, torch.cat([state.position for state in states]), states[0].length)
-
-
-def row(states: BDHState, index: int) -> BDHState:
-    """One sequence's state, a batch of one; of a batch of one, no copy."""
-    state = states.select(torch.tensor([index])) if states.batch_size > 1 else states
-    return BDHState(state.synapses, state.position, int(state.position[0]))
 
 
 def as_json(params: SamplingParams) -> dict[str, Any]:

@@ -22,25 +22,12 @@ from torch import Tensor
 
 from bdh.errors import BDHError, QueueFull
 from bdh.inference.constraint import Constraint, Grammars
+from bdh.inference.figures import EngineStats
 from bdh.inference.prefix import PrefixCache
 from bdh.inference.request import Event, FinishReason, Request
 from bdh.inference.runner import Runner
 from bdh.inference.sampling import Sampled, Sampler
 from bdh.model import BDHState
-
-
-@dataclass
-class EngineStats:
-    """The present load, and counts since the engine was made."""
-
-    running: int = 0
-    waiting: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    prefix_hits: int = 0
-    prefix_tokens_saved: int = 0
 
 
 @dataclass(eq=False)
@@ -132,7 +119,8 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """The counts and the load as they are now."""
-        return replace(self.counts, running=len(self.reading) + len(self.writing), waiting=len(self.waiting))
+        running = len(self.reading) + len(self.writing)
+        return replace(self.counts, running=running, waiting=len(self.waiting), prefix_nbytes=self.prefixes.nbytes)
 
     # ---------------------------------------------------------------------------------------- requests come and go
 
@@ -280,7 +268,7 @@ class Engine:
         done = []
         left = self.prefill_chunk
         while self.reading and left > 0:
-            branch = self.reading.popleft()
+            branch = self.reading[0]  # it stays there meanwhile: others look at the figures
             group = self.groups[branch.request.id]
             if branch is not group.reader and group.after_prompt is not None:
                 state, logits = group.after_prompt
@@ -289,6 +277,7 @@ class Engine:
             else:
                 logits, count = self.read_chunk(branch)
                 left -= count
+            self.reading.popleft()
             if not branch.prompt_is_read:
                 self.reading.append(branch)
                 continue
@@ -368,6 +357,15 @@ class Engine:
         self.leave(branch)
         return state if request.keep_state else None
 
+    def written(self, request_id: str, index: int) -> int:
+        """How many tokens of a continuation were reported; 0 if it is over."""
+        branch = self.branch(request_id, index)
+        return 0 if branch is None else len(branch.output)
+
+    def branch(self, request_id: str, index: int) -> Branch | None:
+        group = self.groups.get(request_id)
+        return next((branch for branch in group.branches if branch.index == index), None) if group else None
+
     def finish(self, request_id: str, index: int) -> BDHState | None:
         """Ends a continuation at the last token reported, as an end token would: when the caller has what it wants.
 
@@ -375,8 +373,7 @@ class Engine:
             With `keep_state`, the state after the prompt and all tokens but the last one reported; None for a
             continuation that is over, or of which no token was reported yet.
         """
-        group = self.groups.get(request_id)
-        branch = next((branch for branch in group.branches if branch.index == index), None) if group else None
+        branch = self.branch(request_id, index)
         if branch is None or not branch.output:
             self.cancel(request_id, index)
             return None

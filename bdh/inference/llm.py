@@ -19,7 +19,8 @@ from bdh.inference.chat_format import Message
 from bdh.inference.params import SamplingParams
 from bdh.inference.runner import ModelRunner, Runner, make_runner
 from bdh.inference.state_file import model_fingerprint
-from bdh.inference.text_engine import Prompt, TextEngine
+from bdh.inference.text_engine import TextEngine
+from bdh.inference.texts import Prompt
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.device import choose_device
 from bdh.model.export import load_export, load_model_only

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bdh.inference import errands
 from bdh.inference.answer import Delta
 from bdh.inference.chat_format import check_messages
 from bdh.inference.conversation import Conversation, Plan
@@ -88,11 +89,11 @@ class Session(Conversation):
         Raises:
             BDHError: An answer is not finished, or the file cannot be written; an older one is then as it was.
         """
-        self._snapshot().write(path, self.llm.fingerprint)
+        errands.write_session(self.llm, self._snapshot(), path, {})
 
     @classmethod
     def load(cls, llm: "LLM", path: str | Path) -> "Session":
         """Reads a session that `save` wrote. Raises BDHError if it is not one, or is of another model."""
         session = cls(llm)
-        session._restore(path, llm.fingerprint)
+        session._restore(errands.read_session(llm, path))
         return session

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bdh.errors import BDHError
+from bdh.inference.state_metadata import FORMAT, reason
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 
-FORMAT = "bdh-state-1"
 SIZES = ("vocab_size", "n_embd", "n_head", "n_layer", "n_neurons", "rope_theta", "layer_norm_eps")
 
 
@@ -70,7 +70,7 @@ def save_state(path: str | Path, state: BDHState, fingerprint: str, metadata: Ma
                 os.fsync(file.fileno())
             partial.replace(path)
     except (OSError, SafetensorError) as error:
-        raise BDHError(f"{path} cannot be written: {_reason(error)}") from error
+        raise BDHError(f"{path} cannot be written: {reason(error)}") from error
 
 
 def load_state(path: str | Path, config: BDHConfig, fingerprint: str) -> tuple[BDHState, dict[str, str]]:
@@ -97,24 +97,8 @@ def load_state(path: str | Path, config: BDHConfig, fingerprint: str) -> tuple[B
         state = BDHState(synapses, tensors["position"], int(metadata.pop("length")))
         check_state(state, config)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise BDHError(f"{path} is damaged: {_reason(error)}") from error
+        raise BDHError(f"{path} is damaged: {reason(error)}") from error
     return state, {name: text for name, text in metadata.items() if name not in ("format", "fingerprint")}
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a saved state's file tells besides the state, which is not read and may be damaged.
-
-    Raises:
-        BDHError: It is no saved state.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise BDHError(f"{path} is no saved state: {_reason(error)}") from error
-    if metadata.get("format") != FORMAT:
-        raise BDHError(f"{path} is no saved state that this version of bdh knows")
-    return metadata
 
 
 def check_state(state: BDHState, config: BDHConfig) -> None:
@@ -129,7 +113,3 @@ def check_state(state: BDHState, config: BDHConfig) -> None:
         raise ValueError("the synapses do not have the model's sizes")
     if not all(S.dtype == torch.float32 and bool(S.isfinite().all()) for S in state.synapses):
         raise ValueError("the synapses are not finite float32 numbers")
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__

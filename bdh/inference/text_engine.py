@@ -1,29 +1,25 @@
-"""Text requests on one engine: what `LLM`, `Session` and `AsyncLLM` have in common."""
+"""Text requests on one engine: what `LLM` and `Session` drive, and `AsyncLLM` has driven in a thread."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
-from numbers import Integral
 
 from transformers import PreTrainedTokenizerFast
 
 from bdh.errors import BDHError
 from bdh.inference.answer import Answer, Completion, Delta, TextRequest
 from bdh.inference.beams import beam_search, plain_request
-from bdh.inference.chat_format import ChatFormat, Message
 from bdh.inference.constraint import Grammars
 from bdh.inference.engine import Engine
 from bdh.inference.interrupt import uninterrupted
 from bdh.inference.params import SamplingParams
 from bdh.inference.request import Event, Request
 from bdh.inference.runner import Runner
+from bdh.inference.texts import Texts
 from bdh.model import BDHForCausalLM
 
-Prompt = str | Sequence[int]  # text, or its tokens
 
-
-class TextEngine:
+class TextEngine(Texts):
     """Makes requests of texts, gives them to an engine, drives it, and makes text of what comes. For one thread.
 
     Several requests may be in work, begun by different callers: whoever calls `step` lets all of them go on.
@@ -46,74 +42,15 @@ class TextEngine:
         prefix_cache_bytes: int,
         queue_size: int,
     ):
+        super().__init__(tokenizer, runner.config.vocab_size, end_token_ids)
         self.runner = runner
-        self.tokenizer = tokenizer
         self.model = model
-        self.end_token_ids = end_token_ids
         self.prefix_cache_bytes = prefix_cache_bytes
         self.queue_size = queue_size
-        tokenizer.backend_tokenizer.no_truncation()  # now, so that no call changes it while another thread uses it
-        tokenizer.backend_tokenizer.no_padding()
         self.engine = self._new_engine()
         self.answers: dict[str, Answer] = {}  # of requests in work
         self._stepping = False
         self._dropped: deque[str] = deque()
-
-    # --------------------------------------------------------------------------- requests of texts; for any thread
-
-    @cached_property
-    def chat_format(self) -> ChatFormat:
-        return ChatFormat(self.tokenizer)
-
-    def encode(self, text: str, what: str = "the prompt") -> list[int]:
-        """Token ids of a text, without special tokens. Raises BDHError if it is not one."""
-        if not isinstance(text, str):
-            raise BDHError(f"{what} is a {type(text).__name__}; give text")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BDHError(f"{what} is not valid text: character {error.start} is half of one") from error
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-    def text_request(self, prompt: Prompt, params: SamplingParams | None = None) -> TextRequest:
-        """A request to continue a prompt. Raises BDHError."""
-        params = params or SamplingParams()
-        if isinstance(prompt, str):
-            text, tokens = prompt, self.encode(prompt)
-        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-            raise BDHError(f"the prompt is a {type(prompt).__name__}; give text, or a list of token ids")
-        elif not all(isinstance(token, Integral) for token in prompt):
-            raise BDHError("the prompt is a list of something else than token ids; give text, or whole numbers")
-        else:
-            tokens = [int(token) for token in prompt]
-            known = [token for token in tokens if 0 <= token < self.runner.config.vocab_size]
-            text = self.tokenizer.decode(known)
-        return TextRequest(Request(tokens, params, end_token_ids=self.end_token_ids), text, params.stop)
-
-    def chat_request(self, messages: Sequence[Message], params: SamplingParams | None = None) -> TextRequest:
-        """A request to answer a conversation. Raises BDHError."""
-        text = self.chat_format.render(messages)
-        request = Request(self.encode(text, "the conversation"), params or SamplingParams(), keep_prefix=True)
-        return self.as_answer(TextRequest(request, text))
-
-    def as_answer(self, asked: TextRequest) -> TextRequest:
-        """The same request, ending and beginning as answers do in this tokenizer's conversations."""
-        end = self.chat_format.answer_end
-        ends = tuple(dict.fromkeys((*self.end_token_ids, *end.token_ids)))
-        stop = (*asked.request.params.stop, *end.stop)
-        return replace(asked, request=replace(asked.request, end_token_ids=ends), stop=stop, strip=bool(end.lead))
-
-    def check_streamable(self, asked: TextRequest) -> None:
-        """Raises BDHError if there is something to choose among at the end."""
-        params = asked.request.params
-        for name, value, usual in (
-            ("num_beams", params.num_beams, 1),
-            ("best_of", params.best_of or params.n, params.n),
-        ):
-            if value > usual:
-                raise BDHError(
-                    f"{name} is {value}, which cannot be streamed: the choice is made at the end; leave it out"
-                )
 
     # ------------------------------------------------------------------------------- work; for one thread at a time
 
@@ -151,7 +88,7 @@ class TextEngine:
                 for event in self.engine.step():
                     self._hand_out(event)
             except Exception as error:
-                self._begin_anew(error)
+                self.begin_anew(error)
                 raise
             finally:
                 self._stepping = False
@@ -238,17 +175,18 @@ class TextEngine:
         return Engine(self.runner, queue_size=self.queue_size, prefix_cache_bytes=self.prefix_cache_bytes)
 
     @cached_property
-    def _grammars(self) -> Grammars:
-        return Grammars(self.tokenizer, self.runner.config.vocab_size)
+    def grammars(self) -> Grammars:
+        """What compiles regular expressions and schemas for this tokenizer; for any thread."""
+        return Grammars(self.tokenizer, self.vocab_size)
 
     def prepare_grammar(self, params: SamplingParams) -> None:
         """Compiles what constrains a request, so that `start` finds it ready; for any thread. Raises BDHError."""
-        self._grammars.constraint(params)
+        self.grammars.constraint(params)
 
     def _prepare(self, request: Request) -> None:
         """Gives the engine grammars when the first request needs them."""
         if request.params.regex is not None or request.params.json_schema is not None:
-            self.engine.grammars = self._grammars
+            self.engine.grammars = self.grammars
 
     def _hand_out(self, event: Event) -> None:
         answer = self.answers.get(event.request_id)
@@ -262,7 +200,8 @@ class TextEngine:
         if answer.error is not None or not answer.unfinished:
             del self.answers[event.request_id]
 
-    def _begin_anew(self, error: Exception) -> None:
+    def begin_anew(self, error: Exception) -> None:
+        """Ends all requests by an error, and takes a new engine."""
         for answer in self.answers.values():
             answer.error = error
         self.answers.clear()

@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from bdh.model.configuration_bdh import BDHConfig
-from bdh.model.modeling_bdh import BDHForCausalLM, BDHModel, BDHState
+from bdh.model.modeling_bdh import BDHForCausalLM, BDHModel, BDHState, state_of
 
 AutoConfig.register("bdh", BDHConfig)
 AutoModel.register(BDHConfig, BDHModel)
@@ -14,4 +14,4 @@ BDHConfig.register_for_auto_class()
 BDHModel.register_for_auto_class("AutoModel")
 BDHForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["BDHConfig", "BDHForCausalLM", "BDHModel", "BDHState"]
+__all__ = ["BDHConfig", "BDHForCausalLM", "BDHModel", "BDHState", "state_of"]

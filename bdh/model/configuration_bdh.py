@@ -31,7 +31,7 @@ class BDHConfig(PreTrainedConfig):
 
     model_type = "bdh"
     attribute_map = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     n_layer: int = 6
     n_embd: int = 256

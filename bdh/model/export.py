@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from bdh.data.tokenizer import load_export_tokenizer, vocabulary_size
 from bdh.errors import BDHError
 from bdh.model import BDHConfig, BDHForCausalLM
 
@@ -79,13 +80,8 @@ def load_export(directory: str | Path) -> tuple[BDHForCausalLM, PreTrainedTokeni
     """
     path = Path(directory)
     model = load_model_only(path)
-    if not (path / "tokenizer.json").is_file():
-        raise BDHError(f"{path} has no tokenizer.json; put a tokenizer beside the model")
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    except Exception as error:  # the library raises many kinds for a damaged file; all mean the same to the user
-        raise BDHError(f"the tokenizer in {path} cannot be loaded: {_one_line(error)}") from error
-    if (size := max(tokenizer.get_vocab().values(), default=0) + 1) > model.config.vocab_size:
+    tokenizer = load_export_tokenizer(path)
+    if (size := vocabulary_size(tokenizer)) > model.config.vocab_size:
         raise BDHError(f"{path}: the tokenizer has {size} tokens, the model {model.config.vocab_size}; they do not fit")
     return model, tokenizer
 

@@ -28,6 +28,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .configuration_bdh import BDHConfig
 
+# What the library calls the state in a model's output, and `generate()` in `forward`: "cache" from its 5.24 on.
+STATE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 # ------------------------------------------------------------------------------------------------ the state
 
 
@@ -96,7 +99,7 @@ class BDHState:
         """A new state of the sequences `indices` (int64, any order, repeats allowed)."""
         return BDHState([S[indices] for S in self.synapses], self.position[indices], self.length)
 
-    # The next three are what `generate()` asks of a cache.
+    # The next four are what `generate()` asks of a cache.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -109,6 +112,11 @@ class BDHState:
     @property
     def is_compileable(self) -> bool:
         return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """By layer, whether it is a cache that does not know its length: none, so what was read is not read again."""
+        return [False] * len(self.synapses)
 
 
 # ------------------------------------------------------------------------------------------------ rotary phases
@@ -349,6 +357,7 @@ class BDHModel(BDHPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         document_ids: Tensor | None = None,
+        cache: BDHState | None = None,
         **kwargs: object,
     ) -> BaseModelOutputWithPast:
         """Reads T tokens, from the beginning or from where `past_key_values` stopped.
@@ -363,6 +372,7 @@ class BDHModel(BDHPreTrainedModel):
             output_hidden_states: Whether to return x before the first layer and after each.
             document_ids: Which document each token is of, (B, T) int64, never falling along a row. A token sees only
                 its own document; document 0 goes on from the state, and the state left is that of the last document.
+            cache: Another name for `past_key_values`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -370,7 +380,7 @@ class BDHModel(BDHPreTrainedModel):
         B, T, _ = embeds.shape
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        state = past_key_values
+        state = past_key_values if cache is None else cache
         if state is None and use_cache:
             state = BDHState.zeros(self.config, B, embeds.device, synapse_dtype(embeds.dtype))
         if state is not None and state.batch_size != B:
@@ -392,8 +402,8 @@ class BDHModel(BDHPreTrainedModel):
             state.length += T
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=state if use_cache else None,
             hidden_states=tuple(trace) if output_hidden_states else None,
+            **{STATE: state if use_cache else None},
         )
 
     def phases(self, T: int, mask: Tensor | None, state: BDHState | None, embeds: Tensor) -> tuple[Tensor, Tensor]:
@@ -430,6 +440,7 @@ class BDHForCausalLM(BDHPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         document_ids: Tensor | None = None,
+        cache: BDHState | None = None,
         **kwargs: object,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), or of the last `logits_to_keep` tokens, and the mean cross-entropy in nats if labels come.
@@ -442,7 +453,7 @@ class BDHForCausalLM(BDHPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -454,12 +465,17 @@ class BDHForCausalLM(BDHPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{STATE: state_of(outputs)}
         )
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes its own BDHState; there are no keys and values to keep
+
+
+def state_of(outputs: BaseModelOutputWithPast | CausalLMOutputWithPast) -> BDHState | None:
+    """The state that a `forward` has left, whatever the library calls it."""
+    return getattr(outputs, STATE)
 
 
 __all__ = ["BDHConfig", "BDHForCausalLM", "BDHModel", "BDHPreTrainedModel", "BDHState"]

@@ -107,7 +107,7 @@ class CompletionWork:
         """The tokens of a text, each with where it begins."""
         from bdh.data.tokenizer import IncrementalDecoder
 
-        decoder = IncrementalDecoder(self.served.llm.llm.tokenizer, skip_special_tokens=False)
+        decoder = IncrementalDecoder(self.served.llm.texts.tokenizer, skip_special_tokens=False)
         scored = []
         for one in scores:
             scored.append((decoder.length, one))

@@ -190,3 +190,10 @@ def validate(config: ServeConfig) -> None:
     for name, number in (("prefix_cache_bytes", config.prefix_cache_bytes), ("drain_seconds", config.drain_seconds)):
         if number < 0:
             raise BDHError(f"serve.{name} is {number}; it must be at least 0")
+
+
+def check_folders(config: ServeConfig) -> None:
+    """Raises BDHError for a model whose folder is none, before anything is begun."""
+    for model in config.models:
+        if not (Path(model.path) / "config.json").is_file():
+            raise BDHError(f"--model {model.path} is no folder of an export: there is no config.json in it")

@@ -1,22 +1,35 @@
-"""The models of a server: loaded side by side with its beginning, and found by their names."""
+"""The models of a server: loaded side by side with its beginning, found by their names, and begun again if need be."""
 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from functools import cached_property
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from bdh.errors import BDHError
+from bdh.inference.engine_process import EngineProcess, EngineSettings
 from bdh.serving.config import ModelSettings, ServeConfig
 from bdh.serving.errors import bad_request, not_found, unavailable
-from bdh.serving.logs import adopt
+from bdh.serving.logs import LogSettings, adopt, configure_logging
 
 if TYPE_CHECKING:
-    from bdh.inference.async_llm import AsyncLLM
+    from bdh.inference.async_model import AsyncModel
+    from bdh.inference.process_llm import ProcessLLM
     from bdh.serving.token_text import TokenTexts
 
 log = logging.getLogger(__name__)
+
+MOST_LOST, LOST_SECONDS = 3, 60  # engines of a model that may end in so short a time
+
+
+def log_like_the_server(settings: LogSettings) -> None:
+    """Sets up logging in an engine's process."""
+    configure_logging(settings)
+    import transformers  # noqa: F401  # has a handler of its own, and writes lines of its own kind
+
+    adopt("transformers")
 
 
 class ServedModel:
@@ -24,42 +37,21 @@ class ServedModel:
 
     Attributes:
         name: What requests call it.
-        llm: The model at work.
+        llm: The model at work; another one after its process was lost.
     """
 
-    def __init__(self, settings: ModelSettings, config: ServeConfig, llm: "AsyncLLM"):
+    def __init__(self, settings: ModelSettings, config: ServeConfig, llm: "AsyncModel"):
         self.name = settings.shown_name
         self.settings = settings
         self.limits = config.requests
         self.llm = llm
         self.created = int(time.time())
 
-    @classmethod
-    async def load(cls, settings: ModelSettings, config: ServeConfig) -> "ServedModel":
-        """Raises BDHError if it cannot be loaded."""
-        return await asyncio.to_thread(cls._load, settings, config)
-
-    @classmethod
-    def _load(cls, settings: ModelSettings, config: ServeConfig) -> "ServedModel":
-        from bdh.inference.async_llm import AsyncLLM
-
-        adopt("transformers")  # is loaded by now, and would write lines of its own kind
-        llm = AsyncLLM(
-            settings.path,
-            device=settings.device or "auto",
-            dtype=settings.dtype or "auto",
-            quantization=None if settings.quantization == "none" else settings.quantization,
-            max_batch_size=settings.max_batch_size,
-            prefix_cache_bytes=config.prefix_cache_bytes,
-            queue_size=config.queue_size,
-        )
-        return cls(settings, config, llm)
-
     @cached_property
     def texts(self) -> "TokenTexts":
         from bdh.serving.token_text import TokenTexts
 
-        return TokenTexts(self.llm.llm.tokenizer, self.llm.llm.runner.config.vocab_size)
+        return TokenTexts(self.llm.texts.tokenizer, self.llm.texts.vocab_size)
 
     def check_length(self, characters: int, param: str) -> None:
         """Raises ApiError for text that is too long to be worth tokenizing: it must have too many tokens."""
@@ -74,7 +66,7 @@ class ServedModel:
         """Raises ApiError for a prompt that is too long, or empty, or has unknown tokens."""
         if not tokens:
             raise bad_request("the prompt is empty; give at least one token to go on from", param)
-        if max(tokens) >= (size := self.llm.llm.runner.config.vocab_size):
+        if max(tokens) >= (size := self.llm.texts.vocab_size):
             raise bad_request(f"the prompt has the token {max(tokens)}; the model's are 0 to {size - 1}", param)
         if len(tokens) > self.limits.max_prompt_tokens:
             raise bad_request(
@@ -85,58 +77,64 @@ class ServedModel:
 
     def card(self) -> dict[str, Any]:
         """The JSON of its `ModelCard`."""
-        runner = self.llm.llm.runner
-        config = runner.config
+        sizes = self.llm.figures
         figures = {
-            "n_layer": config.n_layer,
-            "n_embd": config.n_embd,
-            "n_head": config.n_head,
-            "n_neurons": config.n_neurons,
-            "vocab_size": config.vocab_size,
-            "n_parameters": self.n_parameters,
-            "state_bytes": runner.state_nbytes,
-            "slots": runner.n_slots,
-            "device": runner.device.type,
-            "dtype": self.dtype,
+            "n_layer": sizes.n_layer,
+            "n_embd": sizes.n_embd,
+            "n_head": sizes.n_head,
+            "n_neurons": sizes.n_neurons,
+            "vocab_size": sizes.vocab_size,
+            "n_parameters": sizes.n_parameters,
+            "state_bytes": sizes.state_nbytes,
+            "slots": sizes.n_slots,
+            "device": sizes.device,
+            "dtype": sizes.dtype,
             "quantization": None if self.settings.quantization == "none" else self.settings.quantization,
-            "chat_template": self.llm.llm.tokenizer.chat_template is not None,
+            "chat_template": self.llm.texts.tokenizer.chat_template is not None,
             "max_prompt_tokens": self.limits.max_prompt_tokens,
             "max_tokens": self.limits.max_tokens,
         }
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "bdh", "bdh": figures}
 
-    @cached_property
-    def n_parameters(self) -> int:
-        model = self.llm.llm.model
-        return 0 if model is None else sum(parameter.numel() for parameter in model.parameters())
-
-    @cached_property
-    def dtype(self) -> str:
-        model = self.llm.llm.model
-        return "unknown" if model is None else str(model.dtype).removeprefix("torch.")
-
 
 class Models:
-    """All models of a server, by name. Until one is loaded it is known by its name only."""
+    """All models of a server, by name, each in a process of its own. Until one is loaded it is known by its name only.
 
-    def __init__(self, config: ServeConfig):
+    Args:
+        config: Of the server.
+        spare: A process that was begun before its settings were known, for the first model.
+
+    Attributes:
+        lost: Is called with a model whose process has ended unasked, before another one is begun for it.
+        failure: Is called with why a model cannot be served any more.
+    """
+
+    def __init__(self, config: ServeConfig, spare: EngineProcess | None = None):
         self.config = config
         self.settings = {settings.shown_name: settings for settings in config.model_settings()}
         self.loaded: dict[str, ServedModel] = {}
+        self.lost: Callable[[ServedModel], None] = lambda served: None
+        self.failed: Callable[[BDHError], None] = lambda error: None
+        self._processes: dict[str, EngineProcess] = {}  # that nobody has begun to use
+        if spare is not None:
+            self._processes[next(iter(self.settings))] = spare
+        self._keeping: list[asyncio.Task[None]] = []
 
     @property
     def ready(self) -> bool:
         return len(self.loaded) == len(self.settings)
 
+    def begin(self) -> None:
+        """Begins to load all models, in their processes. Returns at once."""
+        for name in self.settings:
+            if name not in self._processes:
+                self._processes[name] = EngineProcess()
+
     async def load(self) -> None:
-        """Loads one after the other. Raises BDHError for the first that cannot be."""
-        for name, settings in self.settings.items():
-            start = time.monotonic()
-            try:
-                self.loaded[name] = await ServedModel.load(settings, self.config)
-            except BDHError as error:
-                raise BDHError(f"the model {name} cannot be served: {error}") from error
-            log.info("model %s is ready after %.1f s", name, time.monotonic() - start)
+        """Waits for all of them. Raises BDHError for the first that cannot be loaded."""
+        self.begin()
+        loaded = await asyncio.gather(*(self._load(name) for name in self.settings))
+        self._keeping = [asyncio.create_task(self._keep(*pair)) for pair in loaded]
 
     def get(self, name: str, param: str | None = "model") -> ServedModel:
         """A model by the name that a request gives. Raises ApiError: 404, or 503 while it is being loaded."""
@@ -155,5 +153,69 @@ class Models:
         return [self.loaded[name] for name in self.settings if name in self.loaded]
 
     async def close(self) -> None:
-        for served in self.loaded.values():
-            await served.llm.close()
+        for task in self._keeping:
+            task.cancel()
+        await asyncio.gather(*self._keeping, return_exceptions=True)
+        await asyncio.gather(*(served.llm.close() for served in self.loaded.values()))
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Ends the processes that nobody has waited for."""
+        while self._processes:
+            self._processes.popitem()[1].abandon()
+
+    # ------------------------------------------------------------------------------------------------------ loading
+
+    async def _load(self, name: str) -> "tuple[ServedModel, ProcessLLM]":
+        start = time.monotonic()
+        llm = await self._open(name)
+        served = self.loaded[name] = ServedModel(self.settings[name], self.config, llm)
+        log.info("model %s is ready after %.1f s", name, time.monotonic() - start)
+        return served, llm
+
+    async def _open(self, name: str) -> "ProcessLLM":
+        """The model of a process that was begun. Raises BDHError."""
+        from bdh.inference.process_llm import ProcessLLM
+
+        try:
+            llm = await ProcessLLM.open(self._processes.pop(name), self._engine_settings(self.settings[name]))
+        except BDHError as error:
+            raise BDHError(f"the model {name} cannot be served: {error}") from error
+        adopt("transformers")  # is loaded by now, and would write lines of its own kind
+        return llm
+
+    async def _keep(self, served: ServedModel, llm: "ProcessLLM") -> None:
+        """Begins another process for a model whenever it has lost its own; not if that happens too often."""
+        ends: deque[float] = deque(maxlen=MOST_LOST)
+        while True:
+            await llm.lost.wait()
+            del self.loaded[served.name]
+            self.lost(served)
+            how = await asyncio.to_thread(llm.how_it_ended)
+            log.error("the engine of %s %s; another one is begun", served.name, how)
+            await llm.close()
+            ends.append(time.monotonic())
+            if len(ends) == MOST_LOST and ends[-1] - ends[0] < LOST_SECONDS:
+                words = f"the engine of {served.name} ended {MOST_LOST} times in {LOST_SECONDS} seconds; it {how}"
+                self.failed(BDHError(words))
+                return
+            self._processes[served.name] = EngineProcess()
+            try:
+                served.llm = llm = await self._open(served.name)
+            except BDHError as error:
+                self.failed(error)
+                return
+            self.loaded[served.name] = served
+            log.info("model %s is ready again", served.name)
+
+    def _engine_settings(self, settings: ModelSettings) -> EngineSettings:
+        return EngineSettings(
+            settings.path,
+            device=settings.device or "auto",
+            dtype=settings.dtype or "auto",
+            quantization=None if settings.quantization == "none" else settings.quantization,
+            max_batch_size=settings.max_batch_size,
+            prefix_cache_bytes=self.config.prefix_cache_bytes,
+            queue_size=self.config.queue_size,
+            log=partial(log_like_the_server, self.config.logging),
+        )

@@ -21,7 +21,6 @@ from bdh.serving.connection import PatientProtocol
 from bdh.serving.errors import ApiError
 from bdh.serving.keys import KeyStore
 from bdh.serving.limits import RateLimits
-from bdh.serving.logs import configure_logging
 from bdh.serving.metrics import Metrics
 from bdh.serving.peers import Peers
 from bdh.serving.served import Models, ServedModel
@@ -40,6 +39,7 @@ class Server:
         config: Its settings.
         environment: Where `BDH_API_KEYS` may be.
         place: What stands for this server in ids, if it is one of several that answer as one.
+        models: Its models, if some have begun to load.
 
     Attributes:
         peers: These several.
@@ -48,14 +48,20 @@ class Server:
         BDHError: A setting cannot be.
     """
 
-    def __init__(self, config: ServeConfig, environment: Mapping[str, str] = os.environ, place: str = ""):
+    def __init__(
+        self,
+        config: ServeConfig,
+        environment: Mapping[str, str] = os.environ,
+        place: str = "",
+        models: Models | None = None,
+    ):
         validate(config)
         self.config = config
         keys_file = config.auth.keys_file
         self.keys = KeyStore(Path(keys_file) if keys_file else None, environment.get("BDH_API_KEYS"))
         self.limits = RateLimits(config.limits)
         self.metrics = Metrics()
-        self.models = Models(config)
+        self.models = models or Models(config)
         self.sessions = SessionStore(config.sessions, place)
         self.traces = TraceStore(config.brain, place)
         self.peers: Peers | None = None
@@ -74,31 +80,33 @@ class Server:
         await self.sessions.start()
 
     async def _load(self) -> None:
+        self.models.lost, self.models.failed = self._lost, self._fail
         try:
             await self.models.load()
         except Exception as error:
-            self.failure = error if isinstance(error, BDHError) else BDHError(f"the models cannot be loaded: {error}")
-            self.failed.set()
+            self._fail(error if isinstance(error, BDHError) else BDHError(f"the models cannot be loaded: {error}"))
             return
         for served in self.models.loaded.values():
             self.watch(served)
 
+    def _fail(self, error: BDHError) -> None:
+        """Has the server end, as a model cannot be served."""
+        self.failure = error
+        self.failed.set()
+
+    def _lost(self, served: ServedModel) -> None:
+        """What was only in a model's process is no more."""
+        self.sessions.lose(served)
+        self.traces.lose(served.llm)
+
     def watch(self, served: ServedModel) -> None:
         """Makes a model's figures part of the metrics."""
-        runner = served.llm.llm.runner
+        figures = served.llm.figures
 
         def kept() -> dict[str, float]:
-            return {
-                "prefix_cache": served.llm.llm.engine.prefixes.nbytes,
-                "sessions": self.sessions.nbytes(served.name),
-            }
+            return {"prefix_cache": served.llm.stats.prefix_nbytes, "sessions": self.sessions.nbytes(served.name)}
 
-        self.metrics.watch(served.name, lambda: served.llm.stats, runner.n_slots, runner.state_nbytes, kept)
-
-    @property
-    def loading(self) -> bool:
-        """Whether a model is being loaded, though nobody may wait for it any more."""
-        return self._loading is not None and (not self._loading.done() or self._loading.cancelled())
+        self.metrics.watch(served.name, lambda: served.llm.stats, figures.n_slots, figures.state_nbytes, kept)
 
     async def close(self) -> None:
         if self._loading is not None:
@@ -121,7 +129,7 @@ class Server:
 
     def queue_seconds(self, served: ServedModel) -> int:
         """How long a full queue will take, about."""
-        waves = served.llm.stats.waiting / served.llm.llm.runner.n_slots
+        waves = served.llm.stats.waiting / served.llm.figures.n_slots
         return max(1, min(LONGEST_WAIT, round(waves * self._seconds)))
 
     def begin_drain(self) -> None:
@@ -153,9 +161,6 @@ class Listener(uvicorn.Server):
         for task in self.watching:
             task.cancel()
         await super().shutdown(sockets)
-        if self.server.loading:  # nothing ends the thread that does, and Python would wait for it
-            logging.shutdown()
-            os._exit(0)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.loop is None or self.server.ending.is_set():
@@ -192,11 +197,9 @@ class Listener(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(config: ServeConfig) -> None:
-    """Serves until a signal comes. Raises BDHError if it cannot begin, or a model cannot be loaded."""
-    configure_logging(config.logging)
-    server = Server(config)
-    check_folders(config)
+def serve(config: ServeConfig, models: Models) -> None:
+    """Serves models until a signal comes. Raises BDHError if it cannot begin, or a model cannot be loaded."""
+    server = Server(config, models=models)
     listening = listen(config.host, config.port)
     address = shown_address(listening)
     log.info("serving %s at %s", ", ".join(server.models.settings), address)
@@ -220,13 +223,6 @@ def serve(config: ServeConfig) -> None:
     listener.run(sockets=[listening])
     if server.failure is not None:
         raise server.failure
-
-
-def check_folders(config: ServeConfig) -> None:
-    """Raises BDHError for a model whose folder is none, before anything is begun."""
-    for model in config.models:
-        if not (Path(model.path) / "config.json").is_file():
-            raise BDHError(f"--model {model.path} is no folder of an export: there is no config.json in it")
 
 
 def listen(host: str, port: int) -> socket.socket:

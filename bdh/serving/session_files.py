@@ -96,7 +96,7 @@ class SavedFiles:
 
     def list(self, owner: str | None) -> list[SavedSession]:
         """What an owner has saved, but for files that are something else."""
-        from bdh.inference.state_file import read_metadata
+        from bdh.inference.state_metadata import read_metadata
 
         saved = []
         for name in self.names(owner):

@@ -247,7 +247,7 @@ async def counted(served: ServedModel, system: str) -> int:
     """How many tokens a system message has. Raises ApiError for what no message could follow."""
     check_text(system, "system")
     served.check_length(len(system), "system")
-    tokens = await asyncio.to_thread(served.llm.llm.encode, system)
+    tokens = await asyncio.to_thread(served.llm.texts.encode, system)
     if tokens:
         served.check_prompt(tokens, "system")
     return len(tokens)

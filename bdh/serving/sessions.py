@@ -1,6 +1,7 @@
 """Sessions of a server: whose they are, how many live in memory, and when they end."""
 
 import asyncio
+import logging
 import math
 import tempfile
 import time
@@ -19,6 +20,8 @@ from bdh.serving.session_memory import Kept, SessionMemory, discard, no_room
 if TYPE_CHECKING:
     from bdh.inference.async_session import AsyncSession
     from bdh.serving.served import ServedModel
+
+log = logging.getLogger(__name__)
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 60.0  # seconds between two looks for sessions that end
 PAUSE_WHEN_FULL = 10.0  # seconds, when the disk is
@@ -122,6 +125,12 @@ class SessionStore:
         """All sessions of an owner, the oldest first."""
         self._expire(kept for kept in self._kept.values() if kept.owner == owner)
         return [kept for kept in self._kept.values() if kept.owner == owner]
+
+    def lose(self, served: "ServedModel") -> None:
+        """Forgets the sessions whose states were in a model's process, which is no more. Those put away go on."""
+        for kept in [kept for kept in self._kept.values() if kept.served is served and kept.session is not None]:
+            log.warning("the session %s is lost with its engine", kept.id)
+            self._drop(kept)
 
     async def delete(self, kept: Kept) -> None:
         """Ends a session. Raises ApiError 409 while it is busy."""

@@ -54,8 +54,8 @@ async def tokenize(body: TokenizeRequest, request: Request, who: Annotated[Calle
     messages = [plain_message(message, f"messages.{number}") for number, message in enumerate(body.messages or ())]
 
     def answer() -> JSONAnswer:
-        text = served.llm.llm.chat_format.render(messages) if body.prompt is None else body.prompt
-        tokens = served.llm.llm.encode(text)
+        text = served.llm.texts.chat_format.render(messages) if body.prompt is None else body.prompt
+        tokens = served.llm.texts.encode(text)
         return JSONAnswer({"tokens": tokens, "count": len(tokens), "pieces": [*map(served.texts.text, tokens)]})
 
     return await asyncio.to_thread(answer)  # of megabytes, at times
@@ -67,9 +67,9 @@ async def detokenize(body: DetokenizeRequest, request: Request, who: Annotated[C
     """The text of tokens."""
     server: Server = request.app.state.server
     served = server.models.get(body.model)
-    size = served.llm.llm.runner.config.vocab_size
+    size = served.llm.texts.vocab_size
     for number, token in enumerate(body.tokens):
         if token >= size:
             raise bad_request(f"tokens.{number} is {token}; the model's tokens are 0 to {size - 1}", f"tokens.{number}")
-    text = await asyncio.to_thread(served.llm.llm.tokenizer.decode, body.tokens)
+    text = await asyncio.to_thread(served.llm.texts.tokenizer.decode, body.tokens)
     return JSONAnswer({"text": text})

@@ -5,18 +5,18 @@ import base64
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from bdh.errors import BDHError
+from bdh.serving import watching
 from bdh.serving.errors import bad_request, not_found
 from bdh.serving.places import check_place, new_id
 
 if TYPE_CHECKING:
-    from bdh.inference.async_llm import AsyncLLM
-    from bdh.insight import LayerView, Observer, Record, Synapse
-    from bdh.model import BDHForCausalLM, BDHState
+    from bdh.inference.async_model import AsyncModel
+    from bdh.insight import Observer, Record
+    from bdh.model import BDHState
     from bdh.serving.token_text import TokenTexts
 
 PIECE = 64  # tokens of a prompt that are read at once: others go on in between
@@ -46,14 +46,17 @@ class BrainSettings:
 
 
 class Trace:
-    """What was seen of one text. Work on it is done in the engine's thread, piece by piece between its steps.
+    """What was seen of one text. Work on it is done where the model works, piece by piece between the engine's steps.
 
     Attributes:
         id: "trc_" and 32 hexadecimal digits.
         model_name: What requests call the model.
         owner: The id of the key that it belongs to; None where no keys are asked for.
-        record: Of the observer.
-        prompt_tokens: How many of the recorded tokens are the prompt's.
+        record: Of the observer, where the model works.
+        bins: Of its rasters.
+        ids: The recorded tokens.
+        seen: What was seen at each.
+        prompt_tokens: How many of them are the prompt's.
     """
 
     def __init__(
@@ -61,105 +64,94 @@ class Trace:
         id: str,
         model_name: str,
         owner: str | None,
-        llm: "AsyncLLM",
+        llm: "AsyncModel",
         texts: "TokenTexts",
-        observer: "Observer",
+        record: "Record",
+        bins: int,
     ):
         self.id = id
         self.model_name = model_name
         self.owner = owner
         self.llm = llm
-        self.model: BDHForCausalLM = observer.model
         self.texts = texts
-        self.record: Record = observer.record
+        self.record = record
+        self.bins = bins
+        self.ids: list[int] = []
+        self.seen: list[watching.Seen] = []
         self.prompt_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, tokens: Sequence[int], seen: Sequence[watching.Seen]) -> None:
+        self.seen += seen
+        self.ids += tokens
 
     def text(self, index: int) -> str:
         """The text of a token; bytes that are a part of a character, as <0xE2>."""
-        text = self.texts.bytes(self.record.tokens[index]).decode("utf-8", "surrogateescape")
+        text = self.texts.bytes(self.ids[index]).decode("utf-8", "surrogateescape")
         return "".join(f"<0x{ord(one) - 0xDC00:02X}>" if 0xDC80 <= ord(one) <= 0xDCFF else one for one in text)
 
     def tokens(self, start: int = 0) -> list[dict[str, Any]]:
         """The JSON of the recorded tokens from one on."""
-        record = self.record
         return [
             {
                 "index": index,
-                "id": record.tokens[index],
+                "id": self.ids[index],
                 "text": self.text(index),
                 "prompt": index < self.prompt_tokens,
-                "share": [round(share, 6) for share in record.shares[index].tolist()],
-                "raster": [base64.b64encode(layer.tobytes()).decode() for layer in record.rasters[index]],
+                "share": [round(share, 6) for share in self.seen[index].shares],
+                "raster": [base64.b64encode(layer).decode() for layer in self.seen[index].rasters],
             }
-            for index in range(start, len(record))
+            for index in range(start, len(self))
         ]
 
     def whole(self) -> dict[str, Any]:
         """The JSON of all of it."""
-        config = self.record.config
+        figures = self.llm.figures
         return {
             "trace": self.id,
             "model": self.model_name,
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
-            "n_neurons": config.n_neurons,
-            "bins": self.record.rasters.shape[-1],
+            "n_layer": figures.n_layer,
+            "n_head": figures.n_head,
+            "n_neurons": figures.n_neurons,
+            "bins": self.bins,
             "tokens": self.tokens(),
         }
 
     async def token(self, index: int) -> dict[str, Any]:
         """The JSON of what one token did. Raises ApiError 404 for one that there is not."""
-        if index >= len(self.record):
-            raise not_found(f"token {index} is not in this trace; it has {len(self.record)} so far, from 0")
+        if index >= len(self):
+            raise not_found(f"token {index} is not in this trace; it has {len(self)} so far, from 0")
         async with self.llm.aside():
-            layers = [self._layer(await self._study(index, layer)) for layer in range(self.record.config.n_layer)]
-        return {"index": index, "id": self.record.tokens[index], "text": self.text(index), "layers": layers}
+            layers = [await self._layer(index, layer) for layer in range(self.llm.figures.n_layer)]
+        return {"index": index, "id": self.ids[index], "text": self.text(index), "layers": layers}
 
     async def neuron(self, layer: int, neuron: int) -> dict[str, Any]:
         """The JSON of what excited one neuron. Raises ApiError 404 for one that there is not."""
-        from bdh.insight import neuron_activity
-
-        config = self.record.config
-        if layer >= config.n_layer or neuron >= config.n_neurons:
-            last = f"{config.n_layer - 1} and neuron {config.n_neurons - 1}"
+        figures = self.llm.figures
+        if layer >= figures.n_layer or neuron >= figures.n_neurons:
+            last = f"{figures.n_layer - 1} and neuron {figures.n_neurons - 1}"
             raise not_found(f"there is no neuron {neuron} in layer {layer}; the last are layer {last}")
-        activity = await self.llm.call(partial(neuron_activity, self.model, self.record, layer, neuron))
-        best = activity.topk(min(NEURON_TOKENS, len(activity))).indices.tolist()
+        found = await self.llm.call(watching.excited, self.record, layer, neuron, NEURON_TOKENS)
         return {
             "layer": layer,
             "neuron": neuron,
-            "head": neuron // config.neurons_per_head,
-            "fired": int((activity > 0).sum()),
-            "of": len(activity),
+            "head": neuron * figures.n_head // figures.n_neurons,
+            "fired": found.fired,
+            "of": found.of,
             "tokens": [
-                {"index": index, "text": self.text(index), "activity": float(activity[index])}
-                for index in best
-                if activity[index] > 0
+                {"index": index, "text": self.text(index), "activity": activity} for index, activity in found.strongest
             ],
         }
 
-    async def _study(self, index: int, layer: int) -> "LayerView":
-        from bdh.insight import LayerStudy
-
-        study = await self.llm.call(partial(LayerStudy, self.model, self.record, index, layer))
-        for piece in study.pieces:
-            await self.llm.call(partial(study.read_past, piece))
-        return await self.llm.call(study.view)
-
-    def _layer(self, view: "LayerView") -> dict[str, Any]:
-        return {
-            "layer": view.layer,
-            "active": view.active,
-            "share": round(view.share, 6),
-            "neurons": [{"neuron": neuron, "activity": activity} for neuron, activity in view.neurons],
-            "written": synapses(view.written),
-            "read": synapses(view.read),
-            "sources": [{"index": index, "text": self.text(index), "weight": weight} for index, weight in view.sources],
-        }
-
-
-def synapses(found: Sequence["Synapse"]) -> list[dict[str, Any]]:
-    return [{"from": one.sender, "to": one.receiver, "strength": one.strength} for one in found]
+    async def _layer(self, index: int, layer: int) -> dict[str, Any]:
+        study, pieces = await self.llm.call(watching.begin_study, self.record, index, layer)
+        for number in range(pieces):
+            await self.llm.call(watching.study_piece, study, number)
+        view = await self.llm.call(watching.view, study)
+        sources = [{"index": index, "text": self.text(index), "weight": weight} for index, weight in view["sources"]]
+        return {**view, "sources": sources}
 
 
 class Watch:
@@ -183,19 +175,24 @@ class Watch:
         kept = self._prompt[-max(1, self.store.settings.max_tokens // 2) :]
         await self._read(self._prompt[: -len(kept)], kept=False)
         await self._read(kept)
-        self.trace.prompt_tokens = len(self.trace.record)
-        return self._told(max(0, len(self.trace.record) - SHOWN))
+        self.trace.prompt_tokens = len(self.trace)
+        return self._told(max(0, len(self.trace) - SHOWN))
 
     async def tokens(self, new: Sequence[int]) -> dict[str, Any]:
         """Reads tokens that the model chose; the JSON of as many as are kept."""
-        start = len(self.trace.record)
+        start = len(self.trace)
         if self.observer is not None:
-            await self._read(new[: self.observer.room])
+            await self._read(new[: self._room])
         return self._told(start)
 
     def close(self) -> None:
         """Gives back the memory of its state. The trace stays."""
         self.observer = None
+
+    @property
+    def _room(self) -> int:
+        """How many more tokens are kept."""
+        return self.store.settings.max_tokens - len(self.trace)
 
     def _told(self, start: int) -> dict[str, Any]:
         return {"trace": self.id, "tokens": self.trace.tokens(start)}
@@ -206,9 +203,12 @@ class Watch:
                 if (observer := self.observer) is None:
                     return
                 self.store.touch(self.trace)
-                work = observer.read if kept else observer.skip
-                await self.trace.llm.call(partial(work, tokens[start : start + PIECE]))
-                if not observer.room:
+                piece = tokens[start : start + PIECE]
+                if kept:
+                    self.trace.add(piece, await self.trace.llm.call(watching.read, observer, piece))
+                else:
+                    await self.trace.llm.call(watching.skip, observer, piece)
+                if not self._room:
                     self.close()
         except BaseException:  # its state may be anything
             self.close()
@@ -234,7 +234,7 @@ class TraceStore:
         self.place = place
         self._traces: OrderedDict[str, Trace] = OrderedDict()  # the one longest out of use first
         self._watches: WeakValueDictionary[str, Watch] = WeakValueDictionary()
-        self._texts: WeakKeyDictionary[AsyncLLM, TokenTexts] = WeakKeyDictionary()
+        self._texts: WeakKeyDictionary[AsyncModel, TokenTexts] = WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self._traces)
@@ -242,7 +242,7 @@ class TraceStore:
     async def begin(
         self,
         model_name: str,
-        llm: "AsyncLLM",
+        llm: "AsyncModel",
         owner: str | None,
         prompt_tokens: Sequence[int],
         state: "BDHState | None",
@@ -260,17 +260,14 @@ class TraceStore:
         Raises:
             ApiError: 400, the server or the model does not let itself be watched.
         """
-        from bdh.insight import Observer
-
         if not self.settings.enabled:
             raise bad_request("the brain view is off on this server; leave brain out", "brain")
-        model = llm.llm.model
-        if model is None:
+        if llm.figures.n_parameters == 0:
             words = f"the model {model_name} cannot be watched, as its runner keeps no model; leave brain out"
             raise bad_request(words, "brain")
         texts = await self._texts_of(llm)
-        observer = await llm.call(partial(Observer, model, self.settings.max_tokens, state))
-        trace = Trace(new_id("trc", self.place), model_name, owner, llm, texts, observer)
+        observer, record, bins = await llm.call(watching.begin, self.settings.max_tokens, state)
+        trace = Trace(new_id("trc", self.place), model_name, owner, llm, texts, record, bins)
         watch = Watch(self, trace, observer, prompt_tokens)
         if len(self._traces) >= self.settings.max_traces:
             self._drop(self._spare(owner).id)
@@ -296,6 +293,11 @@ class TraceStore:
         """Forgets a trace. Raises ApiError as `get`."""
         self._drop(self.get(id, owner).id)
 
+    def lose(self, llm: "AsyncModel") -> None:
+        """Forgets the traces of a model that is no more."""
+        for trace in [trace for trace in self._traces.values() if trace.llm is llm]:
+            self._drop(trace.id)
+
     def _spare(self, owner: str | None) -> Trace:
         """The trace that makes room for another one of an owner's."""
         traces = list(self._traces.values())
@@ -313,9 +315,9 @@ class TraceStore:
         if (watch := self._watches.get(id)) is not None:
             watch.close()
 
-    async def _texts_of(self, llm: "AsyncLLM") -> "TokenTexts":
+    async def _texts_of(self, llm: "AsyncModel") -> "TokenTexts":
         from bdh.serving.token_text import TokenTexts
 
         if llm not in self._texts:
-            self._texts[llm] = await asyncio.to_thread(TokenTexts, llm.llm.tokenizer, llm.llm.runner.config.vocab_size)
+            self._texts[llm] = await asyncio.to_thread(TokenTexts, llm.texts.tokenizer, llm.texts.vocab_size)
         return self._texts[llm]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from bdh.data.blocks import ValidationWindows, document_ids
-from bdh.model import BDHForCausalLM
+from bdh.model import BDHForCausalLM, state_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def evaluate(
         documents = None if end_of_text is None else document_ids(inputs, end_of_text)  # (B, T)
         with precision():
             outputs = model(inputs, past_key_values=state, use_cache=carry_state, document_ids=documents)
-        state, logits = outputs.past_key_values, outputs.logits.float()  # (B, T, V)
+        state, logits = state_of(outputs), outputs.logits.float()  # (B, T, V)
         nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").double().cpu()
         hits += int((logits.argmax(-1) == targets).sum())
         tokens += targets.numel()

@@ -24,7 +24,7 @@ from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
 from bdh.inference.llm import sample_texts
 from bdh.inference.params import SamplingParams
-from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.model import BDHConfig, BDHForCausalLM, state_of
 from bdh.model.device import choose_device
 from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, compare, validate, with_vocabulary, with_whole_path
@@ -252,7 +252,9 @@ class Trainer:
             with self.precision():
                 outputs = self.forward_model(inputs, labels=targets, shift_labels=targets, **given)
             if self.memory is not None:
-                self.memory.after(number, outputs.past_key_values)
+                state = state_of(outputs)
+                assert state is not None
+                self.memory.after(number, state)
             loss = outputs.loss * (len(part) / len(batch.tokens))
             loss.backward()
             total += loss.item()

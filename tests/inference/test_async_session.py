@@ -15,7 +15,7 @@ from bdh.inference.async_llm import SHORT_PROMPT, AsyncLLM
 from bdh.inference.async_session import AsyncSession, TokensRead, Turn
 from bdh.inference.params import SamplingParams
 from bdh.inference.session import Session
-from bdh.inference.state_file import read_metadata
+from bdh.inference.state_metadata import read_metadata
 from bdh.model import BDHForCausalLM
 from tests.inference.small import BYTES, CHAT, Tripwire, letters, small_llm, small_model
 
@@ -213,7 +213,7 @@ def test_what_is_wrong_with_a_turn_leaves_it_as_it_was() -> None:
                 with pytest.raises(BDHError, match=message):
                     await one
                 assert place(session) == before and not session.busy
-            session.llm.llm.engine.queue_size = 0
+            llm.llm.engine.queue_size = 0
             others = [llm.stream("x", ENDLESS) for _ in range(2)]
             for other in others:
                 await anext(other)

@@ -155,6 +155,21 @@ def test_texts_are_read_and_written_on(client: httpx.Client, llm: LLM) -> None:
     assert client.get(f"/sessions/{id}").json()["messages"] == session.transcript
 
 
+def test_what_is_read_for_who_goes_away_is_counted(server: Running, client: httpx.Client) -> None:
+    body = json.dumps({"prompt": "x" * 130_000, "max_tokens": 0})
+    before = server.metric("bdh_usage_prompt_tokens_total")
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
+    connection.request("POST", f"/v1/sessions/{new(client)}/completions", body, JSON)
+    deadline = time.monotonic() + 10
+    while not server.metric("bdh_engine_running"):
+        assert time.monotonic() < deadline
+    connection.close()
+    server.wait_until_idle()
+    while server.metric("bdh_usage_prompt_tokens_total") - before < 129_999:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_it_does_one_thing_at_a_time_and_survives_clients_that_go_away(
     server: Running, client: httpx.Client, llm: LLM
 ) -> None:

@@ -1,0 +1,342 @@
+"""A model that many wait for: what callers await of it, wherever its engine works.
+
+`AsyncLLM` has the engine in a thread, `ProcessLLM` in a process of its own. Nothing here needs torch.
+"""
+
+import asyncio
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from bdh.errors import ModelClosed, QueueFull
+from bdh.inference import errands
+from bdh.inference.answer import Answer, Completion, Delta, TextRequest, TokenLogprob
+from bdh.inference.chat_format import Message
+from bdh.inference.figures import EngineStats, ModelFigures
+from bdh.inference.params import SamplingParams
+from bdh.inference.texts import Prompt, Texts
+
+if TYPE_CHECKING:
+    from bdh.inference.async_session import AsyncSession
+
+T = TypeVar("T")
+
+Result = list[Delta] | Completion | Exception | None  # None: the request is in the engine
+
+SHORT_PROMPT = 4096  # characters, or tokens, that are made a request of sooner than a thread is asked to
+BESIDE = 2  # threads for longer ones
+MOST_WAITING = 64  # long prompts for these threads; texts to be scored
+
+
+class Aside:
+    """Long work that is no request of the engine's: one at a time, so that requests go on; a few wait."""
+
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()
+        self.waiting = 0
+
+    async def __aenter__(self) -> None:
+        if self.waiting >= MOST_WAITING:
+            raise QueueFull(f"{self.waiting} texts wait to be scored or looked into already; try again later")
+        self.waiting += 1
+        try:
+            await self.turn.acquire()
+        finally:
+            self.waiting -= 1
+
+    async def __aexit__(self, *error: object) -> None:
+        self.turn.release()
+
+
+class Call:
+    """A request, as its caller has it: begun, and to be waited for in the caller's event loop.
+
+    Attributes:
+        asked: The request.
+        cached_tokens: How many of the prompt's tokens were not read, as a kept state had read them; known with the
+            first result.
+    """
+
+    def __init__(self, model: "AsyncModel", asked: TextRequest, wants_deltas: bool):
+        self.asked = asked
+        self.wants_deltas = wants_deltas
+        self.answer: Answer | None = None  # changes as long as the request is in work
+        self.results: deque[Result] = deque()
+        self.came = asyncio.Event()
+        self._model = model
+
+    @property
+    def cached_tokens(self) -> int:
+        return 0 if self.answer is None else self.answer.cached_tokens
+
+    def put(self, result: Result) -> None:
+        """Hands a result to who waits. Only in its event loop."""
+        self.results.append(result)
+        self.came.set()
+
+    async def result(self) -> list[Delta] | Completion | None:
+        while not self.results:
+            self.came.clear()
+            await self.came.wait()
+        result = self.results.popleft()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    async def deltas(self) -> AsyncGenerator[list[Delta]]:
+        """Pieces of the text, all that have come since the last ones; to the end. Raises as `AsyncModel.generate`."""
+        unfinished = self.asked.request.params.n
+        while unfinished:
+            deltas = await self.result()
+            assert isinstance(deltas, list)
+            while self.results and isinstance(more := self.results[0], list):
+                deltas += more
+                self.results.popleft()
+            unfinished -= sum(delta.finish_reason is not None for delta in deltas)
+            yield deltas
+
+    async def completion(self) -> Completion:
+        """The whole. Raises as `AsyncModel.generate`."""
+        result = await self.result()
+        assert isinstance(result, Completion)
+        return result
+
+    async def finish(self) -> Answer:
+        """Ends what is left of the request at the last token that was reported; its answer, which nothing changes any
+        more, with the states that the continuations left, if the request keeps them."""
+        assert self.answer is not None
+        await self._model._finish(self)
+        return self.answer
+
+    def drop(self) -> None:
+        """Ends what is left of the request: its slots are free before the next step."""
+        self._model._drop(self)
+
+
+class AsyncModel(ABC):
+    """Texts for any number of callers. A task that is cancelled, or an iterator that is closed, ends its request.
+
+    What is wrong with one request is raised where it was made; if the engine fails, all that wait get a RuntimeError.
+    Close it in the end: `async with …`, or `await model.close()`.
+
+    Attributes:
+        texts: Makes requests of texts.
+    """
+
+    def __init__(self, texts: Texts):
+        self.texts = texts
+        self._beside = ThreadPoolExecutor(BESIDE, "bdh-beside")
+        self._pending = 0  # long work that waits, or is done, beside the engine
+        self._pending_lock = threading.Lock()  # there may be several event loops
+
+    @property
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """The engine's figures as they are now."""
+
+    @property
+    @abstractmethod
+    def figures(self) -> ModelFigures:
+        """The model's."""
+
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
+        """Continues a prompt. With `num_beams`, nothing else goes on meanwhile.
+
+        Raises:
+            QueueFull: Too many wait (a BDHError).
+            BDHError: The prompt or its params are wrong, or this is closed.
+            RuntimeError: The engine failed.
+        """
+        return await self._completion(await self.text_request(prompt, params))
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[Delta]:
+        """Continues a prompt; yields its text piece by piece. Raises as `generate`, when iterated."""
+        async with aclosing(self._deltas(await self.text_request(prompt, params))) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
+        """The assistant's answer to a conversation, as `LLM.chat`. Raises as `generate`."""
+        return await self._completion(await self.chat_request(messages, params))
+
+    async def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> AsyncGenerator[Delta]:
+        """As `chat`, piece by piece. Raises as `generate`, when iterated."""
+        async with aclosing(self._deltas(await self.chat_request(messages, params))) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    def session(self, system: str | None = None, params: SamplingParams | None = None) -> "AsyncSession":
+        """A conversation that keeps its synapses, as `LLM.session`."""
+        from bdh.inference.async_session import AsyncSession
+
+        return AsyncSession(self, system, params)
+
+    async def load_session(self, path: str | Path) -> "AsyncSession":
+        """A session that was saved, by an `LLM` or here, to go on as if it had never been put away. Raises BDHError."""
+        from bdh.inference.async_session import AsyncSession
+
+        return await AsyncSession.load(self, path)
+
+    async def fingerprint(self) -> str:
+        """As `LLM.fingerprint`; worked out once, beside the engine."""
+        return await self.call_beside(errands.fingerprint)
+
+    # ----------------------------------------------------- for who wants to know more of a request than its text
+
+    async def text_request(self, prompt: Prompt, params: SamplingParams | None = None) -> TextRequest:
+        """As `LLM.text_request`; a long prompt is tokenized beside the event loop."""
+        if isinstance(prompt, str | list) and len(prompt) <= SHORT_PROMPT:
+            return self.texts.text_request(prompt, params)
+        return await self.beside(lambda: self.texts.text_request(prompt, params))
+
+    async def chat_request(self, messages: Sequence[Message], params: SamplingParams | None = None) -> TextRequest:
+        """As `LLM.chat_request`; a long conversation is tokenized beside the event loop."""
+        if sum(len(str(message.get("content"))) for message in messages) + 64 * len(messages) <= SHORT_PROMPT:
+            return self.texts.chat_request(messages, params)
+        return await self.beside(lambda: self.texts.chat_request(messages, params))
+
+    async def beside(self, function: Callable[[], T]) -> T:
+        """Calls what takes long in one of a few threads. Raises QueueFull if many wait for them, or as it does."""
+        async with self._counted():
+            return await asyncio.get_running_loop().run_in_executor(self._beside, function)
+
+    @abstractmethod
+    def aside(self) -> Aside:
+        """To be entered by who does long work in pieces, by `call`. Raises QueueFull then, if many wait."""
+
+    async def start(self, asked: TextRequest, wants_deltas: bool) -> Call:
+        """Gives a request to the engine; returns when it is in the queue. Who does so ends it: `Call.drop` or `finish`.
+
+        Args:
+            asked: The request.
+            wants_deltas: Whether `Call.deltas` will be iterated, or else `Call.completion` awaited.
+
+        Raises:
+            BDHError: As for `generate`; QueueFull among them.
+        """
+        if wants_deltas:
+            self.texts.check_streamable(asked)
+        params = asked.request.params
+        if params.regex is not None or params.json_schema is not None:
+            async with self._counted():
+                await self.call_beside(errands.prepare_grammar, params)
+        call = self._new_call(asked, wants_deltas)
+        self._begin(call)
+        try:
+            await call.result()
+        except BaseException:
+            call.drop()
+            raise
+        return call
+
+    @abstractmethod
+    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Has a function called where the engine works, between two steps; returns, or raises, what it does.
+
+        Its first argument is the `LLM` there, then come these. Meanwhile nobody's text goes on: give it pieces of long
+        work. It may be called in another process: then function, arguments and result go there and back by pickle, but
+        that states, and what reads a model, stay there and are passed on as what stands for them.
+
+        Raises:
+            BDHError: This is closed; or as the function.
+            RuntimeError: The engine failed for good.
+        """
+
+    @abstractmethod
+    async def call_beside(self, function: Callable[..., T], *arguments: Any) -> T:
+        """As `call`, in a thread beside the engine: for what does not use the model itself, and takes long."""
+
+    async def score(self, tokens: Sequence[int], top: int = 0) -> list[TokenLogprob]:
+        """How likely each token of a text is after those before it, all but the first.
+
+        Args:
+            tokens: Token ids, at least one.
+            top: How many of the likeliest to tell in the place of each.
+
+        Raises:
+            BDHError: A token is unknown, or the runner has no model.
+        """
+        async with self.aside():
+            scorer = await self.call(errands.begin_scoring, list(tokens), top)
+            while not await self.call(errands.score_piece, scorer):
+                pass
+            return await self.call(errands.scores, scorer)
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Ends all requests, whose callers get a BDHError, and the engine."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # ----------------------------------------------------------------------------------------------- for the engine
+
+    @abstractmethod
+    def _new_call(self, asked: TextRequest, wants_deltas: bool) -> Call:
+        """A call for a caller in this event loop."""
+
+    @abstractmethod
+    def _begin(self, call: Call) -> None:
+        """Gives a request to the engine; the call's first result is None, or why it is not taken."""
+
+    @abstractmethod
+    def _drop(self, call: Call) -> None:
+        """Ends what is left of a request, soon."""
+
+    @abstractmethod
+    def _finish(self, call: Call) -> Awaitable[None]:
+        """Ends what is left of a request, with the states of its continuations."""
+
+    @asynccontextmanager
+    async def _counted(self) -> AsyncGenerator[None]:
+        """Something long is done beside the engine. Raises QueueFull if many such things wait."""
+        with self._pending_lock:
+            if self._pending >= MOST_WAITING:
+                raise QueueFull(f"{self._pending} long prompts wait to be tokenized already; try again later")
+            self._pending += 1
+        try:
+            yield
+        finally:
+            with self._pending_lock:
+                self._pending -= 1
+
+    async def _completion(self, asked: TextRequest) -> Completion:
+        call = await self.start(asked, wants_deltas=False)
+        try:
+            return await call.completion()
+        finally:
+            call.drop()
+
+    async def _deltas(self, asked: TextRequest) -> AsyncGenerator[Delta]:
+        call = await self.start(asked, wants_deltas=True)
+        try:
+            async for deltas in call.deltas():
+                for delta in deltas:
+                    yield delta
+        finally:
+            call.drop()
+
+
+def engine_failed(error: BaseException) -> RuntimeError:
+    """What all get that wait for an engine which failed."""
+    words = " ".join(str(error).split())[:200]
+    failure = RuntimeError(f"the engine failed, with all it had in work: {type(error).__name__}: {words}")
+    failure.__cause__ = error
+    return failure
+
+
+def closed() -> ModelClosed:
+    return ModelClosed("the model was closed before the text was complete")

@@ -1,0 +1,290 @@
+"""The process that has an engine: `python -m bdh.inference.engine_process FD`, begun by `ProcessLLM` and for it alone.
+
+Its one thread does what it is told, lets the engine go on, and tells what came of each step. Tokens become text in the
+other process; here only where a request has stop strings, so that it ends at the very token that completes one.
+"""
+
+import importlib
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from bdh.errors import BDHError
+from bdh.inference.wire import Frames, Things, frame
+
+if TYPE_CHECKING:
+    from bdh.inference.answer import TextRequest
+    from bdh.inference.llm import LLM
+    from bdh.inference.request import Event
+    from bdh.inference.text import ContinuationText
+
+BESIDE = 4  # threads for what is done beside the engine
+PIECE = 1 << 20  # bytes that are read at once
+ONE_THREAD_BELOW = 100_000  # multiplications of an encoder in all layers: threads would wait for each other for longer
+ENDING_SECONDS = 5.0  # for the process to end when it is told to
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine's process is begun with: the arguments of `LLM`, and how it logs.
+
+    Attributes:
+        log: Is called there first, to set up logging.
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    quantization: str | None = None
+    max_batch_size: int | None = None
+    prefix_cache_bytes: int = 1 << 30
+    queue_size: int = 4096
+    log: Callable[[], None] | None = None
+
+
+class EngineProcess:
+    """A process that loads what it is told and then works for `ProcessLLM`. It begins at once, and gets ready."""
+
+    def __init__(self) -> None:
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "bdh.inference.engine_process", str(theirs.fileno())]
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+
+    def end(self) -> str:
+        """Makes sure that it is over; how it ended, in words. Takes up to some seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(ENDING_SECONDS)
+        self.process.kill()
+        code = self.process.wait()
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+    def abandon(self) -> None:
+        """Ends it at once: nobody has begun to use it."""
+        self.socket.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class Line:
+    """The connection to the other process. Whatever is wrong with it, this process has nothing more to do."""
+
+    def __init__(self, connection: socket.socket):
+        self.socket = connection
+        self.things = Things()
+        self._frames = Frames()
+        self._lock = threading.Lock()  # of sending
+
+    def send(self, *message: Any) -> None:
+        data = frame(self.things.dumps(message))
+        try:
+            with self._lock:
+                self.socket.sendall(data)
+        except OSError:
+            leave()
+
+    def messages(self, wait: bool) -> list[Any]:
+        """All that has come; waits for the first if need be."""
+        found: list[Any] = []
+        while not found:
+            if not wait and not select.select([self.socket], [], [], 0)[0]:
+                break
+            try:
+                data = self.socket.recv(PIECE)
+            except OSError:
+                data = b""
+            if not data:
+                leave()
+            found += [self.things.loads(one) for one in self._frames.take(data)]
+        return found
+
+
+def leave() -> None:
+    """Ends this process at once, whatever its threads do: the one that it works for is gone, or wants it to."""
+    logging.shutdown()
+    os._exit(0)
+
+
+class Worker:
+    """The engine at work.
+
+    Args:
+        llm: Its engine is used; what it makes of tokens is not.
+        line: To who wants its work.
+    """
+
+    def __init__(self, llm: "LLM", line: Line):
+        self.llm = llm
+        self.line = line
+        self.beside = ThreadPoolExecutor(BESIDE, "bdh-beside")
+        self.stops: dict[str, list[ContinuationText]] = {}  # of requests with stop strings
+
+    def run(self) -> None:
+        """Works until the other process is gone, or wants no more."""
+        told = False  # what the load is
+        while True:
+            busy = self.llm.engine.busy
+            if not busy and not told:
+                self.tell([])
+            for kind, *values in self.line.messages(wait=not busy):
+                getattr(self, f"on_{kind}")(*values)
+            told = False
+            if self.llm.engine.busy:
+                self.step()
+                told = not self.llm.engine.busy
+
+    # ------------------------------------------------------------------------------------------------ what it is told
+
+    def on_add(self, asked: "TextRequest") -> None:
+        from bdh.inference.text import ContinuationText
+
+        request = asked.request
+        try:
+            if request.params.regex is not None or request.params.json_schema is not None:
+                self.llm.engine.grammars = self.llm.grammars
+            self.llm.engine.add(request)
+        except Exception as error:  # of this request alone
+            self.line.send("refused", request.id, error if isinstance(error, BDHError) else plain(error))
+            return
+        if asked.stop:
+            count = request.params.best_of or request.params.n
+            tokenizer = self.llm.tokenizer
+            self.stops[request.id] = [ContinuationText(tokenizer, asked.stop, asked.strip) for _ in range(count)]
+        self.line.send("added", request.id)
+
+    def on_cancel(self, request_id: str) -> None:
+        self.llm.engine.cancel(request_id)
+        self.stops.pop(request_id, None)
+
+    def on_finish(self, number: int, request_id: str, counts: list[int]) -> None:
+        """Ends continuations; answers with the state of each that has read all of as many tokens but the last.
+
+        One that is further on by now has read what the caller knows nothing of: of that there is no state.
+        """
+        states = []
+        for index, count in enumerate(counts):
+            exact = count == self.llm.engine.written(request_id, index)
+            state = self.llm.engine.finish(request_id, index)
+            states.append(state if exact else None)
+        self.stops.pop(request_id, None)
+        self.line.send("reply", number, states)
+
+    def on_call(self, number: int, beside: bool, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        if beside:
+            self.beside.submit(self.answer, number, function, arguments)
+        else:
+            self.answer(number, function, arguments)
+
+    def answer(self, number: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        try:
+            result = function(self.llm, *arguments)
+        except Exception as error:
+            self.line.send("error", number, error if isinstance(error, BDHError | ValueError) else plain(error))
+        else:
+            self.line.send("reply", number, result)
+
+    def on_release(self, number: int) -> None:
+        self.line.things.release(number)
+
+    def on_close(self) -> None:
+        leave()
+
+    # ----------------------------------------------------------------------------------------------------- its work
+
+    def step(self) -> None:
+        """One step of the engine, and what came of it."""
+        try:
+            events = self.llm.engine.step()
+        except Exception as error:
+            self.llm.begin_anew(error)
+            self.stops.clear()
+            logging.getLogger(__name__).error("the engine failed, and begins anew", exc_info=error)
+            self.line.send("failed", plain(error))
+            return
+        if self.stops:
+            events = [self.stopped(event) if event.request_id in self.stops else event for event in events]
+        self.tell(events)
+
+    def stopped(self, event: "Event") -> "Event":
+        """The event, as the last one of its continuation if a stop string is complete with it."""
+        texts = self.stops[event.request_id]
+        text = texts[event.index]
+        if event.error is None and event.finish_reason is None:
+            text.step(event.token)
+            if text.stopped:
+                state = self.llm.engine.finish(event.request_id, event.index)
+                event = replace(event, finish_reason="stop", state=state)
+        if event.request_id not in self.llm.engine.groups:
+            self.stops.pop(event.request_id)
+        return event
+
+    def tell(self, events: "list[Event]") -> None:
+        """Tells what came of a step, and the load after it."""
+        self.line.send("events", [tuple(vars(event).values()) for event in events], vars(self.llm.engine.stats))
+
+
+def plain(error: BaseException) -> RuntimeError:
+    """An exception that the other process can read, whatever this one is."""
+    return RuntimeError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # the other process says when it is time
+        signal.signal(number, signal.SIG_IGN)
+    line = Line(socket.socket(fileno=int(sys.argv[1])))
+    from bdh.cli.main import quiet_libraries
+
+    quiet_libraries()
+    importlib.import_module("bdh.inference.llm")  # takes seconds; meanwhile the other process finds out what to tell
+    from bdh.inference import errands
+
+    settings, *more = line.messages(wait=True)
+    if more:  # that it is no longer wanted
+        leave()
+    if settings.log is not None:
+        settings.log()
+    try:
+        llm = load(settings)
+    except BDHError as error:
+        line.send("unable", error)
+        return
+    except Exception as error:
+        line.send("unable", BDHError(f"the model in {settings.model} cannot be loaded: {plain(error)}"))
+        return
+    line.send("ready", errands.figures(llm), llm.end_token_ids)
+    Worker(llm, line).run()
+
+
+def load(settings: EngineSettings) -> "LLM":
+    """The model, and threads as are best for it. Raises BDHError."""
+    import torch
+
+    from bdh.inference.llm import LLM
+
+    llm = LLM(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        max_batch_size=settings.max_batch_size,
+        prefix_cache_bytes=settings.prefix_cache_bytes,
+        queue_size=settings.queue_size,
+    )
+    config = llm.runner.config
+    if llm.runner.device.type == "cpu" and config.n_layer * config.n_neurons * config.n_embd < ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
+    return llm
+
+
+if __name__ == "__main__":
+    main()

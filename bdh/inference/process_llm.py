@@ -1,0 +1,291 @@
+"""One engine for many callers, in a process of its own: the one that serves them has its own interpreter and core.
+
+What a server does for a token (text, JSON, sockets) takes about as long as a small model does, and Python would let
+only one of the two go on at a time. It also outlives the engine: where that process is killed or crashes, all that wait
+get an error at once, and the server can begin another.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bdh.data.tokenizer import load_export_tokenizer
+from bdh.errors import BDHError, ModelClosed
+from bdh.inference import errands
+from bdh.inference.answer import Answer, TextRequest
+from bdh.inference.async_model import Aside, AsyncModel, Call, closed, engine_failed
+from bdh.inference.engine_process import EngineProcess, EngineSettings
+from bdh.inference.figures import EngineStats, ModelFigures
+from bdh.inference.request import Event
+from bdh.inference.texts import Texts
+from bdh.inference.wire import Frames, Stands, frame
+
+T = TypeVar("T")
+
+
+class Connection(asyncio.Protocol):
+    """The socket, in the event loop."""
+
+    def __init__(self, told: Callable[[bytes], None], lost: Callable[[], None]):
+        self.frames = Frames()
+        self.told = told
+        self.lost = lost
+
+    def data_received(self, data: bytes) -> None:
+        for message in self.frames.take(data):
+            self.told(message)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.lost()
+
+
+class ProcessLLM(AsyncModel):
+    """As `AsyncLLM`, with the engine in another process. For one event loop; `open` makes one.
+
+    Attributes:
+        lost: Is set when the process has ended, and nobody wanted it to.
+        pid: Of the process.
+    """
+
+    def __init__(self, process: EngineProcess, settings: EngineSettings):
+        self.lost = asyncio.Event()
+        self.pid = process.process.pid
+        self._process = process
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._stands = Stands(self._release)
+        self._transport: asyncio.Transport | None = None
+        self._stats = EngineStats()
+        self._calls: dict[str, Call] = {}  # in work
+        self._numbers = count()
+        self._replies: dict[int, asyncio.Future[Any]] = {}
+        self._ready: asyncio.Future[tuple[ModelFigures, tuple[int, ...]]] = self._loop.create_future()
+        self._aside = Aside()
+        self._closed = False
+
+    @classmethod
+    async def open(cls, process: EngineProcess, settings: EngineSettings) -> "ProcessLLM":
+        """Has a process load a model; returns when it is ready. Raises BDHError if it cannot, and ends the process."""
+        self = cls(process, settings)
+        try:
+            await self._open()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def _open(self) -> None:
+        transport, _ = await self._loop.create_connection(
+            lambda: Connection(self._told, self._gone), sock=self._process.socket
+        )
+        self._transport = transport
+        transport.write(frame(self._stands.dumps(self._settings)))
+        tokenizer = asyncio.ensure_future(asyncio.to_thread(load_export_tokenizer, Path(self._settings.model)))
+        try:
+            figures, ends = await self._ready  # its error is the one to tell
+            super().__init__(Texts(await tokenizer, figures.vocab_size, ends))
+            self._figures = figures
+        finally:
+            tokenizer.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def figures(self) -> ModelFigures:
+        return self._figures
+
+    def aside(self) -> Aside:
+        return self._aside
+
+    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await self._ask("call", False, function, arguments)
+
+    async def call_beside(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await self._ask("call", True, function, arguments)
+
+    async def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            is_loaded = self._ready.done() and not self._ready.exception()
+            self._fail(closed())
+            if not is_loaded or self._transport is None:
+                self._process.process.kill()  # it would load to the end first
+            else:
+                self._send("close")
+            if self._transport is not None:
+                self._transport.close()
+        await asyncio.to_thread(self._process.end)
+        if hasattr(self, "_beside"):
+            self._beside.shutdown(wait=False, cancel_futures=True)
+
+    def how_it_ended(self) -> str:
+        """How the process ended, in words. May take some seconds."""
+        return self._process.end()
+
+    # ----------------------------------------------------------------------------------------------------- requests
+
+    def _new_call(self, asked: TextRequest, wants_deltas: bool) -> Call:
+        return Call(self, asked, wants_deltas)
+
+    def _begin(self, call: Call) -> None:
+        self._check_open()
+        if call.asked.request.params.num_beams > 1:
+            searching = asyncio.ensure_future(self.call(errands.beam_search, call.asked))
+            searching.add_done_callback(lambda task: self._found(call, task))
+            return
+        self._calls[call.asked.request.id] = call
+        self._send("add", call.asked)
+
+    def _found(self, call: Call, task: "asyncio.Future[Any]") -> None:
+        """A beam search is over."""
+        if task.cancelled():
+            call.put(closed())
+        elif error := task.exception():
+            call.put(error if isinstance(error, Exception) else closed())
+        else:
+            call.put(None)
+            call.put(task.result())
+
+    def _drop(self, call: Call) -> None:
+        if self._calls.pop(call.asked.request.id, None) is not None and not self._closed:
+            self._send("cancel", call.asked.request.id)
+
+    async def _finish(self, call: Call) -> None:
+        self._check_open()
+        answer = call.answer
+        if self._calls.pop(call.asked.request.id, None) is None or answer is None:
+            return
+        parts = answer.continuations
+        counts = [len(part.tokens) if part.finish_reason is None else -1 for part in parts]
+        states = await self._ask("finish", call.asked.request.id, counts)
+        for part, state in zip(parts, states, strict=True):
+            if part.finish_reason is None:
+                part.state = state
+
+    # ----------------------------------------------------------------------------------------------- what comes back
+
+    def _told(self, data: bytes) -> None:
+        kind, *values = self._stands.loads(data)
+        getattr(self, f"_on_{kind}")(*values)
+
+    def _on_ready(self, figures: ModelFigures, ends: tuple[int, ...]) -> None:
+        if not self._ready.done():
+            self._ready.set_result((figures, ends))
+
+    def _on_unable(self, error: BDHError) -> None:
+        if not self._ready.done():
+            self._ready.set_exception(error)
+
+    def _on_added(self, request_id: str) -> None:
+        if (call := self._calls.get(request_id)) is not None:
+            call.answer = Answer(call.asked, self.texts.tokenizer, call.wants_deltas)
+            call.put(None)
+
+    def _on_refused(self, request_id: str, error: Exception) -> None:
+        if (call := self._calls.pop(request_id, None)) is not None:
+            call.put(error)
+
+    def _on_events(self, events: list[tuple[Any, ...]], stats: dict[str, int]) -> None:
+        self._stats = EngineStats(**stats)
+        for values in events:
+            event = Event(*values)
+            call = self._calls.get(event.request_id)
+            if call is not None:  # else it was dropped meanwhile
+                self._take(call, event)
+
+    def _take(self, call: Call, event: Event) -> None:
+        """Hands on what comes of a token."""
+        answer = call.answer
+        assert answer is not None
+        if event.error is not None:
+            answer.error = event.error
+            self._drop(call)
+            call.put(event.error)
+            return
+        answer.take(event)
+        if answer.deltas:
+            call.put(list(answer.deltas))
+            answer.deltas.clear()
+        if not answer.unfinished:
+            del self._calls[event.request_id]
+            if not call.wants_deltas:
+                call.put(answer.completion())
+
+    def _on_failed(self, error: Exception) -> None:
+        """The engine failed, and has begun anew."""
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.put(engine_failed(error))
+
+    def _on_reply(self, number: int, result: Any) -> None:
+        if not (future := self._replies.pop(number)).done():
+            future.set_result(result)
+
+    def _on_error(self, number: int, error: Exception) -> None:
+        if not (future := self._replies.pop(number)).done():
+            future.set_exception(error)
+
+    def _gone(self) -> None:
+        """The process is no more."""
+        if self._closed:
+            return
+        self._closed = True
+        self._stats = EngineStats()
+        self._fail(RuntimeError("the engine failed, with all it had in work: its process is gone"))
+        self.lost.set()
+
+    def _fail(self, error: Exception) -> None:
+        """Tells all that wait."""
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.put(error)
+        replies, self._replies = self._replies, {}
+        for future in replies.values():
+            if not future.done():
+                future.set_exception(error)
+        if not self._ready.done():
+            self._ready.set_exception(BDHError("the process that loads the model has ended; its log tells more"))
+            self._ready.exception()  # though nobody may wait for it
+
+    # ------------------------------------------------------------------------------------------------- what is sent
+
+    async def _ask(self, kind: str, *values: Any) -> Any:
+        """Sends a message that is answered. Raises as the answer, BDHError if this is closed."""
+        self._check_open()
+        number = next(self._numbers)
+        future = self._replies[number] = self._loop.create_future()
+        self._send(kind, number, *values)
+        return await future
+
+    def _send(self, *message: Any) -> None:
+        assert self._transport is not None
+        self._transport.write(frame(self._stands.dumps(message)))
+
+    def _release(self, number: int) -> None:
+        """Nothing here stands for a thing there any more."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._let_go, number)
+
+    def _let_go(self, number: int) -> None:
+        if not self._closed:
+            self._send("release", number)
+
+    def _check_open(self) -> None:
+        if self.lost.is_set():
+            raise RuntimeError("the engine failed: its process is gone")
+        if self._closed:
+            raise ModelClosed("this model is closed; make another one")
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory that a process has; 0 where that cannot be found out."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0

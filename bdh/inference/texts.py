@@ -1,0 +1,87 @@
+"""What makes requests of texts, with a tokenizer alone: where the model works does not matter, nor is torch needed."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from numbers import Integral
+
+from transformers import PreTrainedTokenizerFast
+
+from bdh.errors import BDHError
+from bdh.inference.answer import TextRequest
+from bdh.inference.chat_format import ChatFormat, Message
+from bdh.inference.params import SamplingParams
+from bdh.inference.request import Request
+
+Prompt = str | Sequence[int]  # text, or its tokens
+
+
+class Texts:
+    """Requests of texts, for one model. For any thread.
+
+    Args:
+        tokenizer: The model's.
+        vocab_size: Tokens that the model knows.
+        end_token_ids: Tokens that end a text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, end_token_ids: tuple[int, ...]):
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.end_token_ids = end_token_ids
+        tokenizer.backend_tokenizer.no_truncation()  # now, so that no call changes it while another thread uses it
+        tokenizer.backend_tokenizer.no_padding()
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        return ChatFormat(self.tokenizer)
+
+    def encode(self, text: str, what: str = "the prompt") -> list[int]:
+        """Token ids of a text, without special tokens. Raises BDHError if it is not one."""
+        if not isinstance(text, str):
+            raise BDHError(f"{what} is a {type(text).__name__}; give text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BDHError(f"{what} is not valid text: character {error.start} is half of one") from error
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def text_request(self, prompt: Prompt, params: SamplingParams | None = None) -> TextRequest:
+        """A request to continue a prompt. Raises BDHError."""
+        params = params or SamplingParams()
+        if isinstance(prompt, str):
+            text, tokens = prompt, self.encode(prompt)
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise BDHError(f"the prompt is a {type(prompt).__name__}; give text, or a list of token ids")
+        elif not all(isinstance(token, Integral) for token in prompt):
+            raise BDHError("the prompt is a list of something else than token ids; give text, or whole numbers")
+        else:
+            tokens = [int(token) for token in prompt]
+            known = [token for token in tokens if 0 <= token < self.vocab_size]
+            text = self.tokenizer.decode(known)
+        return TextRequest(Request(tokens, params, end_token_ids=self.end_token_ids), text, params.stop)
+
+    def chat_request(self, messages: Sequence[Message], params: SamplingParams | None = None) -> TextRequest:
+        """A request to answer a conversation. Raises BDHError."""
+        text = self.chat_format.render(messages)
+        request = Request(self.encode(text, "the conversation"), params or SamplingParams(), keep_prefix=True)
+        return self.as_answer(TextRequest(request, text))
+
+    def as_answer(self, asked: TextRequest) -> TextRequest:
+        """The same request, ending and beginning as answers do in this tokenizer's conversations."""
+        end = self.chat_format.answer_end
+        ends = tuple(dict.fromkeys((*self.end_token_ids, *end.token_ids)))
+        stop = (*asked.request.params.stop, *end.stop)
+        return replace(asked, request=replace(asked.request, end_token_ids=ends), stop=stop, strip=bool(end.lead))
+
+    def check_streamable(self, asked: TextRequest) -> None:
+        """Raises BDHError if there is something to choose among at the end."""
+        params = asked.request.params
+        for name, value, usual in (
+            ("num_beams", params.num_beams, 1),
+            ("best_of", params.best_of or params.n, params.n),
+        ):
+            if value > usual:
+                raise BDHError(
+                    f"{name} is {value}, which cannot be streamed: the choice is made at the end; leave it out"
+                )

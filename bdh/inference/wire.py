@@ -1,0 +1,149 @@
+"""Messages between a process that has an engine and the one that uses it: a length, and a pickle of that many bytes.
+
+The two are one program on one machine, joined by a pair of sockets that nobody else can reach: nothing in here comes
+from outside. What belongs to the model, states above all, stays in the engine's process: a number stands for it, which
+goes back as that thing. When nothing in the other process stands for it any more, it may go.
+"""
+
+import io
+import pickle
+import struct
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Any
+
+HEADER = struct.Struct("!Q")
+STAYS = frozenset(
+    {
+        "bdh.model.modeling_bdh.BDHState",
+        "bdh.inference.scoring.Scorer",
+        "bdh.insight.observer.Observer",
+        "bdh.insight.record.Record",
+        "bdh.insight.study.LayerStudy",
+    }
+)
+
+
+class Remote:
+    """What stands for something that stays in the engine's process.
+
+    Attributes:
+        number: Of that thing there.
+        length: Tokens that it has read, if it is a state.
+        nbytes: That it takes, if it is a state.
+    """
+
+    def __init__(self, number: int, length: int, nbytes: int):
+        self.number = number
+        self.length = length
+        self.nbytes = nbytes
+
+
+def frame(payload: bytes) -> bytes:
+    return HEADER.pack(len(payload)) + payload
+
+
+class Frames:
+    """Bytes as they come, cut into messages."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def take(self, data: bytes) -> Iterator[bytes]:
+        """The messages that are complete with these bytes."""
+        self._bytes += data
+        start = 0
+        while len(self._bytes) >= start + HEADER.size:
+            end = start + HEADER.size + HEADER.unpack_from(self._bytes, start)[0]
+            if len(self._bytes) < end:
+                break
+            yield bytes(memoryview(self._bytes)[start + HEADER.size : end])
+            start = end
+        del self._bytes[:start]
+
+
+def here(number: int) -> Any:
+    """In a message to the engine's process: the thing of this number. `Things.loads` puts it in."""
+    raise pickle.UnpicklingError("a message for an engine's process was read elsewhere")
+
+
+def there(number: int, length: int, nbytes: int) -> Any:
+    """In a message from the engine's process: what stands for a thing. `Stands.loads` puts it in."""
+    raise pickle.UnpicklingError("a message from an engine's process was read elsewhere")
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, reduce: Callable[[Any], Any]):
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._reduce = reduce
+
+    def reducer_override(self, obj: Any) -> Any:
+        return self._reduce(obj)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, name: str, function: Callable[..., Any]):
+        super().__init__(io.BytesIO(data))
+        self._name, self._function = name, function
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == __name__ and name == self._name:
+            return self._function
+        return super().find_class(module, name)
+
+
+def _dumps(message: Any, reduce: Callable[[Any], Any]) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file, reduce).dump(message)
+    return file.getvalue()
+
+
+class Things:
+    """In the engine's process: what stays there, by number."""
+
+    def __init__(self) -> None:
+        self._things: dict[int, Any] = {}
+        self._numbers = count()
+
+    def dumps(self, message: Any) -> bytes:
+        return _dumps(message, self._reduce)
+
+    def loads(self, data: bytes) -> Any:
+        return _Unpickler(data, here.__name__, self._things.__getitem__).load()
+
+    def release(self, number: int) -> None:
+        self._things.pop(number, None)
+
+    def _reduce(self, obj: Any) -> Any:
+        kind = type(obj)
+        if f"{kind.__module__}.{kind.__qualname__}" not in STAYS:
+            return NotImplemented
+        number = next(self._numbers)
+        self._things[number] = obj
+        return there, (number, getattr(obj, "length", 0), getattr(obj, "nbytes", 0))
+
+
+class Stands:
+    """In the process that uses the engine: what stands for things there.
+
+    Args:
+        release: Is told the number of each that nothing stands for any more; by whichever thread.
+    """
+
+    def __init__(self, release: Callable[[int], None]):
+        self._release = release
+
+    def dumps(self, message: Any) -> bytes:
+        return _dumps(message, self._reduce)
+
+    def loads(self, data: bytes) -> Any:
+        return _Unpickler(data, there.__name__, self._stand).load()
+
+    def _stand(self, number: int, length: int, nbytes: int) -> Remote:
+        remote = Remote(number, length, nbytes)
+        weakref.finalize(remote, self._release, number).atexit = False
+        return remote
+
+    def _reduce(self, obj: Any) -> Any:
+        return (here, (obj.number,)) if isinstance(obj, Remote) else NotImplemented

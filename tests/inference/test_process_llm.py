@@ -1,0 +1,346 @@
+"""An engine in a process of its own: it does what the one in a thread does, and its end is noticed on both sides."""
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bdh.errors import BDHError, QueueFull
+from bdh.inference.async_session import TokensRead, Turn
+from bdh.inference.engine_process import EngineProcess, EngineSettings
+from bdh.inference.params import SamplingParams
+from bdh.inference.process_llm import ProcessLLM
+from bdh.inference.wire import Frames, Remote, Stands, Things, frame
+from bdh.model import BDHState
+from bdh.model.export import save_export
+from bdh.serving.traces import BrainSettings, TraceStore
+from tests.inference.small import CHAT, letters, small_llm, small_model
+
+ENDLESS = letters(262, max_new_tokens=10**9)
+SYSTEM = "You are a dragon."
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "tiny"
+    save_export(small_model(vocab_size=262), CHAT, folder, "A tiny model for tests.\n")
+    return folder
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, 60))
+
+
+@asynccontextmanager
+async def opened(export: Path, **settings: Any) -> AsyncGenerator[ProcessLLM]:
+    process = EngineProcess()
+    async with await ProcessLLM.open(process, EngineSettings(str(export), **settings)) as llm:
+        yield llm
+
+
+async def idle(llm: ProcessLLM) -> None:
+    while llm.stats.running or llm.stats.waiting:
+        await asyncio.sleep(0.001)
+
+
+async def objects_there(llm: ProcessLLM) -> int:
+    return await llm.call(count_states)
+
+
+def count_states(llm: object) -> int:
+    """How many states live in this process, beside those of the engine's slots."""
+    gc.collect()
+    return sum(isinstance(one, BDHState) for one in gc.get_objects())
+
+
+def fail(llm: object) -> None:
+    raise KeyError("something the other process need not know")
+
+
+async def collect(llm: ProcessLLM, prompt: str, params: SamplingParams) -> str:
+    return "".join([delta.text async for delta in llm.stream(prompt, params)])
+
+
+def test_all_it_writes_is_what_an_engine_beside_it_would_write(export: Path) -> None:
+    prompts = [chr(97 + i) * (1 + i % 5) for i in range(12)]
+    settings = [letters(262, seed=i, max_new_tokens=5 + i, stop=("e",) if i % 3 == 0 else ()) for i in range(12)]
+    alone = small_llm(CHAT)
+    expected = [completion.text for completion in alone.generate(prompts, settings)]
+    messages = [{"role": "user", "content": "Hi"}]
+    params, beams = letters(262, n=2, best_of=3), SamplingParams(num_beams=2, max_new_tokens=5)
+    scored = letters(262, logprobs=2, max_new_tokens=4)
+
+    async def work() -> None:
+        async with opened(export, max_batch_size=3) as llm:
+            streams = [collect(llm, *pair) for pair in zip(prompts[::2], settings[::2], strict=True)]
+            calls = [llm.generate(*pair) for pair in zip(prompts[1::2], settings[1::2], strict=True)]
+            texts, completions = await asyncio.gather(asyncio.gather(*streams), asyncio.gather(*calls))
+            assert texts == expected[::2] and [completion.text for completion in completions] == expected[1::2]
+            assert await llm.generate("ab", params) == alone.generate("ab", params)[0]
+            assert await llm.generate("ab", scored) == alone.generate("ab", scored)[0]
+            assert await llm.chat(messages, letters(262)) == alone.chat(messages, letters(262))
+            assert await llm.generate("ab", beams) == alone.generate("ab", beams)[0]
+            assert (await llm.generate("ab", SamplingParams(regex="[xy]{3}"))).text.strip("xy") == ""
+            deltas = [delta async for delta in llm.stream("ab", letters(262, n=2))]
+            assert [delta.index for delta in deltas if delta.finish_reason] == [0, 1]
+            scores = await llm.score(list(b"The dragon"), 3)
+            assert len(scores) == 9 and all(len(one.top) == 3 and one.logprob <= 0 for one in scores)
+            await idle(llm)
+            assert llm.stats.finished == 12 + 3 + 1 + 1 + 1 + 2
+            assert await llm.fingerprint() == alone.fingerprint and llm.figures.n_parameters == 14528
+
+    run(work())
+
+
+def test_requests_end_when_nobody_wants_them(export: Path) -> None:
+    async def work() -> None:
+        async with opened(export, max_batch_size=2) as llm:
+            task = asyncio.create_task(llm.generate("a", ENDLESS))
+            stream = llm.stream("b", ENDLESS)
+            await anext(stream)
+            waiting = asyncio.create_task(llm.generate("c", ENDLESS))  # both slots are taken
+            while llm.stats.running + llm.stats.waiting < 3:
+                await asyncio.sleep(0.001)
+            for one in (task, waiting):
+                one.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await one
+            await stream.aclose()
+            await idle(llm)
+            assert llm.stats.cancelled == 3
+            assert (await llm.generate("e", letters(262))).text
+
+    run(work())
+
+
+def test_what_is_wrong_with_a_request_reaches_its_caller_only(export: Path) -> None:
+    async def work() -> None:
+        async with opened(export, max_batch_size=1, queue_size=1) as llm:
+            running = llm.stream("x", ENDLESS)
+            await anext(running)
+            waiting = asyncio.create_task(llm.generate("y", letters(262)))
+            while not llm.stats.waiting:
+                await asyncio.sleep(0.001)
+            for _ in range(2):
+                with pytest.raises(QueueFull, match="try again later"):
+                    await llm.generate("z", letters(262))
+            await running.aclose()
+            assert await waiting == small_llm(CHAT).generate("y", letters(262))[0]
+            for prompt, params, words in (
+                ("", letters(262), "the prompt is empty"),
+                ("a", SamplingParams(regex="("), "regex"),
+                ("\ud800", letters(262), "not valid text"),
+                ("a", SamplingParams(stop_token_ids=(999,)), "stop_token_ids has the token 999"),
+            ):
+                with pytest.raises(BDHError, match=words):
+                    await llm.generate(prompt, params)
+            with pytest.raises(RuntimeError, match="KeyError"):
+                await llm.call(fail)
+            assert (await llm.generate("a", letters(262))).text
+
+    run(work())
+
+
+async def taken(turn: Turn) -> str:
+    text = ""
+    try:
+        async for deltas in turn.deltas():
+            text += "".join(delta.text for delta in deltas)
+    finally:
+        turn.drop()
+    return text
+
+
+@pytest.mark.parametrize("stop", [(), ("q",), ("a",)])
+def test_sessions_say_what_they_say_elsewhere_and_their_states_stay_there(
+    export: Path, tmp_path: Path, stop: tuple[str, ...]
+) -> None:
+    params, single = letters(262, stop=stop), small_llm(CHAT)
+
+    async def work() -> None:
+        async with opened(export) as llm:
+            ours, theirs = llm.session(SYSTEM, params), single.session(SYSTEM, params)
+            theirs.read("A document. ")
+            assert await ours.read("A document. ") == TokensRead(theirs.position - 1, 0) or ours.position
+            for text in ("Who are you?", "Indeed?"):
+                assert await taken(await ours.send(text)) == "".join(delta.text for delta in theirs.send(text))
+                assert (ours.position, ours.unread, ours.transcript) == (
+                    theirs.position,
+                    theirs.unread,
+                    theirs.transcript,
+                )
+            assert isinstance(ours.state, Remote) and ours.nbytes == theirs.nbytes
+            path = tmp_path / "talk.safetensors"
+            await ours.save(path)
+            again, loaded = await llm.load_session(path), single.load_session(path)
+            for one in (again, ours):
+                assert await taken(await one.send("Well?")) == "".join(delta.text for delta in loaded.send("Well?"))
+                loaded = single.load_session(path)
+
+    run(work())
+
+
+def test_a_turn_that_is_left_goes_on_exactly(export: Path) -> None:
+    """The engine is further on by then; the session is where its reader stopped."""
+    single = small_llm(CHAT)
+
+    async def work() -> None:
+        async with opened(export) as llm:
+            session = llm.session(SYSTEM)
+            for _ in range(3):
+                turn, text = await session.send("Go on.", ENDLESS), ""
+                async for deltas in turn.deltas():
+                    text += "".join(delta.text for delta in deltas)
+                    if len(text) > 20:
+                        break
+                turn.drop()
+                await session.settled()
+                assert session.transcript[-1] == {"role": "assistant", "content": text}
+            fresh = single.session(SYSTEM)
+            fresh.transcript = list(session.transcript)
+            params = letters(262, temperature=0.0, max_new_tokens=12)
+            prompt = single.chat_format.render([*session.transcript, {"role": "user", "content": "Well?"}])
+            asked = single.as_answer(single.text_request(prompt, params))
+            [(_, expected)] = single.run([asked])
+            assert await taken(await session.send("Well?", params)) == expected.text
+
+    run(work())
+
+
+def test_what_nothing_stands_for_any_more_goes(export: Path) -> None:
+    async def work() -> None:
+        async with opened(export) as llm:
+            await llm.generate("warm", letters(262))
+            before = await objects_there(llm)
+            session = llm.session(SYSTEM, letters(262))
+            await taken(await session.send("Hi"))
+            store = TraceStore(BrainSettings())
+            watch = await store.begin("tiny", llm, None, list(b"The dragon"), None)
+            told = await watch.prompt()
+            details = await watch.trace.token(9)
+            assert len(told["tokens"]) == 10 and details["layers"][1]["neurons"]
+            assert (await watch.trace.neuron(1, 3))["of"] == 10
+            assert await objects_there(llm) >= before + 2
+            del session, watch, store
+            gc.collect()
+            while await objects_there(llm) > before:
+                await asyncio.sleep(0.01)
+
+    run(work())
+
+
+def test_a_process_that_is_killed_fails_what_it_had_and_nothing_else(export: Path) -> None:
+    async def work() -> None:
+        async with opened(export, max_batch_size=2) as llm:
+            stream = llm.stream("b", ENDLESS)
+            await anext(stream)
+            calls = [asyncio.create_task(llm.generate(text, ENDLESS)) for text in "acd"]
+            while llm.stats.waiting < 2:
+                await asyncio.sleep(0.001)
+            os.kill(llm.pid, signal.SIGKILL)
+            began = time.monotonic()
+            for result in await asyncio.gather(*calls, collect_rest(stream), return_exceptions=True):
+                assert isinstance(result, RuntimeError) and "the engine failed" in str(result)
+            assert time.monotonic() - began < 1
+            await llm.lost.wait()
+            assert llm.how_it_ended() == "was ended by SIGKILL"
+            with pytest.raises(RuntimeError, match="its process is gone"):
+                await llm.generate("a", ENDLESS)
+
+    run(work())
+
+
+async def collect_rest(stream: AsyncGenerator[Any]) -> None:
+    async for _ in stream:
+        pass
+
+
+def test_closing_reaches_all_who_wait(export: Path) -> None:
+    async def work() -> None:
+        async with opened(export, max_batch_size=1) as llm:
+            tasks = [asyncio.create_task(llm.generate("a", ENDLESS)), asyncio.create_task(collect(llm, "b", ENDLESS))]
+            while llm.stats.running + llm.stats.waiting < 2:
+                await asyncio.sleep(0.001)
+            await llm.close()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                assert isinstance(result, BDHError) and "closed" in str(result)
+            with pytest.raises(BDHError, match="this model is closed"):
+                await llm.generate("a", ENDLESS)
+
+    run(work())
+
+
+def test_what_cannot_be_loaded_is_said_and_leaves_no_process(tmp_path: Path) -> None:
+    async def work() -> None:
+        process = EngineProcess()
+        with pytest.raises(BDHError, match="does not exist; give the folder of an export"):
+            await ProcessLLM.open(process, EngineSettings(str(tmp_path / "none")))
+        assert process.process.poll() is not None
+
+    run(work())
+
+
+def test_it_ends_with_the_process_it_works_for(export: Path) -> None:
+    program = f"""
+import asyncio
+from bdh.inference.engine_process import EngineProcess, EngineSettings
+from bdh.inference.params import SamplingParams
+from bdh.inference.process_llm import ProcessLLM
+async def work():
+    llm = await ProcessLLM.open(EngineProcess(), EngineSettings({str(export)!r}))
+    print(llm.pid, flush=True)
+    await llm.generate("a", SamplingParams(max_new_tokens=10**9, ignore_eos=True))
+asyncio.run(work())
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    os.kill(pid, 0)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_messages_however_they_are_cut() -> None:
+    things, released = Things(), list[int]()
+    stands = Stands(released.append)
+    state = BDHState.zeros(small_model().config, 1)
+    messages: list[Any] = [("a", state), ("b", list(range(1000))), ("c",)]
+    for size in (1, 7, 100, 10**6):
+        frames, data = Frames(), b"".join(frame(things.dumps(message)) for message in messages)
+        pieces = [data[start : start + size] for start in range(0, len(data), size)]
+        came = [stands.loads(one) for piece in pieces for one in frames.take(piece)]
+        assert came[1:] == messages[1:]
+        remote = came[0][1]
+        assert (remote.length, remote.nbytes) == (state.length, state.nbytes)
+        assert things.loads(stands.dumps(("back", remote)))[1] is state
+        number = remote.number
+        del came, remote
+        gc.collect()
+        assert number in released
+        things.release(number)
+        with pytest.raises(KeyError):
+            things.loads(stands.dumps(Remote(number, 0, 0)))
+    assert replace(EngineSettings("x"), device="cpu") == things.loads(stands.dumps(EngineSettings("x", device="cpu")))
