@@ -145,6 +145,16 @@ class AsyncModel(ABC):
     def figures(self) -> ModelFigures:
         """The model's."""
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the engine is gone, with all states it had, though nobody closed it."""
+        return False
+
+    @property
+    def resident_nbytes(self) -> int:
+        """Memory of the process that the engine has for itself; 0 if it has none."""
+        return 0
+
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
         """Continues a prompt. With `num_beams`, nothing else goes on meanwhile.
 

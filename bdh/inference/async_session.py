@@ -97,7 +97,7 @@ class Turn:
         session, answer = self._session, self._call.answer
         assert answer is not None
         try:
-            with suppress(BDHError):  # the model is closed: nothing changes the answer any more
+            with suppress(BDHError, RuntimeError):  # the model is closed, or lost: nothing changes the answer any more
                 await self._call.finish()
             session._settle(self._plan, answer, "".join(self._text), self._whole)
         finally:
@@ -188,6 +188,11 @@ class AsyncSession(Conversation):
             return TokensRead(count, call.cached_tokens)
         finally:
             self._free()
+
+    def move(self, llm: AsyncModel) -> None:
+        """Goes on with another engine of the same model: only for a session that has no state yet."""
+        assert self.state is None and self.ahead is None
+        self.llm, self.texts = llm, llm.texts
 
     async def settled(self) -> None:
         """Waits for a turn that was dropped to have ended."""

@@ -7,14 +7,13 @@ other process; here only where a request has stop strings, so that it ends at th
 import importlib
 import logging
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -28,9 +27,12 @@ if TYPE_CHECKING:
     from bdh.inference.request import Event
     from bdh.inference.text import ContinuationText
 
+log = logging.getLogger("bdh.inference.engine_process")  # whatever it is called when it is run
+
 BESIDE = 4  # threads for what is done beside the engine
 PIECE = 1 << 20  # bytes that are read at once
 ONE_THREAD_BELOW = 100_000  # multiplications of an encoder in all layers: threads would wait for each other for longer
+ENDS = (signal.SIGINT, signal.SIGTERM)
 ENDING_SECONDS = 5.0  # for the process to end when it is told to
 
 
@@ -58,8 +60,15 @@ class EngineProcess:
     def __init__(self) -> None:
         self.socket, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "bdh.inference.engine_process", str(theirs.fileno())]
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            # -P: files that lie in the working directory are no modules. A group of its own: Ctrl-C is not for it.
+            command = [sys.executable, "-P", "-m", "bdh.inference.engine_process", str(theirs.fileno())]
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # until it has said that it ignores them
+            try:
+                self.process = subprocess.Popen(
+                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def end(self) -> str:
         """Makes sure that it is over; how it ended, in words. Takes up to some seconds."""
@@ -67,13 +76,20 @@ class EngineProcess:
             self.process.wait(ENDING_SECONDS)
         self.process.kill()
         code = self.process.wait()
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return f"was ended by {signal_name(-code)}" if code < 0 else f"ended with code {code}"
 
     def abandon(self) -> None:
         """Ends it at once: nobody has begun to use it."""
         self.socket.close()
         self.process.kill()
         self.process.wait()
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one without a name
+        return f"signal {number}"
 
 
 class Line:
@@ -86,6 +102,7 @@ class Line:
         self._lock = threading.Lock()  # of sending
 
     def send(self, *message: Any) -> None:
+        """Sends a message. Raises whatever pickle does about what cannot be sent."""
         data = frame(self.things.dumps(message))
         try:
             with self._lock:
@@ -97,16 +114,22 @@ class Line:
         """All that has come; waits for the first if need be."""
         found: list[Any] = []
         while not found:
-            if not wait and not select.select([self.socket], [], [], 0)[0]:
-                break
             try:
-                data = self.socket.recv(PIECE)
+                data = self.socket.recv(PIECE, 0 if wait else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
             except OSError:
                 data = b""
             if not data:
                 leave()
             found += [self.things.loads(one) for one in self._frames.take(data)]
         return found
+
+    def leave_with_the_other(self, loaded: threading.Event) -> None:
+        """Ends this process with the other one as long as nobody reads here, as the model is being loaded."""
+        while not loaded.wait(0.2):
+            if not self.socket.recv(1, socket.MSG_PEEK):
+                leave()
 
 
 def leave() -> None:
@@ -128,6 +151,7 @@ class Worker:
         self.line = line
         self.beside = ThreadPoolExecutor(BESIDE, "bdh-beside")
         self.stops: dict[str, list[ContinuationText]] = {}  # of requests with stop strings
+        self.errands: dict[int, Future[None]] = {}  # beside the engine
 
     def run(self) -> None:
         """Works until the other process is gone, or wants no more."""
@@ -171,27 +195,35 @@ class Worker:
 
         One that is further on by now has read what the caller knows nothing of: of that there is no state.
         """
-        states = []
-        for index, count in enumerate(counts):
-            exact = count == self.llm.engine.written(request_id, index)
-            state = self.llm.engine.finish(request_id, index)
-            states.append(state if exact else None)
-        self.stops.pop(request_id, None)
-        self.line.send("reply", number, states)
+
+        def finish(llm: "LLM") -> list[Any]:
+            self.stops.pop(request_id, None)
+            exact = [count == llm.engine.written(request_id, index) for index, count in enumerate(counts)]
+            states = [llm.engine.finish(request_id, index) for index in range(len(counts))]
+            return [state if kept else None for state, kept in zip(states, exact, strict=True)]
+
+        self.answer(number, finish, ())
 
     def on_call(self, number: int, beside: bool, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        if beside:
-            self.beside.submit(self.answer, number, function, arguments)
-        else:
+        if not beside:
             self.answer(number, function, arguments)
+            return
+        errand = self.errands[number] = self.beside.submit(self.answer, number, function, arguments)
+        errand.add_done_callback(lambda _: self.errands.pop(number, None))
+
+    def on_forget(self, number: int) -> None:
+        """Nobody waits for an answer any more: what has not begun need not."""
+        if (errand := self.errands.get(number)) is not None:
+            errand.cancel()
 
     def answer(self, number: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        """Sends what a function returns, or raises."""
         try:
-            result = function(self.llm, *arguments)
+            self.line.send("reply", number, function(self.llm, *arguments))
+        except BDHError as error:
+            self.line.send("error", number, error)
         except Exception as error:
-            self.line.send("error", number, error if isinstance(error, BDHError | ValueError) else plain(error))
-        else:
-            self.line.send("reply", number, result)
+            self.line.send("error", number, plain(error))
 
     def on_release(self, number: int) -> None:
         self.line.things.release(number)
@@ -205,14 +237,14 @@ class Worker:
         """One step of the engine, and what came of it."""
         try:
             events = self.llm.engine.step()
+            if self.stops:
+                events = [self.stopped(event) if event.request_id in self.stops else event for event in events]
         except Exception as error:
             self.llm.begin_anew(error)
             self.stops.clear()
-            logging.getLogger(__name__).error("the engine failed, and begins anew", exc_info=error)
+            log.error("the engine failed, and begins anew", exc_info=error)
             self.line.send("failed", plain(error))
             return
-        if self.stops:
-            events = [self.stopped(event) if event.request_id in self.stops else event for event in events]
         self.tell(events)
 
     def stopped(self, event: "Event") -> "Event":
@@ -239,9 +271,12 @@ def plain(error: BaseException) -> RuntimeError:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the other process says when it is time
+    for number in ENDS:  # the other process says when it is time
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
     line = Line(socket.socket(fileno=int(sys.argv[1])))
+    loaded = threading.Event()
+    threading.Thread(target=line.leave_with_the_other, args=(loaded,), daemon=True).start()
     from bdh.cli.main import quiet_libraries
 
     quiet_libraries()
@@ -262,6 +297,7 @@ def main() -> None:
         line.send("unable", BDHError(f"the model in {settings.model} cannot be loaded: {plain(error)}"))
         return
     line.send("ready", errands.figures(llm), llm.end_token_ids)
+    loaded.set()
     Worker(llm, line).run()
 
 

@@ -17,7 +17,7 @@ from bdh.data.tokenizer import load_export_tokenizer
 from bdh.errors import BDHError, ModelClosed
 from bdh.inference import errands
 from bdh.inference.answer import Answer, TextRequest
-from bdh.inference.async_model import Aside, AsyncModel, Call, closed, engine_failed
+from bdh.inference.async_model import Aside, AsyncModel, Call, closed
 from bdh.inference.engine_process import EngineProcess, EngineSettings
 from bdh.inference.figures import EngineStats, ModelFigures
 from bdh.inference.request import Event
@@ -99,6 +99,17 @@ class ProcessLLM(AsyncModel):
     @property
     def figures(self) -> ModelFigures:
         return self._figures
+
+    @property
+    def is_lost(self) -> bool:
+        return self.lost.is_set()
+
+    @property
+    def resident_nbytes(self) -> int:
+        try:
+            return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, ValueError, IndexError):  # it is gone, or there is no such file here
+            return 0
 
     def aside(self) -> Aside:
         return self._aside
@@ -221,7 +232,7 @@ class ProcessLLM(AsyncModel):
         """The engine failed, and has begun anew."""
         calls, self._calls = self._calls, {}
         for call in calls.values():
-            call.put(engine_failed(error))
+            call.put(RuntimeError(f"the engine failed, with all it had in work: {error}"))
 
     def _on_reply(self, number: int, result: Any) -> None:
         if not (future := self._replies.pop(number)).done():
@@ -261,7 +272,12 @@ class ProcessLLM(AsyncModel):
         number = next(self._numbers)
         future = self._replies[number] = self._loop.create_future()
         self._send(kind, number, *values)
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if not self._closed:
+                self._send("forget", number)
+            raise
 
     def _send(self, *message: Any) -> None:
         assert self._transport is not None
@@ -281,11 +297,3 @@ class ProcessLLM(AsyncModel):
             raise RuntimeError("the engine failed: its process is gone")
         if self._closed:
             raise ModelClosed("this model is closed; make another one")
-
-
-def resident_bytes(pid: int) -> int:
-    """Memory that a process has; 0 where that cannot be found out."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0

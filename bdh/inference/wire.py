@@ -30,12 +30,14 @@ class Remote:
 
     Attributes:
         number: Of that thing there.
+        owner: Of the process that it is in: numbers of others mean something else.
         length: Tokens that it has read, if it is a state.
         nbytes: That it takes, if it is a state.
     """
 
-    def __init__(self, number: int, length: int, nbytes: int):
+    def __init__(self, number: int, length: int, nbytes: int, owner: "Stands | None" = None):
         self.number = number
+        self.owner = owner
         self.length = length
         self.nbytes = nbytes
 
@@ -141,9 +143,13 @@ class Stands:
         return _Unpickler(data, there.__name__, self._stand).load()
 
     def _stand(self, number: int, length: int, nbytes: int) -> Remote:
-        remote = Remote(number, length, nbytes)
+        remote = Remote(number, length, nbytes, self)
         weakref.finalize(remote, self._release, number).atexit = False
         return remote
 
     def _reduce(self, obj: Any) -> Any:
-        return (here, (obj.number,)) if isinstance(obj, Remote) else NotImplemented
+        if not isinstance(obj, Remote):
+            return NotImplemented
+        if obj.owner is not self:
+            raise RuntimeError("the engine failed: what this stands for was in a process that is gone")
+        return here, (obj.number,)

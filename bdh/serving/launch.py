@@ -17,8 +17,8 @@ def launch(config: ServeConfig, spare: EngineProcess | None) -> None:
     check_folders(config)
     configure_logging(config.logging)
     models = Models(config, spare)
-    models.begin()
     try:
+        models.begin()
         from bdh.serving.server import serve  # takes half a second
 
         serve(config, models)

@@ -50,6 +50,7 @@ class Watched:
     slots: int
     state_nbytes: int
     extra: Callable[[], Mapping[str, float]] | None
+    resident: Callable[[], float]
 
     def figures(self) -> "tuple[EngineStats, dict[str, float]]":
         """The engine's figures, and the bytes of states by where they are."""
@@ -73,11 +74,15 @@ class Engines(Collector):
         memory = GaugeMetricFamily(
             "bdh_state_memory_bytes", "What states take, by where they are kept.", labels=["model", "place"]
         )
+        resident = GaugeMetricFamily(
+            "bdh_engine_resident_memory_bytes", "Memory of an engine's own process.", labels=["model"]
+        )
         for model, engine, _, places in engines:
             slots.add_metric([model], engine.slots)
+            resident.add_metric([model], engine.resident())
             for place, size in places.items():
                 memory.add_metric([model, place], size)
-        yield from (slots, memory)
+        yield from (slots, memory, resident)
         for kind, table in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTS)):
             for field, (name, words) in table.items():
                 family = kind(name, words, labels=["model"])
@@ -166,6 +171,7 @@ class Metrics:
         slots: int,
         state_nbytes: int,
         extra: Callable[[], Mapping[str, float]] | None = None,
+        resident: Callable[[], float] = lambda: 0.0,
     ) -> None:
         """Makes a model known, and its engine's figures part of what is told.
 
@@ -175,8 +181,9 @@ class Metrics:
             slots: Continuations that it can have in work at once.
             state_nbytes: Of one state.
             extra: Bytes of what else keeps states, by a name of the place: {"prefix_cache": 0, "sessions": 0}.
+            resident: Memory of the engine's own process.
         """
-        self.engines.watched[model] = Watched(stats, slots, state_nbytes, extra)
+        self.engines.watched[model] = Watched(stats, slots, state_nbytes, extra, resident)
         for labelled in (self.prompt_tokens, self.cached_tokens, self.completion_tokens, self.disconnects):
             labelled.labels(model)  # what is there from the beginning has a rate from its first count on
         self.first_tokens.labels(model)

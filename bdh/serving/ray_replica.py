@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from prometheus_client.core import Metric
@@ -19,6 +20,7 @@ from bdh.serving.config import ServeConfig
 from bdh.serving.places import place_of_replica
 from bdh.serving.ray_gate import REPLICA_HEADER
 from bdh.serving.ray_logs import log_to
+from bdh.serving.served import Models
 from bdh.serving.server import Server
 from bdh.serving.session_routes import card
 
@@ -64,7 +66,8 @@ class Replica:
         log_to(sink, config.logging, name)
         quiet_libraries()
         self.name = name
-        self.server = ReplicaServer(config, environment, place_of_replica(name))
+        models = Models(config, set_up_logging=partial(log_to, sink, config.logging, name))
+        self.server = ReplicaServer(config, environment, place_of_replica(name), models)
         self.server.peers = RayPeers(self)
         await self.server.start()
 

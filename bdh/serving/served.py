@@ -12,7 +12,7 @@ from bdh.errors import BDHError
 from bdh.inference.engine_process import EngineProcess, EngineSettings
 from bdh.serving.config import ModelSettings, ServeConfig
 from bdh.serving.errors import bad_request, not_found, unavailable
-from bdh.serving.logs import LogSettings, adopt, configure_logging
+from bdh.serving.logs import adopt, configure_logging
 
 if TYPE_CHECKING:
     from bdh.inference.async_model import AsyncModel
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 MOST_LOST, LOST_SECONDS = 3, 60  # engines of a model that may end in so short a time
 
 
-def log_like_the_server(settings: LogSettings) -> None:
+def log_like_the_server(set_up: Callable[[], None]) -> None:
     """Sets up logging in an engine's process."""
-    configure_logging(settings)
+    set_up()
     import transformers  # noqa: F401  # has a handler of its own, and writes lines of its own kind
 
     adopt("transformers")
@@ -103,14 +103,21 @@ class Models:
     Args:
         config: Of the server.
         spare: A process that was begun before its settings were known, for the first model.
+        set_up_logging: Is called in each of the processes; else they log to their stderr as this one should.
 
     Attributes:
         lost: Is called with a model whose process has ended unasked, before another one is begun for it.
-        failure: Is called with why a model cannot be served any more.
+        failed: Is called with why a model cannot be served any more.
     """
 
-    def __init__(self, config: ServeConfig, spare: EngineProcess | None = None):
+    def __init__(
+        self,
+        config: ServeConfig,
+        spare: EngineProcess | None = None,
+        set_up_logging: Callable[[], None] | None = None,
+    ):
         self.config = config
+        self.set_up_logging = set_up_logging or partial(configure_logging, config.logging)
         self.settings = {settings.shown_name: settings for settings in config.model_settings()}
         self.loaded: dict[str, ServedModel] = {}
         self.lost: Callable[[ServedModel], None] = lambda served: None
@@ -133,8 +140,7 @@ class Models:
     async def load(self) -> None:
         """Waits for all of them. Raises BDHError for the first that cannot be loaded."""
         self.begin()
-        loaded = await asyncio.gather(*(self._load(name) for name in self.settings))
-        self._keeping = [asyncio.create_task(self._keep(*pair)) for pair in loaded]
+        await asyncio.gather(*(self._load(name) for name in self.settings))
 
     def get(self, name: str, param: str | None = "model") -> ServedModel:
         """A model by the name that a request gives. Raises ApiError: 404, or 503 while it is being loaded."""
@@ -166,19 +172,20 @@ class Models:
 
     # ------------------------------------------------------------------------------------------------------ loading
 
-    async def _load(self, name: str) -> "tuple[ServedModel, ProcessLLM]":
+    async def _load(self, name: str) -> None:
         start = time.monotonic()
         llm = await self._open(name)
         served = self.loaded[name] = ServedModel(self.settings[name], self.config, llm)
+        self._keeping.append(asyncio.create_task(self._keep(served, llm)))
         log.info("model %s is ready after %.1f s", name, time.monotonic() - start)
-        return served, llm
 
     async def _open(self, name: str) -> "ProcessLLM":
-        """The model of a process that was begun. Raises BDHError."""
+        """A model, by the process that was begun for it, or a new one. Raises BDHError, and OSError."""
         from bdh.inference.process_llm import ProcessLLM
 
         try:
-            llm = await ProcessLLM.open(self._processes.pop(name), self._engine_settings(self.settings[name]))
+            process = self._processes.pop(name, None) or EngineProcess()
+            llm = await ProcessLLM.open(process, self._engine_settings(self.settings[name]))
         except BDHError as error:
             raise BDHError(f"the model {name} cannot be served: {error}") from error
         adopt("transformers")  # is loaded by now, and would write lines of its own kind
@@ -189,24 +196,29 @@ class Models:
         ends: deque[float] = deque(maxlen=MOST_LOST)
         while True:
             await llm.lost.wait()
-            del self.loaded[served.name]
-            self.lost(served)
-            how = await asyncio.to_thread(llm.how_it_ended)
-            log.error("the engine of %s %s; another one is begun", served.name, how)
-            await llm.close()
-            ends.append(time.monotonic())
-            if len(ends) == MOST_LOST and ends[-1] - ends[0] < LOST_SECONDS:
-                words = f"the engine of {served.name} ended {MOST_LOST} times in {LOST_SECONDS} seconds; it {how}"
-                self.failed(BDHError(words))
-                return
-            self._processes[served.name] = EngineProcess()
             try:
+                how = await self._lose(served, llm)
+                ends.append(time.monotonic())
+                if len(ends) == MOST_LOST and ends[-1] - ends[0] < LOST_SECONDS:
+                    words = f"the engine of {served.name} ended {MOST_LOST} times in {LOST_SECONDS} seconds; it {how}"
+                    raise BDHError(words)
                 served.llm = llm = await self._open(served.name)
-            except BDHError as error:
+            except Exception as error:
+                if not isinstance(error, BDHError):
+                    error = BDHError(f"the model {served.name} cannot be begun again: {error}")
                 self.failed(error)
                 return
             self.loaded[served.name] = served
             log.info("model %s is ready again", served.name)
+
+    async def _lose(self, served: ServedModel, llm: "ProcessLLM") -> str:
+        """Takes a model whose process is gone out of service; how that ended."""
+        del self.loaded[served.name]
+        self.lost(served)
+        how = await asyncio.to_thread(llm.how_it_ended)
+        log.error("the engine of %s %s; another one is begun", served.name, how)
+        await llm.close()
+        return how
 
     def _engine_settings(self, settings: ModelSettings) -> EngineSettings:
         return EngineSettings(
@@ -217,5 +229,5 @@ class Models:
             max_batch_size=settings.max_batch_size,
             prefix_cache_bytes=self.config.prefix_cache_bytes,
             queue_size=self.config.queue_size,
-            log=partial(log_like_the_server, self.config.logging),
+            log=partial(log_like_the_server, self.set_up_logging),
         )

@@ -106,7 +106,14 @@ class Server:
         def kept() -> dict[str, float]:
             return {"prefix_cache": served.llm.stats.prefix_nbytes, "sessions": self.sessions.nbytes(served.name)}
 
-        self.metrics.watch(served.name, lambda: served.llm.stats, figures.n_slots, figures.state_nbytes, kept)
+        self.metrics.watch(
+            served.name,
+            lambda: served.llm.stats,
+            figures.n_slots,
+            figures.state_nbytes,
+            kept,
+            lambda: served.llm.resident_nbytes,
+        )
 
     async def close(self) -> None:
         if self._loading is not None:

@@ -143,8 +143,9 @@ class SessionMemory:
             await session.save(file)
             if kept.uses == uses and not kept.busy and self._kept.get(kept.id) is kept:
                 kept.put_away(file)
-        except BDHError as error:
-            if kept.uses == uses:  # or else it could not be saved because it is busy
+        except (BDHError, RuntimeError) as error:
+            # It could not be saved because it is busy, or is lost with its engine, and what it took is free; or else:
+            if kept.uses == uses and not session.llm.is_lost:
                 raise no_room("there is no room for another session in memory", error) from error
         finally:
             kept.moving = None

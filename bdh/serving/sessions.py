@@ -127,10 +127,14 @@ class SessionStore:
         return [kept for kept in self._kept.values() if kept.owner == owner]
 
     def lose(self, served: "ServedModel") -> None:
-        """Forgets the sessions whose states were in a model's process, which is no more. Those put away go on."""
+        """Forgets the sessions whose states were in a model's process, which is no more.
+
+        Those put away go on, and those that have no state yet.
+        """
         for kept in [kept for kept in self._kept.values() if kept.served is served and kept.session is not None]:
-            log.warning("the session %s is lost with its engine", kept.id)
-            self._drop(kept)
+            if kept.session is not None and (kept.session.nbytes or kept.session.busy):
+                log.warning("the session %s is lost with its engine", kept.id)
+                self._drop(kept)
 
     async def delete(self, kept: Kept) -> None:
         """Ends a session. Raises ApiError 409 while it is busy."""
@@ -155,9 +159,13 @@ class SessionStore:
         kept.uses += 1
         try:
             await self.memory.make_room(kept)
+            if kept.id not in self._kept:  # lost meanwhile
+                raise unknown(kept.id)
             if kept.session is None:
                 self._install(kept, await self.memory.bring_back(kept))
             assert kept.session is not None
+            if kept.session.llm is not kept.served.llm:  # a new engine; of the old one it has no state
+                kept.session.move(kept.served.llm)
             yield kept.session
         finally:
             kept.taken = False
@@ -282,6 +290,9 @@ class SessionStore:
             try:
                 await self.memory.tidy()
             except ApiError:  # the log has it
+                await asyncio.sleep(PAUSE_WHEN_FULL)
+            except Exception:
+                log.exception("sessions cannot be looked after; once more in a while")
                 await asyncio.sleep(PAUSE_WHEN_FULL)
 
 

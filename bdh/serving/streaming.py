@@ -60,7 +60,7 @@ def as_api_error(error: Exception) -> ApiError:
             return engine_refused(error)
         case RuntimeError() if "the engine failed" in str(error):
             log.error("the engine failed", exc_info=error)
-            return engine_failed("the engine failed, and has begun anew; try again")
+            return engine_failed("the engine failed; try again in a moment")
     log.error("a mistake in the server", exc_info=error)
     return ApiError(500, "something went wrong in the server; its log tells more", "server_error", reason="internal")
 

@@ -133,7 +133,7 @@ class Trace:
         if layer >= figures.n_layer or neuron >= figures.n_neurons:
             last = f"{figures.n_layer - 1} and neuron {figures.n_neurons - 1}"
             raise not_found(f"there is no neuron {neuron} in layer {layer}; the last are layer {last}")
-        found = await self.llm.call(watching.excited, self.record, layer, neuron, NEURON_TOKENS)
+        found = await self.llm.call(watching.excited, self.record, layer, neuron, len(self), NEURON_TOKENS)
         return {
             "layer": layer,
             "neuron": neuron,

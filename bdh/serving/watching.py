@@ -56,11 +56,11 @@ def read(llm: "LLM", observer: "Observer", tokens: Sequence[int]) -> list[Seen]:
     return [Seen(record.shares[row].tolist(), [one.tobytes() for one in record.rasters[row]]) for row in rows]
 
 
-def excited(llm: "LLM", record: "Record", layer: int, neuron: int, count: int) -> Excited:
-    """Which tokens excited a neuron; of the strongest so many."""
+def excited(llm: "LLM", record: "Record", layer: int, neuron: int, known: int, count: int) -> Excited:
+    """Which of the first `known` tokens excited a neuron; of the strongest so many."""
     from bdh.insight import neuron_activity
 
-    activity = neuron_activity(model_of(llm), record, layer, neuron)
+    activity = neuron_activity(model_of(llm), record, layer, neuron)[:known]
     best = activity.topk(min(count, len(activity)))
     strongest = [pair for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True) if pair[1] > 0]
     return Excited(int((activity > 0).sum()), len(activity), strongest)

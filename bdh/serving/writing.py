@@ -73,7 +73,8 @@ class Writing:
         self.limit_headers.update(headers)
 
     def check_queue(self) -> None:
-        """Refuses at once, before anything is made of the request, where the queue is full."""
+        """Refuses at once, before anything is made of the request, where the queue is full, or the engine is lost."""
+        self.server.models.get(self.served.name)
         waiting, most = self.served.llm.stats.waiting, self.server.config.queue_size
         if waiting >= most:
             words = f"{waiting} requests wait already, of {most} that may; try again later"
