@@ -8,6 +8,10 @@ class BDHError(Exception):
     """
 
 
+class ToldElsewhere(BDHError):  # noqa: N818
+    """Another process of the same run says what is wrong."""
+
+
 class QueueFull(BDHError):  # noqa: N818
     """As many requests wait for the engine as may."""
 

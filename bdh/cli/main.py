@@ -8,7 +8,7 @@ import os
 import sys
 
 from bdh import __version__
-from bdh.errors import BDHError
+from bdh.errors import BDHError, ToldElsewhere
 
 COMMANDS = {
     "quickstart": "train a small model on text that is already here, and let it write (about 2 minutes)",
@@ -71,9 +71,13 @@ def main(argv: list[str] | None = None) -> int:
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
             raise BDHError(f"{name} is not a command; {hint}")
         return importlib.import_module(f"bdh.cli.{name}").run(argv[1:])
+    except ToldElsewhere:
+        return 2
     except BDHError as error:
         prog = f"bdh {name}" if name in COMMANDS else "bdh"
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of several processes of a run
+        which = "" if rank == "0" else f"process {rank}: "
+        print(f"{prog}: error: {which}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

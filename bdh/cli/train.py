@@ -1,6 +1,7 @@
 """`bdh train`: all settings by flag, YAML and environment; `--resume` takes a run up again."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from bdh.training.config import TrainConfig
 DESCRIPTION = (
     "Train a model. A setting is taken from its flag, else from the last --config file that has it, else from its "
     "environment variable BDH_SECTION__FIELD, else it is the default. --resume continues the run in run_dir; "
-    "--resume PATH continues that run or checkpoint, with the settings it was saved with unless others are given."
+    "--resume PATH continues that run or checkpoint, with the settings it was saved with unless others are given; "
+    "--resume auto continues the run in run_dir if there is one, and begins it else, for whoever starts the same line "
+    "again. Several processes: torchrun --nproc-per-node=N -m bdh train …; those that torchrun starts again go on from "
+    "the last checkpoint."
 )
 
 
@@ -24,12 +28,28 @@ def run(argv: list[str]) -> int:
         default=None,
         type=str,
         metavar="PATH",
-        help="go on from the latest checkpoint of run_dir, or from PATH: a run or one of its checkpoints",
+        help="go on from the latest checkpoint of run_dir, or from PATH: a run or one of its checkpoints; auto: if any",
     )
     parsed = parser.parse_args(without_print_config(argv))
+    if parsed.resume == "auto" or (parsed.resume is None and started_again()):
+        parsed.resume = "" if has_checkpoint(Path(parsed.run_dir)) else None
+    elif parsed.resume and started_again() and parsed.run_dir != TrainConfig().run_dir:
+        # It went on from elsewhere, and may have come further by now.
+        parsed.resume = "" if has_checkpoint(Path(parsed.run_dir)) else parsed.resume
     if parsed.resume is None:
         return finish(build_config(parser, parser.parse_args(argv)), None)
     return resume(parser, parsed, argv)
+
+
+def started_again() -> bool:
+    """Whether torchrun has started this process in the place of one that ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def has_checkpoint(run: Path) -> bool:
+    from bdh.training.checkpoint import CheckpointStore
+
+    return CheckpointStore(run / "checkpoints", keep=1).latest()[0] is not None
 
 
 def resume(parser: Parser, parsed: Any, argv: list[str]) -> int:
@@ -39,9 +59,10 @@ def resume(parser: Parser, parsed: Any, argv: list[str]) -> int:
 
     asked = Path(parsed.resume or parsed.run_dir)
     stays = not parsed.resume or parsed.run_dir == TrainConfig().run_dir  # no other folder is named
-    if stays:
+    is_main = os.environ.get("RANK", "0") == "0"
+    if stays and is_main:
         refuse_if_in_use(asked)
-    where = find_checkpoint(asked, report=lambda line: print(f"notice: {line}"))
+    where = find_checkpoint(asked, report=lambda line: print(f"notice: {line}") if is_main else None)
     given = ["--config", json.dumps(read_state(where)["config"]), *argv]
     if stays:
         given += ["--run_dir", str(run_of(where))]

@@ -4,7 +4,7 @@ Rows of a batch are shared by several processes: each takes its own, all togethe
 holds is a pure function of (text, settings, seed, number of the row), so a position is one number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,6 +43,13 @@ class BlockSource(Protocol):
     def close(self) -> None: ...
 
 
+class MixedSource(BlockSource, Protocol):
+    """One that can be mixed with others."""
+
+    def pick(self, total: int, places: Sequence[int]) -> list[np.ndarray]:
+        """Of the next `total` rows of all processes those at these places, which are this one's: (T + 1,) each."""
+
+
 class PackedBlocks:
     """Blocks of a text in random order, epoch by epoch.
 
@@ -72,6 +79,11 @@ class PackedBlocks:
         self.position += self.share.world * count
         rows = np.stack([self.block(number) for number in range(first, first + count)])
         return rows, np.ones(count, dtype=bool)
+
+    def pick(self, total: int, places: Sequence[int]) -> list[np.ndarray]:
+        first = self.position
+        self.position += total
+        return [self.block(first + place) for place in places]
 
     def block(self, number: int) -> np.ndarray:
         """Row `number` of the whole run, all epochs and processes together: (T + 1,)."""
@@ -150,24 +162,26 @@ class Lanes:
 class Mixture:
     """Rows of several sources, each drawn with its weight: the weights are shares of the training tokens.
 
-    All processes draw the same source for the same row, so that each source sees the same counts everywhere.
+    Which source a row of all processes' is of does not depend on how many they are.
     """
 
-    def __init__(self, sources: list[BlockSource], weights: list[float], seed: int):
+    def __init__(self, sources: Sequence[MixedSource], weights: list[float], seed: int, share: Share = ALONE):
         self.sources = sources
+        self.share = share
         self.shares = np.array(weights) / sum(weights)
         self.seed = seed
         self.position = 0
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        chosen = generator(self.seed, 0, self.position).choice(len(self.sources), size=count, p=self.shares)  # (count,)
+        total, first = count * self.share.world, count * self.share.rank
+        chosen = generator(self.seed, 0, self.position).choice(len(self.sources), size=total, p=self.shares)  # (total,)
         self.position += 1
         rows: list[Any] = [None] * count
         for i, source in enumerate(self.sources):
-            places = np.flatnonzero(chosen == i)
-            if len(places):
-                for place, row in zip(places, source.take(len(places))[0], strict=True):
-                    rows[place] = row
+            places = np.flatnonzero(chosen == i)  # in the rows of all processes
+            own = np.flatnonzero((places >= first) & (places < first + count)).tolist()
+            for number, row in zip(own, source.pick(len(places), own), strict=True):
+                rows[places[number] - first] = row
         return np.stack(rows), np.ones(count, dtype=bool)
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,10 +234,16 @@ class ValidationWindows:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """The windows in order, (up to batch_size, block_size + 1) int64 at a time."""
-        for i in range(0, len(self.starts), batch_size):
-            yield self._windows(self.starts[i : i + batch_size])
+    def batches(self, batch_size: int, share: Share = ALONE) -> Iterator[Tensor]:
+        """The windows in order, (up to batch_size, block_size + 1) int64 at a time.
+
+        Of several processes each gets as many batches as the others: where there are too few windows for that, empty
+        ones, (0, block_size + 1).
+        """
+        size = -(-len(self.starts) // share.world)
+        own = self.starts[share.rank * size : (share.rank + 1) * size]
+        for i in range(0, size, batch_size):
+            yield self._windows(own[i : i + batch_size])
 
     def lanes(self, batch_size: int) -> Iterator[Tensor]:
         """As many windows in another arrangement, for a state that is carried: each row goes on from batch to batch.
@@ -238,5 +258,6 @@ class ValidationWindows:
             yield self._windows((first + step) * self.block_size)
 
     def _windows(self, starts: np.ndarray) -> Tensor:
-        rows = np.stack([self.tokens.read(int(start), self.block_size + 1) for start in starts])
-        return torch.from_numpy(rows.astype(np.int64))
+        rows = [self.tokens.read(int(start), self.block_size + 1) for start in starts]
+        stacked = np.stack(rows) if rows else np.empty((0, self.block_size + 1))
+        return torch.from_numpy(stacked.astype(np.int64))

@@ -73,7 +73,7 @@ class TrainingData:
 class _Part:
     """One source, opened."""
 
-    rows: BlockSource
+    rows: Any  # a BlockSource
     validation: Tokens
     validation_bytes: int
     train_tokens: int | None
@@ -117,7 +117,7 @@ def open_data(
     sources = config.sources()
     parts = [opener.part(source, i + 1) for i, source in enumerate(sources)] or [opener.corpus()]
     weights = [source.weight for source in sources]
-    rows = parts[0].rows if len(parts) == 1 else Mixture([part.rows for part in parts], weights, seed)
+    rows = parts[0].rows if len(parts) == 1 else Mixture([part.rows for part in parts], weights, seed, share)
     validation = Tokens([array for part in parts for array in part.validation.arrays])
     return TrainingData(
         rows,

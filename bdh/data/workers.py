@@ -7,7 +7,7 @@ What the processes have read ahead is simply read again.
 
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,6 +114,10 @@ class StreamRows:
                 self.next = (self.next + 1) % len(self.streams)
                 self.used, self._piece = 0, None
         return np.stack(rows), np.array(fresh)
+
+    def pick(self, total: int, places: Sequence[int]) -> list[np.ndarray]:
+        """As many rows as places: processes that share a stream read parts of their own of it."""
+        return list(self.take(len(places))[0]) if places else []
 
     def _begin(self) -> Iterator[Piece]:
         pieces = Pieces(self.streams, list(self.positions), self.next)

@@ -288,6 +288,10 @@ class BDHLayer(GradientCheckpointingLayer):
         # A head decodes its own attention, so encoder_v is h matrices; separate modules keep each a plain nn.Linear.
         self.encoder_v = nn.ModuleList(nn.Linear(D, N, bias=False) for _ in range(h))  # h x (D -> N)
         self.decoder = nn.Linear(h * N, D, bias=False)
+        # Where a token's vector goes to the heads, and where what they made of it comes together again. Between the two
+        # heads know nothing of each other; where they are spread over several devices, this is where these talk.
+        self.part: nn.Module = nn.Identity()
+        self.meet: nn.Module = nn.Identity()
 
     def forward(
         self,
@@ -303,9 +307,10 @@ class BDHLayer(GradientCheckpointingLayer):
         documents apart.
         """
         h = self.config.n_head
-        X = F.relu(self.encoder(x)).unflatten(-1, (h, -1))  # (B, T, h, N)  who fires
+        seen = self.part(x)  # (B, T, D)
+        X = F.relu(self.encoder(seen)).unflatten(-1, (h, -1))  # (B, T, h, N)  who fires
         R = rotate(X.transpose(1, 2), *phases)  # (B, h, T, N)  query and key
-        values = (x if mask is None else x * mask).to(R.dtype)  # (B, T, D)
+        values = (seen if mask is None else seen * mask).to(R.dtype)  # (B, T, D)
         A, S = attend(R, values, S, self.config.chunk_size, documents)  # (B, h, T, D)
         A = self.norm(A)  # (B, h, T, D)
         Z = torch.cat(  # (B, T, n)  X o Y, head by head
@@ -316,7 +321,7 @@ class BDHLayer(GradientCheckpointingLayer):
             dim=-1,
         )
         Z = F.dropout(Z, self.config.dropout, self.training)  # (B, T, n)
-        return self.norm(x + self.norm(self.decoder(Z))), S  # (B, T, D)
+        return self.norm(x + self.norm(self.meet(self.decoder(Z)))), S  # (B, T, D)
 
     def norm(self, x: Tensor) -> Tensor:
         """Layer norm over D, without scale or shift."""

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import load as dcp_load
 from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.checkpoint.api import CheckpointException
@@ -42,11 +43,13 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.data.tokenizer import load_tokenizer
 from bdh.errors import BDHError
+from bdh.model.heads import HeadNames
 
 NAME = re.compile(r"(?:superseded-\d+-)?checkpoint-(\d{7,})")
 FORMAT = 2
 READABLE = (1, 2)  # 1 had no tokenizer and another order of the text
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+WHOLE = HeadNames()
 
 
 class CheckpointStore:
@@ -81,53 +84,62 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        tensors: dict[str, Tensor],
         state: dict[str, Any],
         tokenizer: PreTrainedTokenizerFast,
-        carried: dict[str, Tensor] | None = None,
+        processes: ProcessGroup | None = None,
     ) -> Path:
         """Writes a checkpoint, renames it into place, moves the links, and removes the oldest beyond `keep`.
 
+        All processes of a run call it together: each writes tensors, or parts of them, that it has; the first one does
+        all else.
+
         Args:
             step: Optimizer steps done.
-            model: Its weights are saved.
-            optimizer: Its moments are saved; its settings come from the configuration.
+            tensors: What `collect` returned, or copies of it.
             state: All else, as JSON; `best_checkpoint` names the best checkpoint so far.
             tokenizer: Its files are saved.
-            carried: Tensors of a carried state.
+            processes: The group of those that save; None for one alone.
 
         Raises:
             OSError: The disk is full or not writable. The partial files are gone, the older checkpoints untouched.
         """
         final = self.directory / f"checkpoint-{step:07d}"
         partial = self.directory / f".partial-{final.name}"
+        first = processes is None or processes.rank() == 0
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True, exist_ok=True)
             with _as_one_process():
                 dcp_save(
-                    _tensors(model, optimizer, carried),
+                    tensors,
                     storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
-                    no_dist=True,
+                    process_group=processes,
+                    no_dist=processes is None,
                 )
-            tokenizer.save_pretrained(partial)
-            _write_json(partial / "state.json", {"format": FORMAT, "step": step, "random": random_state(), **state})
-            _write_json(
-                partial / "manifest.json", {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
-            )
-            for file in [*partial.iterdir(), partial]:
-                _sync(file)
-            if final.exists():
-                self.set_aside(final)
-            partial.rename(final)
-            _sync(self.directory)
-            self.link(final.name, state.get("best_checkpoint"))
+            if first:
+                self._complete(partial, final, {"format": FORMAT, "step": step, **state}, tokenizer)
         except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
             raise _cause(error) from error
-        self._remove_old(state.get("best_checkpoint"))
+        if first:
+            self._remove_old(state.get("best_checkpoint"))
         return final
+
+    def _complete(self, partial: Path, final: Path, state: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+        """Adds what is not tensors, and gives the folder its name once all of it is on the disk."""
+        tokenizer.save_pretrained(partial)
+        _write_json(partial / "state.json", state)
+        _write_json(partial / "manifest.json", {file.name: _fingerprint(file) for file in sorted(partial.iterdir())})
+        for file in [*partial.iterdir(), partial]:
+            _sync(file)
+        if final.exists():
+            self.set_aside(final)
+        partial.rename(final)
+        _sync(self.directory)
+        self.link(final.name, state.get("best_checkpoint"))
 
     def set_aside_after(self, step: int) -> list[Path]:
         """Renames checkpoints later than `step`, so that a run taken up at an older one does not mix with them."""
@@ -200,18 +212,20 @@ def load(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     carried: dict[str, Tensor] | None = None,
+    names: HeadNames = WHOLE,
 ) -> dict[str, Any]:
-    """Puts a checkpoint into a model and its optimizer, restores the random states, and returns the rest.
+    """Puts a checkpoint into a model and its optimizer, whoever wrote it, and returns the rest.
 
-    Tensors in `carried` are overwritten with the checkpoint's.
+    Each process reads what it has itself: all of a tensor, or the part of a `DTensor` that is here. Tensors in
+    `carried` are overwritten with the checkpoint's.
     """
     state = read_state(path)
-    tensors = _tensors(model, optimizer, carried)
+    tensors = collect(model, optimizer, carried, names)
     _read_tensors(path, tensors)
+    tensors = {names.here(name): tensor for name, tensor in tensors.items()}
     set_model_state_dict(model, _under("model.", tensors))
     settings = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     set_optimizer_state_dict(model, optimizer, {**settings, **_under("optimizer.", tensors)}, options=_FLAT)
-    restore_random_state(state["random"])
     return state
 
 
@@ -296,13 +310,24 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": tensor for name, tensor in weights.items()}
 
 
-def _tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, carried: dict[str, Tensor] | None = None
+def collect(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    carried: dict[str, Tensor] | None = None,
+    names: HeadNames = WHOLE,
 ) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by name, not copied: weights, the optimizer's moments, a carried state.
+
+    Args:
+        model: Its weights.
+        optimizer: Its moments; its settings come from the configuration.
+        carried: Tensors of a carried state.
+        names: What parameters here are called in the whole model.
+    """
     moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     kept = {f"optimizer.{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
     memory = {f"carried.{name}": tensor for name, tensor in (carried or {}).items()}
-    return {**_model_tensors(model), **kept, **memory}
+    return {names.whole(name): tensor for name, tensor in {**_model_tensors(model), **kept, **memory}.items()}
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

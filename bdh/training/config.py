@@ -54,7 +54,8 @@ class TrainingConfig:
         gradient_checkpointing: Recompute each layer in the backward pass: less memory, about a third more work.
         max_steps: Optimizer steps of the whole run.
         batch_size: Sequences of one optimizer step, however many processes or pieces share it.
-        micro_batch_size: Sequences of one forward pass; gradients accumulate over the pieces. Null: the whole batch.
+        micro_batch_size: Sequences of one forward pass of a process; gradients accumulate over the pieces. Null: all
+            that are the process's own.
         learning_rate: Peak learning rate.
         min_learning_rate: Where cosine and wsd end.
         schedule: cosine, constant, or wsd (constant, then a straight line down over the last steps), after the warm-up.
@@ -101,7 +102,7 @@ class CheckpointConfig:
     """Checkpoints.
 
     Args:
-        interval: Steps between checkpoints; one more is written at the end.
+        interval: Steps between checkpoints; one more is written at the end. They are written beside the training.
         keep: How many of the last checkpoints stay on disk; the best one stays besides.
     """
 
@@ -129,6 +130,27 @@ class LoggingConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """Several processes, as torchrun starts them.
+
+    Args:
+        strategy: What processes do that do not share heads. ddp: each has the whole model. fsdp: each keeps a part of
+            the weights, gradients and optimizer (FSDP2), and gathers a weight when it is used.
+        shards: With fsdp, over how many processes a copy of the model is spread; there are as many copies as fit
+            (HSDP). Null: over all of them.
+        tensor_parallel: Processes that share the heads of a model, each with the neurons and synapses of its own.
+        cpu_offload: With fsdp, keep weights, gradients and optimizer in the memory of the CPU.
+        timeout_seconds: How long a process waits for the others before it gives up.
+    """
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    shards: int | None = None
+    tensor_parallel: int = 1
+    cpu_offload: bool = False
+    timeout_seconds: float = 600.0
+
+
+@dataclass
 class TrainConfig:
     """A run.
 
@@ -139,6 +161,7 @@ class TrainConfig:
         training: The loop.
         checkpoint: Checkpoints.
         logging: Output.
+        distributed: Several processes.
     """
 
     run_dir: str = "runs/bdh"
@@ -147,6 +170,7 @@ class TrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 # What a checkpoint cannot be resumed, or averaged, without sharing.
@@ -201,6 +225,9 @@ LIMITS: dict[str, Limit] = {
     "logging.sample_interval": (0, _INF, "[]"),
     "logging.sample_tokens": (1, _INF, "[]"),
     "logging.sample_temperature": (0, _INF, "[)"),
+    "distributed.shards": (1, _INF, "[]"),
+    "distributed.tensor_parallel": (1, _INF, "[]"),
+    "distributed.timeout_seconds": (1, 1e6, "[]"),
 }
 
 
@@ -229,6 +256,9 @@ def validate(config: TrainConfig) -> None:
             f"training.micro_batch_size is {training.micro_batch_size}; it must divide training.batch_size "
             f"{training.batch_size}"
         )
+    if config.distributed.strategy == "ddp" and (config.distributed.shards or config.distributed.cpu_offload):
+        name = "shards" if config.distributed.shards else "cpu_offload"
+        raise BDHError(f"distributed.{name} is for distributed.strategy fsdp; leave it out, or choose fsdp")
     if training.min_learning_rate > training.learning_rate:
         raise BDHError(
             f"training.min_learning_rate is {training.min_learning_rate}; it must not exceed training.learning_rate "
@@ -319,6 +349,7 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
         "training": TrainingConfig,
         "checkpoint": CheckpointConfig,
         "logging": LoggingConfig,
+        "distributed": DistributedConfig,
     }
     parts: dict[str, Any] = {name: kind(**settings.get(name, {})) for name, kind in sections.items()}
     return TrainConfig(run_dir=settings["run_dir"], **parts)

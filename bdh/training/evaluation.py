@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from bdh.data.blocks import ValidationWindows, document_ids
+from bdh.data.blocks import ALONE, Share, ValidationWindows, document_ids
 from bdh.model import BDHForCausalLM, state_of
 
 
@@ -43,6 +44,8 @@ def evaluate(
     progress: Callable[[int], None] = lambda done: None,
     end_of_text: int | None = None,
     carry_state: bool = False,
+    share: Share = ALONE,
+    together: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> Evaluation:
     """Scores the windows without dropout; the model's mode is put back afterwards.
 
@@ -57,6 +60,8 @@ def evaluate(
         progress: Called with the number of windows done.
         end_of_text: The token that ends documents, to keep them apart; None reads across them.
         carry_state: Whether windows go on from each other.
+        share: Which of the windows are this process's; all processes call this together.
+        together: Adds up what each of them has counted.
     """
     was_training = model.training
     model.eval()
@@ -64,7 +69,7 @@ def evaluate(
     nats = torch.zeros((), dtype=torch.float64, device="cpu")
     hits = tokens = done = 0
     state = None
-    for batch in windows.lanes(batch_size) if carry_state else windows.batches(batch_size):
+    for batch in windows.lanes(batch_size) if carry_state else windows.batches(batch_size, share):
         batch = batch.to(device)  # (B, T + 1)
         inputs, targets = batch[:, :-1], batch[:, 1:]  # (B, T) each
         documents = None if end_of_text is None else document_ids(inputs, end_of_text)  # (B, T)
@@ -77,6 +82,11 @@ def evaluate(
         done += len(batch)
         progress(done)
     model.train(was_training)
+    if carry_state:  # all have read all of it
+        share = ALONE
+    if share.world > 1:
+        nats, *counts = together(torch.tensor([nats.item(), hits, tokens], dtype=torch.float64))
+        hits, tokens = (round(float(count)) for count in counts)
     loss = nats.item() / tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf
     bits = loss / math.log(2) / bytes_per_token if bytes_per_token else math.inf

@@ -4,7 +4,6 @@ Everything it does is decided by the TrainConfig and the checkpoint it starts fr
 same bits. Random numbers are drawn by dropout alone: data and samples have generators of their own.
 """
 
-import os
 import platform
 import signal
 import time
@@ -25,6 +24,7 @@ from bdh.errors import BDHError
 from bdh.inference.llm import sample_texts
 from bdh.inference.params import SamplingParams
 from bdh.model import BDHConfig, BDHForCausalLM, state_of
+from bdh.model.card import parameter_count
 from bdh.model.device import choose_device
 from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, compare, validate, with_vocabulary, with_whole_path
@@ -33,8 +33,11 @@ from bdh.training.evaluation import Evaluation, evaluate
 from bdh.training.export import export_checkpoint
 from bdh.training.folder import RunFolder
 from bdh.training.optimizer import build_optimizer, learning_rate_at
-from bdh.training.resume import choose_tokenizer, other_place
+from bdh.training.processes import Processes
+from bdh.training.resume import by_process, choose_tokenizer, other_place, places_of, restore_random
+from bdh.training.saver import Saver
 from bdh.training.signals import caught_signals
+from bdh.training.spread import Spread, local
 from bdh.training.state import CarriedState, Outcome, RunState
 from bdh.training.tracking import Tracker, draw_curves
 
@@ -50,74 +53,89 @@ def train(config: TrainConfig, resume: Path | None = None) -> Outcome:
         BDHError: The configuration cannot run, the run's folder is taken, the loss is not finite, or the last
             checkpoint cannot be written.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BDHError("this version of bdh trains in one process; start bdh train without torchrun")
     validate(config)
-    try:
-        return Trainer(config, resume).run()
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise BDHError(
-            "there is not enough memory; try a smaller training.micro_batch_size, data.block_size or model, or "
-            "training.gradient_checkpointing true"
-        ) from error
+    with Processes.open(config.distributed, config.training.device) as processes:
+        try:
+            return Trainer(config, resume, processes).run()
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            raise BDHError(
+                "there is not enough memory; try a smaller training.micro_batch_size, data.block_size or model, or "
+                "training.gradient_checkpointing true"
+            ) from error
 
 
 class Trainer:
-    """One run: the parts, put together by `__init__`, and the loop over them."""
+    """One run, as one of its processes has it: the parts, put together by `__init__`, and the loop over them."""
 
-    def __init__(self, config: TrainConfig, resume: Path | None):
+    def __init__(self, config: TrainConfig, resume: Path | None, processes: Processes | None = None):
         settings = config.training
-        self.device = choose_device(settings.device)
+        processes = processes or Processes(config.distributed, choose_device(settings.device))
+        self.processes = processes
+        self.device = processes.device
         saved = None if resume is None else checkpoint.read_state(resume)
         self.tokenizer = choose_tokenizer(config, resume)
         config = with_vocabulary(config, vocabulary_size(self.tokenizer))
         self.run_dir = Path(config.run_dir)
         self.store = checkpoint.CheckpointStore(self.run_dir / "checkpoints", config.checkpoint.keep)
         self.folder = RunFolder(self.run_dir, self.store, resume)
-        self.folder.check()
+        processes.on_main(self.folder.check)
         self.resumed_from = resume
         self.config = config
         self.notices = [] if saved is None else compare(saved["config"], with_whole_path(config))
 
-        self.data = open_data(
-            config.data, self.tokenizer, settings.batch_size, settings.seed, settings.carry_state, say=self.announce
+        self.data = processes.one_after_the_other(
+            lambda: open_data(
+                config.data,
+                self.tokenizer,
+                settings.batch_size,
+                settings.seed,
+                settings.carry_state,
+                processes.share,
+                self.announce,
+            )
         )
         self.notices += self.data.remarks
         self.apart = settings.carry_state or not config.data.cross_documents
         self.config = with_whole_path(config)
         self.windows = ValidationWindows(self.data.validation, config.data.block_size, settings.eval_windows)
         seed_everything(settings.seed)
-        self.model = BDHForCausalLM(BDHConfig(**asdict(config.model))).to(self.device)
+        model = BDHForCausalLM(BDHConfig(**asdict(config.model)))
+        seed_everything(settings.seed + processes.rank)  # each drops other neurons
+        in_bfloat16 = isinstance(self.precision(), torch.autocast)
+        self.spread = Spread(model, processes, in_bfloat16, torch.compile if settings.compile else None)
+        self.model = self.spread.model
         if settings.gradient_checkpointing:
             recompute_layers(self.model)
         self.optimizer = build_optimizer(self.model, settings)
         size = self.piece_size()
         self.memory = (
-            CarriedState.empty(self.model.config, size, settings.batch_size // size, self.device)
+            CarriedState.empty(self.model.config, size, self.data.batch_size // size, self.device)
             if settings.carry_state
             else None
         )
-        self.forward_model: Any = self.compiled() if settings.compile else self.model
+        if settings.compile:
+            self.try_compiled()
 
-        self.folder.claim(self.config)
+        processes.on_main(lambda: self.folder.claim(self.config))
         self.state = RunState()
+        self.saver = Saver(self.store, self.tokenizer, processes)
         if resume is not None:
             self.restore(resume)
         self.timed_from = (self.state.step, self.state.seconds)
-        self.tracker = Tracker(self.run_dir, settings.max_steps, self.state.step)
+        self.tracker = Tracker(self.run_dir, settings.max_steps, self.state.step, processes.is_main)
 
     # ------------------------------------------------------------------------------------------------ setting up
 
     def announce(self, line: str) -> None:
         """Says what is being prepared, before there is anything to log."""
         with suppress(OSError):  # what is said here is no reason to stop
-            print(line, flush=True)
+            if self.processes.is_main:
+                print(line, flush=True)
 
-    def compiled(self) -> Any:
-        """The model through torch.compile, tried on a step of the real shape. Raises BDHError where that fails."""
-        self.forward_model = torch.compile(self.model)
+    def try_compiled(self) -> None:
+        """Tries the compiled model on a step of the real shape. Raises BDHError where that fails."""
         size, length = self.piece_size(), self.config.data.block_size + 1
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -129,15 +147,18 @@ class Trainer:
             reason = " ".join(str(error).split())[:200]
             raise BDHError(f"training.compile is true, but torch.compile does not work here: {reason}") from error
         self.optimizer.zero_grad(set_to_none=True)
-        return self.forward_model
 
     def restore(self, path: Path) -> None:
         """Takes everything up as the checkpoint left it, and notes what is not as it was."""
         different = other_place(checkpoint.read_state(path), self.config, self.data.identity)
-        carried = None if self.memory is None or different else self.memory.tensors()
-        saved = checkpoint.load(path, self.model, self.optimizer, carried)
+        places = places_of(checkpoint.read_state(path))
+        if different is None and len(places) > 1 and len(places) != self.processes.share.world:
+            different = f"the stream of text was read by {len(places)} processes"
+        carried = None if self.memory is None or different else self.memory.tensors(self.processes.mesh)
+        saved = checkpoint.load(path, self.model, self.optimizer, carried, self.spread.names)
+        restore_random(saved, self.processes)
         if different is None:
-            self.data.source.load_state_dict(saved["data"])
+            self.data.source.load_state_dict(places[self.processes.share.rank % len(places)])
         else:
             self.notices.append(f"{different}; the text is read from its beginning")
         if self.memory is not None and carried is not None:
@@ -145,31 +166,31 @@ class Trainer:
         state = self.state = RunState(**{name: saved[name] for name in RunState.__dataclass_fields__ if name in saved})
         if saved["evaluation"] is not None:
             state.evaluation = Evaluation(**saved["evaluation"])
-        if saved["hardware"] != hardware(self.device):
+        if saved["hardware"] != self.hardware():
             self.notices.append(f"the run began on {saved['hardware']}: results agree within rounding, not bit for bit")
         if not self.folder.goes_on_here:  # a new run, which has no best checkpoint of its own yet
             state.best_checkpoint = state.best_validation_loss = None
             return
         state.saved_at = state.step
-        for moved in self.store.set_aside_after(state.step):
+        for moved in self.processes.on_main(lambda: self.store.set_aside_after(state.step)):
             self.notices.append(f"the later checkpoint is now {moved}")
         best = state.best_checkpoint
         lost = best is not None and checkpoint.damage(self.store.directory / best) is not None
         if lost or saved["text"] != self.data.identity:
             known = state.evaluation if state.evaluated_at == state.step else None
             state.best_checkpoint, state.best_validation_loss = (path.name, known.loss) if known else (None, None)
-        self.store.link(path.name, state.best_checkpoint)
+        self.processes.on_main(lambda: self.store.link(path.name, state.best_checkpoint))
 
     # -------------------------------------------------------------------------------------------------- the loop
 
     def run(self) -> Outcome:
         settings, state, said = self.config.training, self.state, self.tracker.say
         sequences = f"{settings.batch_size} x {self.config.data.block_size} tokens a step"
-        parameters = sum(p.numel() for p in self.model.parameters())
+        parameters = parameter_count(BDHConfig(**asdict(self.config.model)))
         precision = "bfloat16" if isinstance(self.precision(), torch.autocast) else "float32"
         text = "a stream of text" if self.data.train_tokens is None else f"{self.data.train_tokens:,} tokens of text"
         said(f"{parameters:,} parameters, {text}, {sequences}")
-        said(f"on {hardware(self.device)} in {precision}, into {self.run_dir}")
+        said(f"on {self.hardware()} in {precision}, into {self.run_dir}")
         for notice in self.notices:
             said(f"notice: {notice}")
         if state.step:
@@ -178,12 +199,16 @@ class Trainer:
         try:
             with self.tracker, caught_signals() as caught:
                 self.model.train()
-                while state.step < settings.max_steps and not caught:
+                asked = 0
+                while state.step < settings.max_steps and not asked:
                     self.step()
-                if caught and state.step < settings.max_steps:
-                    return self.interrupted(caught[0])
+                    asked = self.processes.any(caught[0] if caught else 0)
+                if asked and state.step < settings.max_steps:
+                    self.processes.notice()
+                    return self.interrupted(signal.Signals(asked))
                 self.finish()
         finally:
+            self.saver.close()
             self.data.close()
             self.folder.release()
         return Outcome(self.run_dir, state.step, None, state.evaluation, state.seconds)
@@ -196,8 +221,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         loss = self.accumulate(self.data.next_batch())
-        clip = settings.gradient_clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
+        norm = self.spread.clip(settings.gradient_clip or float("inf"))
         if not np.isfinite(loss) or not np.isfinite(norm):
             raise self.not_finite(f"step {state.step + 1}: the loss is {loss} and the gradient's norm {norm}")
         self.optimizer.step()
@@ -237,10 +261,14 @@ class Trainer:
         return {"tokens_per_second": steps * tokens / seconds, "seconds_per_step": seconds / steps}
 
     def accumulate(self, batch: Batch) -> float:
-        """Forward and backward over a batch (B, T + 1), in pieces; leaves the gradient of the mean loss, returns it."""
-        total = 0.0
+        """Forward and backward over this process's rows of a batch (B, T + 1), in pieces.
+
+        Leaves the gradient of the mean loss over the rows of all processes, and returns that loss.
+        """
+        total = torch.zeros(2, dtype=torch.float64)  # the sum of losses, rows
         size, end_of_text = self.piece_size(), self.tokenizer.eos_token_id
-        for number, part in enumerate(batch.tokens.split(size)):
+        pieces = batch.tokens.split(size)
+        for number, part in enumerate(pieces):
             part = part.to(self.device, non_blocking=True)  # (b, T + 1)
             inputs, targets = part[:, :-1], part[:, 1:].contiguous()  # (b, T) each
             given: dict[str, Any] = {"use_cache": False}
@@ -249,20 +277,22 @@ class Trainer:
             if self.memory is not None:
                 fresh = batch.fresh[number * size : (number + 1) * size].to(self.device)  # (b,)
                 given |= {"use_cache": True, "past_key_values": self.memory.before(number, fresh)}
-            with self.precision():
-                outputs = self.forward_model(inputs, labels=targets, shift_labels=targets, **given)
-            if self.memory is not None:
-                state = state_of(outputs)
-                assert state is not None
-                self.memory.after(number, state)
-            loss = outputs.loss * (len(part) / len(batch.tokens))
-            loss.backward()
-            total += loss.item()
-        return total
+            with self.spread.piece(is_last=number == len(pieces) - 1):
+                with self.precision():
+                    outputs = self.spread.forward(inputs, labels=targets, shift_labels=targets, **given)
+                if self.memory is not None:
+                    state = state_of(outputs)
+                    assert state is not None
+                    self.memory.after(number, state)
+                loss = outputs.loss * (len(part) / len(batch.tokens))
+                loss.backward()
+            total += torch.tensor([outputs.loss.item() * len(part), len(part)], dtype=torch.float64)
+        losses, rows = self.processes.sum(total).tolist()
+        return losses / rows
 
     def piece_size(self) -> int:
-        """Sequences of one forward pass."""
-        return self.config.training.micro_batch_size or self.config.training.batch_size
+        """Sequences of one forward pass of this process."""
+        return self.config.training.micro_batch_size or self.data.batch_size
 
     def evaluate(self) -> None:
         """Validates, unless this step has been. A loss that is not finite ends the run: BDHError."""
@@ -270,15 +300,18 @@ class Trainer:
         if state.evaluated_at == state.step:
             return
         started = time.perf_counter()
-        state.evaluation = evaluate(
-            self.model,
-            self.windows,
-            self.data.validation_bytes_per_token,
-            settings.eval_batch_size,
-            self.precision,
-            end_of_text=self.tokenizer.eos_token_id if self.apart else None,
-            carry_state=settings.carry_state,
-        )
+        with self.spread.whole_steps():
+            state.evaluation = evaluate(
+                self.model,
+                self.windows,
+                self.data.validation_bytes_per_token,
+                settings.eval_batch_size,
+                self.precision,
+                end_of_text=self.tokenizer.eos_token_id if self.apart else None,
+                carry_state=settings.carry_state,
+                share=self.processes.share,
+                together=self.processes.sum,
+            )
         state.evaluated_at = state.step
         result = state.evaluation
         if not np.isfinite(result.loss):
@@ -304,13 +337,14 @@ class Trainer:
             temperature=logging.sample_temperature,
             seed=(self.config.training.seed + self.state.step) % 2**63,
         )
-        texts = sample_texts(self.model, self.tokenizer, logging.sample_prompts, params)
+        with self.spread.whole_steps():  # all processes write the same
+            texts = sample_texts(self.model, self.tokenizer, logging.sample_prompts, params)
         self.tracker.samples(self.state.step, list(zip(logging.sample_prompts, texts, strict=True)))
 
     # ----------------------------------------------------------------------------------- checkpoints and endings
 
     def save(self, scheduled: bool = True) -> bool:
-        """Writes a checkpoint; says so and returns False if the disk does not let it.
+        """Begins to write a checkpoint, or, if it is not scheduled, writes it; False if the disk does not let it.
 
         One that is not scheduled, of a run that is interrupted, never counts as the best: it would not be there had
         the run not been interrupted.
@@ -322,30 +356,37 @@ class Trainer:
             loss = state.evaluation.loss
             if best[0] is None or loss < best[0]:
                 state.best_validation_loss, state.best_checkpoint = loss, name
-        try:
-            carried = None if self.memory is None else self.memory.tensors()
-            self.store.save(state.step, self.model, self.optimizer, self.saved_state(), self.tokenizer, carried)
-        except OSError as error:
+        last, before = state.step == self.config.training.max_steps, state.saved_at
+
+        def failed(error: OSError) -> None:
             state.best_validation_loss, state.best_checkpoint = best
+            state.saved_at = before
             self.tracker.say(
                 f"warning: {self.store.directory / name} could not be written ({error.strerror or error}); the partial "
                 + "files are removed"
-                + (", and training goes on until the next checkpoint is due" if scheduled else "")
+                + (", and training goes on until the next checkpoint is due" if scheduled and not last else "")
             )
-            return False
+
+        self.saver.wait()
         state.saved_at = state.step
-        return True
+        carried = None if self.memory is None else self.memory.tensors(self.processes.mesh)
+        tensors = checkpoint.collect(self.model, self.optimizer, carried, self.spread.names)
+        self.saver.save(state.step, tensors, self.saved_state(), failed)
+        return True if scheduled and not last else self.saver.wait()
 
     def saved_state(self) -> dict[str, Any]:
         """The JSON part of a checkpoint."""
         progress = asdict(self.state)
         progress.pop("saved_at")
+        everywhere = self.processes.gather((self.data.source.state_dict(), checkpoint.random_state()))
         return {
             **progress,
-            "data": self.data.source.state_dict(),
+            "data": everywhere[0][0],
+            "random": everywhere[0][1],
+            **({} if self.processes.alone else by_process(everywhere, self.processes)),
             "text": self.data.identity,
             "config": asdict(self.config),
-            "hardware": hardware(self.device),
+            "hardware": self.hardware(),
             "versions": {
                 "bdh": __version__,
                 "torch": torch.__version__,
@@ -360,9 +401,15 @@ class Trainer:
             self.evaluate()
             if not self.save():
                 raise BDHError(f"the last checkpoint could not be written; make room, then {self.way_on()}")
-        self.draw()
+        elif not self.saver.wait():
+            raise BDHError(f"the last checkpoint could not be written; make room, then {self.way_on()}")
         for line in self.data.source.remarks():
             self.tracker.say(f"notice: {line}")
+        self.processes.on_main(self.publish)
+
+    def publish(self) -> None:
+        """Draws the curves, and makes the export. For the main process."""
+        self.draw()
         best = checkpoint.find_checkpoint(self.run_dir, prefer="best", report=self.tracker.say)
         try:
             export_checkpoint(best, self.run_dir / "model")
@@ -376,10 +423,10 @@ class Trainer:
     def interrupted(self, number: signal.Signals) -> Outcome:
         """Stopped by a signal: save, draw what there is, say how to go on."""
         state = self.state
-        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+        if not all(torch.isfinite(local(p)).all() for p in self.model.parameters()):
             raise self.not_finite(f"step {state.step}: weights are not finite")
-        saved = state.saved_at == state.step or self.save(scheduled=False)
-        self.draw()
+        saved = self.saver.wait() if state.saved_at == state.step else self.save(scheduled=False)
+        self.processes.on_main(self.draw)
         where = f"saved at step {state.step} of {self.config.training.max_steps}; " if saved else "not saved; "
         self.tracker.say(f"stopped by {number.name}, {where}{self.way_on()}")
         return Outcome(self.run_dir, state.step, number, state.evaluation, state.seconds)
@@ -404,6 +451,11 @@ class Trainer:
             f"{what}, so training stops; {kept}; try a lower training.learning_rate, a longer training.warmup_steps, "
             "or training.precision float32"
         )
+
+    def hardware(self) -> str:
+        """What computes, in words."""
+        count = self.processes.size
+        return hardware(self.device) if count == 1 else f"{count} x {hardware(self.device)}"
 
     def precision(self) -> Any:
         return autocast(self.config.training, self.device)

@@ -1,6 +1,7 @@
 """The optimizer and the learning-rate schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,12 +17,22 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}]
-    if others:
-        groups.append({"params": others, "weight_decay": 0.0})
+    groups: list[dict[str, Any]] = [
+        {"params": alike, "weight_decay": decay}
+        for kind, decay in ((matrices, config.weight_decay), (others, 0.0))
+        for alike in by_mesh(kind)
+    ]
     fused = parameters[0].device.type in ("cpu", "cuda", "mps")
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused)
+
+
+def by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters, those together that are spread over the same processes: a fused step takes no others at once."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(groups.values())
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:

@@ -9,6 +9,7 @@ from bdh.data.tokenizer import load_tokenizer, same_tokenizer
 from bdh.errors import BDHError
 from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, from_dict
+from bdh.training.processes import Processes
 
 
 def choose_tokenizer(config: TrainConfig, resume: Path | None) -> PreTrainedTokenizerFast:
@@ -52,3 +53,29 @@ def other_place(saved: dict[str, Any], config: TrainConfig, identity: dict[str, 
         f"training.{name}" for name in names if getattr(before.training, name) != getattr(config.training, name)
     ]
     return f"{' and '.join(changed)} changed" if changed else None
+
+
+def by_process(everywhere: list[tuple[dict[str, Any], dict[str, Any]]], processes: Processes) -> dict[str, Any]:
+    """What a checkpoint keeps of each process beside the first one's: its random states, and its place in the text.
+
+    Args:
+        everywhere: The place in the text and the random states, by rank.
+        processes: They.
+    """
+    each = len(everywhere) // processes.share.world  # so many read the same rows
+    places = [place for place, _ in everywhere[::each]]
+    kept: dict[str, Any] = {"random_by_process": [random for _, random in everywhere]}
+    return kept if all(place == places[0] for place in places) else {**kept, "data_by_process": places}
+
+
+def places_of(saved: dict[str, Any]) -> list[dict[str, Any]]:
+    """The places in the text in a checkpoint: of each process, or one if all have the same."""
+    places: list[dict[str, Any]] = saved.get("data_by_process") or [saved["data"]]
+    return places
+
+
+def restore_random(saved: dict[str, Any], processes: Processes) -> None:
+    """Puts back this process's random states; where there were as many processes as now, else those it has stay."""
+    states = saved.get("random_by_process") or [saved["random"]]
+    if len(states) == processes.size:
+        checkpoint.restore_random_state(states[processes.rank])

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from bdh.model import BDHConfig, BDHState
 from bdh.training.evaluation import Evaluation
@@ -69,14 +71,23 @@ class CarriedState:
         """Keeps what a forward pass left, cut off from its graph."""
         self.pieces[piece] = state.detach()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: synapses.LAYER (B, h, N, D) and position (B,), all pieces together."""
+    def tensors(self, mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
+        """What a checkpoint keeps: synapses.LAYER (B, h, N, D) and position (B,), all pieces together.
+
+        With a mesh (replicas, shards, heads), of the whole batch and all heads, of which this process has its part.
+        """
         layers = range(len(self.pieces[0].synapses))
         kept = {f"synapses.{i}": torch.cat([state.synapses[i] for state in self.pieces]) for i in layers}
-        return {**kept, "position": torch.cat([state.position for state in self.pieces])}
+        position = torch.cat([state.position for state in self.pieces])
+        if mesh is None:
+            return {**kept, "position": position}
+        rows = [Shard(0), Shard(0)]
+        spread = {name: DTensor.from_local(S, mesh, [*rows, Shard(1)], run_check=False) for name, S in kept.items()}
+        return {**spread, "position": DTensor.from_local(position, mesh, [*rows, Replicate()], run_check=False)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Puts back what `tensors` returned."""
+        tensors = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in tensors.items()}
         size = self.pieces[0].batch_size
         for number, piece in enumerate(self.pieces):
             rows = slice(number * size, (number + 1) * size)

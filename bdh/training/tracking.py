@@ -54,17 +54,20 @@ class Tracker:
     """Writes a run's figures to its folder and shows them to whoever watches.
 
     A terminal gets a progress bar; anything else gets plain lines. Trouble with the disk is said once and does not end
-    the run.
+    the run. Of several processes only the main one writes and says anything.
     """
 
-    def __init__(self, run_dir: Path, max_steps: int, first_step: int):
+    def __init__(self, run_dir: Path, max_steps: int, first_step: int, is_main: bool = True):
+        self.is_main = is_main
         self.metrics_path = run_dir / "metrics.jsonl"
         self.samples_path = run_dir / "samples.md"
         self.max_steps = max_steps
         self.console = PatientConsole(highlight=False, soft_wrap=True)
         self.complained = False
-        self._forget_after(first_step)
         self.progress: Progress | None = None
+        if not is_main:
+            return
+        self._forget_after(first_step)
         if self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("training"),
@@ -91,6 +94,8 @@ class Tracker:
 
     def say(self, line: str) -> None:
         """A line for people."""
+        if not self.is_main:
+            return
         try:
             self.console.print(line, markup=False)
             self.console.file.flush()
@@ -131,6 +136,8 @@ class Tracker:
             self.say(f"step {step}  it writes: {' '.join((prompt + continuation).split())[:160]}")
 
     def _append(self, path: Path, text: str) -> None:
+        if not self.is_main:
+            return
         size = path.stat().st_size if path.is_file() else 0
         try:
             with path.open("a", encoding="utf-8") as file:

@@ -62,7 +62,7 @@ def test_going_on_from_a_position_is_as_if_nothing_had_happened(kind: str, stop:
         if kind == "lanes":
             return Lanes(Documents(numbered(130), np.array([0, 40, 90])), 6, 4, seed)
         if kind == "mixture":
-            parts: list[BlockSource] = [PackedBlocks(numbered(n), 6, seed, stream=n) for n in (50, 70)]
+            parts = [PackedBlocks(numbered(n), 6, seed, stream=n) for n in (50, 70)]
             return Mixture(parts, [1.0, 3.0], seed)
         return PackedBlocks(numbered(130), 6, seed)
 
@@ -97,12 +97,26 @@ def test_lanes_go_on_where_they_stopped(world: int) -> None:
 
 
 def test_a_mixture_takes_each_source_by_its_weight() -> None:
-    parts: list[BlockSource] = [
-        PackedBlocks(Tokens([np.full(1000, value, dtype=np.uint8)]), 4, 1, stream=value) for value in (1, 2)
-    ]
+    parts = [PackedBlocks(Tokens([np.full(1000, value, dtype=np.uint8)]), 4, 1, stream=value) for value in (1, 2)]
     mixture = Mixture(parts, [1.0, 3.0], seed=5)
     values = np.concatenate([mixture.take(50)[0][:, 0] for _ in range(100)])
     assert abs((values == 2).mean() - 0.75) < 0.03
+
+
+@given(world=st.sampled_from([2, 3, 6]), seed=st.integers(0, 1000))
+@settings(max_examples=10)
+def test_the_rows_of_a_step_are_the_same_however_many_processes_share_them(world: int, seed: int) -> None:
+    def shared(rank: int, world: int) -> Mixture:
+        share = Share(rank, world)
+        return Mixture(
+            [PackedBlocks(numbered(n), 6, seed, share, stream=n) for n in (50, 70, 200)], [1.0, 3.0, 0.1], seed, share
+        )
+
+    alone, together = shared(0, 1), [shared(rank, world) for rank in range(world)]
+    for _ in range(20):
+        rows = np.concatenate([mixture.take(6 // world)[0] for mixture in together])
+        assert np.array_equal(rows, alone.take(6)[0])
+    assert all(mixture.state_dict() == alone.state_dict() for mixture in together)
 
 
 def test_documents_are_numbered_from_the_one_gone_on_with() -> None:

@@ -15,7 +15,14 @@ from torch import nn
 from bdh.data.tokenizer import byte_tokenizer
 from bdh.errors import BDHError
 from bdh.training import checkpoint
-from bdh.training.checkpoint import CheckpointStore, damage, find_checkpoint
+from bdh.training.checkpoint import (
+    CheckpointStore,
+    collect,
+    damage,
+    find_checkpoint,
+    random_state,
+    restore_random_state,
+)
 from bdh.training.config import TrainingConfig
 from bdh.training.optimizer import build_optimizer
 
@@ -38,7 +45,7 @@ def store_with(tmp_path: Path, *steps: int, keep: int = 10, best: dict[int, str]
     model, optimizer = make(0)
     for step in steps:
         state: dict[str, Any] = {"best_checkpoint": (best or {}).get(step)}
-        store.save(step, model, optimizer, state, BYTES)
+        store.save(step, collect(model, optimizer), state, BYTES)
     return store
 
 
@@ -47,12 +54,13 @@ def test_weights_moments_and_random_states_come_back_exactly(tmp_path: Path) -> 
     store = CheckpointStore(tmp_path / "checkpoints", 2)
     random.seed(5), np.random.seed(6), torch.manual_seed(7)
     carried = {"synapses.0": torch.randn(2, 3)}
-    path = store.save(12, model, optimizer, {"note": [1, 2]}, BYTES, carried)
+    path = store.save(12, collect(model, optimizer, carried), {"note": [1, 2], "random": random_state()}, BYTES)
     drawn = (random.random(), np.random.rand(), np.random.randn(), torch.rand(3))
 
     other, other_optimizer = make(2)
     back = {"synapses.0": torch.zeros(2, 3)}
     state = checkpoint.load(path, other, other_optimizer, back)
+    restore_random_state(state["random"])
     assert torch.equal(back["synapses.0"], carried["synapses.0"])
     assert len(checkpoint.tokenizer_of(path)) == 256
     assert state["step"] == 12 and state["note"] == [1, 2]
@@ -126,7 +134,7 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
     (store.directory / ".partial-checkpoint-0000002").mkdir()
     assert [path.name for path in store.paths()] == ["checkpoint-0000001"]
     model, optimizer = make(0)
-    store.save(2, model, optimizer, {}, BYTES)
+    store.save(2, collect(model, optimizer), {}, BYTES)
     assert not [p for p in store.directory.iterdir() if p.name.startswith(".")]
 
 
@@ -138,11 +146,11 @@ def test_a_full_disk_leaves_the_older_ones_and_no_litter(tmp_path: Path) -> None
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
-            store.save(2, model, optimizer, {}, BYTES)
+            store.save(2, collect(model, optimizer), {}, BYTES)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(p.name for p in store.directory.iterdir()) == ["checkpoint-0000001", "latest"]
-    assert store.save(3, model, optimizer, {}, BYTES).name == "checkpoint-0000003"
+    assert store.save(3, collect(model, optimizer), {}, BYTES).name == "checkpoint-0000003"
 
 
 def test_later_checkpoints_are_set_aside_not_lost(tmp_path: Path) -> None:

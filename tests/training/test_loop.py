@@ -15,9 +15,9 @@ from bdh.errors import BDHError
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.export import load_export
 from bdh.training import checkpoint
-from bdh.training.config import TrainConfig, TrainingConfig, compare, from_dict
+from bdh.training.config import TrainConfig, compare, from_dict
 from bdh.training.export import load_model
-from bdh.training.loop import Trainer, train
+from bdh.training.loop import Trainer
 from bdh.training.tracking import read_metrics
 from tests.conftest import TEXT, TINY, Run, environment, run_bdh
 
@@ -306,14 +306,6 @@ def test_differences_of_architecture_are_listed_together() -> None:
         compare(asdict(saved), now)
     now.model.n_layer, now.model.n_embd = 6, 256
     assert compare(asdict(saved), now) == ["training.learning_rate was 0.001 and is now 0.01"]
-
-
-def test_several_processes_are_refused_until_they_are_supported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BDHError, match="trains in one process"):
-        train(TrainConfig(run_dir=str(tmp_path), training=TrainingConfig()))
 
 
 def test_metrics_lines_are_json_objects(finished_run: Path) -> None:

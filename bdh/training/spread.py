@@ -1,0 +1,159 @@
+"""How a model is spread over the processes of a run: copies (DDP), shards (FSDP2, HSDP), and heads (tensor parallel).
+
+All layers of a BDH share one set of weights. So gradients are complete only when the first layer's backward pass ends,
+and there is nothing to send before; and a shard that is gathered serves a layer's pass, each weight by itself, so that
+no more than one is there whole at a time.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
+
+from bdh.model import BDHForCausalLM
+from bdh.model.heads import HeadNames, part_of
+from bdh.training.processes import Processes
+
+
+class Spread:
+    """A model in one or many processes.
+
+    Args:
+        model: The whole, on the CPU or wherever it was made, the same in all processes.
+        processes: Who shares it.
+        bfloat16: Whether matrices are multiplied in it.
+        compiled: Makes a compiled form of a module; None leaves it as it is.
+
+    Attributes:
+        model: The part that is here, as it is trained, validated and saved.
+        names: What its parameters are called in the whole.
+        forward: Calls it.
+    """
+
+    def __init__(
+        self,
+        model: BDHForCausalLM,
+        processes: Processes,
+        bfloat16: bool,
+        compiled: Callable[[nn.Module], Any] | None = None,
+    ):
+        self.processes = processes
+        self.names = HeadNames()
+        self.model = model
+        mesh, config = processes.mesh, processes.config
+        if mesh is not None and config.tensor_parallel > 1:
+            self.model, self.names = part_of(model, mesh["heads"])
+        offload = mesh is not None and config.strategy == "fsdp" and config.cpu_offload
+        if not offload:
+            self.model.to(processes.device)
+        self.forward: Any = self.model
+        if mesh is not None and config.strategy == "fsdp":
+            self._shard(bfloat16, compiled)
+        elif compiled is not None:
+            self.forward = compiled(self.model)
+        if mesh is not None and config.strategy == "ddp" and mesh["replicas"].size() > 1:
+            devices = [processes.device] if processes.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(
+                self.forward,
+                device_ids=devices,
+                process_group=mesh.get_group("replicas"),
+                gradient_as_bucket_view=True,
+            )
+
+    def _shard(self, bfloat16: bool, compiled: Callable[[nn.Module], Any] | None) -> None:
+        """FSDP2: over all processes that share the rows, or, as HSDP, over some of them and copied to the others."""
+        processes = self.processes
+        assert processes.mesh is not None
+        mesh = processes.mesh["replicas", "shards"]
+        if mesh["replicas"].size() == 1:
+            mesh = processes.mesh["shards"]
+        offload = CPUOffloadPolicy(pin_memory=processes.device.type == "cuda")
+        policy: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32
+            ),
+            "offload_policy": offload if processes.config.cpu_offload else OffloadPolicy(),
+        }
+        layer = self.model.model.layer
+        if compiled is None:  # hooks inside would break a compiled layer into pieces
+            for linear in (layer.encoder, *layer.encoder_v, layer.decoder):
+                fully_shard(linear, **policy)
+        fully_shard(layer, **policy)
+        fully_shard(self.model, **policy)
+        if compiled is not None:
+            self.model.model.layer.compile()
+
+    def piece(self, is_last: bool) -> AbstractContextManager[object]:
+        """What a forward and backward pass runs in: gradients are sent with the last of a step only."""
+        if isinstance(self.forward, DistributedDataParallel):
+            return nullcontext() if is_last else self.forward.no_sync()
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(is_last)
+        return nullcontext()
+
+    @contextmanager
+    def whole_steps(self) -> Iterator[None]:
+        """For forward passes without gradients one after the other: what is gathered stays until they are done."""
+        module = self.model
+        if not isinstance(module, FSDPModule):
+            yield
+            return
+        module.set_reshard_after_forward(False)
+        try:
+            yield
+        finally:
+            module.set_reshard_after_forward(True)
+            for part in module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
+
+    def clip(self, largest: float) -> float:
+        """Scales the gradient so that its norm over the whole model is at most `largest`; the norm before."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.processes.alone or isinstance(self.forward, DistributedDataParallel):
+            return nn.utils.clip_grad_norm_(self.model.parameters(), largest).item()
+        norm = self.norm({name: p.grad for name, p in self.model.named_parameters() if p.grad is not None})
+        factor = min(1.0, largest / (norm + 1e-6))
+        if factor < 1.0:
+            for gradient in gradients:
+                local(gradient).mul_(factor)
+        return norm
+
+    def norm(self, tensors: dict[str, Tensor]) -> float:
+        """The norm of all these together, over the whole model: parameters or their gradients, by name."""
+        square = sum(
+            (
+                local(tensor).float().square().sum().to(self.processes.device) / self.copies(name, tensor)
+                for name, tensor in tensors.items()
+            ),
+            start=torch.zeros((), device=self.processes.device),
+        )
+        if not self.processes.alone:
+            dist.all_reduce(square)
+        return float(square.sqrt())
+
+    def copies(self, name: str, tensor: Tensor) -> int:
+        """How many processes have the very numbers of a tensor that this one has."""
+        size = self.processes.size
+        if self.processes.mesh is None:
+            return 1
+        shards = 1
+        if isinstance(tensor, DTensor):
+            mesh = tensor.device_mesh
+            for dim, placement in enumerate(tensor.placements):
+                shards *= 1 if isinstance(placement, Replicate) else mesh.size(dim)
+        if ".encoder_v." in name:  # others have other heads
+            shards *= self.processes.mesh["heads"].size()
+        return size // shards
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

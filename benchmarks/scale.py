@@ -1,0 +1,221 @@
+"""One GPU against several of one machine: speed of copies, memory of shards, heads that give the same losses.
+
+    python -m benchmarks.scale --gpus 2
+
+Starts torchrun with one process and with several, in turn, each measurement in processes of their own, on tokens made
+from a seed. Writes benchmarks/results/scale_copies.json, scale_shards.json and scale_heads.json:
+
+* copies (DDP), default model, compiled, 32 x 512 tokens a GPU: tokens/s;
+* shards (FSDP2), a model of 1 B parameters, layers recomputed, 1 x 512 tokens a GPU: peak memory a GPU, and tokens/s;
+* heads (tensor parallel), the same model, 2 x 512 tokens, dropout off: losses of 20 steps in bfloat16 and in float32,
+  the largest difference, and tokens/s;
+* checkpoints of the default model: how long the training waits, and how long the writing takes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import save
+
+DEFAULT: dict[str, Any] = {}
+LARGE = {"n_embd": 1664, "n_head": 8, "mlp_internal_dim_multiplier": 128}  # 1.06 B parameters: wider, as usual else
+SMALL = {
+    "n_embd": 64,
+    "n_head": 4,
+    "mlp_internal_dim_multiplier": 16,
+    "n_layer": 2,
+}  # to try this where there is no GPU
+
+
+def worker(args: argparse.Namespace) -> None:
+    """One process of a measurement; the first one prints what it found."""
+    import torch
+    import torch.nn.functional as F
+
+    from bdh.model import BDHConfig, BDHForCausalLM
+    from bdh.training.config import DistributedConfig, TrainingConfig
+    from bdh.training.device import recompute_layers
+    from bdh.training.optimizer import build_optimizer
+    from bdh.training.processes import Processes
+    from bdh.training.spread import Spread
+
+    given = json.loads(args.worker)
+    distributed = DistributedConfig(**given["distributed"])
+    with Processes.open(distributed, given["device"]) as processes:
+        on_gpu = processes.device.type == "cuda"
+        torch.manual_seed(0)
+        model = BDHForCausalLM(BDHConfig(**given["model"]))
+        compiled = torch.compile if given["compile"] else None
+        spread = Spread(model, processes, given["bfloat16"], compiled)
+        del model
+        if given["recompute"]:
+            recompute_layers(spread.model)
+        optimizer = build_optimizer(spread.model, TrainingConfig())
+        spread.model.train()
+        autocast = torch.autocast(processes.device.type, torch.bfloat16) if given["bfloat16"] else nullcontext()
+        B, T = given["rows"], given["length"]
+        losses, began, first = [], 0.0, given["warm"]
+        for step in range(first + given["steps"]):
+            if step == first:
+                if on_gpu:
+                    torch.cuda.synchronize()
+                began = time.perf_counter()
+            draw = torch.Generator().manual_seed(1000 * step + processes.share.rank)
+            # Bytes that depend on the one before, so that there is something to learn.
+            tokens = torch.randint(0, 16, (B, T + 1), generator=draw).cumsum(1).remainder(256).to(processes.device)
+            with spread.piece(is_last=True):
+                with autocast:
+                    logits = spread.forward(tokens[:, :-1], use_cache=False).logits  # (B, T, V)
+                    loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+                loss.backward()
+            spread.clip(1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        found: dict[str, Any] = {
+            "tokens_per_second": round(B * T * processes.share.world * given["steps"] / seconds, 1),
+            "losses": [loss.item() for loss in losses],
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "parameters": sum(p.numel() for p in spread.model.parameters()),
+            "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        }
+        if given.get("checkpoints"):
+            found["checkpoints"] = checkpoints(spread, optimizer, processes)
+        if processes.is_main:
+            print("FOUND", json.dumps(found))
+
+
+def checkpoints(spread: Any, optimizer: Any, processes: Any) -> list[dict[str, float]]:
+    """How long some checkpoints hold up the training, and how long they take."""
+    from bdh.data.tokenizer import byte_tokenizer
+    from bdh.training.checkpoint import CheckpointStore, collect
+    from bdh.training.saver import Saver
+
+    def failed(error: OSError) -> None:
+        raise error
+
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        saver = Saver(CheckpointStore(Path(folder), keep=1), byte_tokenizer(), processes)
+        for step in range(1, 5):
+            saver.save(step, collect(spread.model, optimizer, None, spread.names), {"random": {}}, failed)
+            saver.wait()
+            found.append({"pause_seconds": saver.pause_seconds, "write_seconds": saver.write_seconds})
+        saver.close()
+    return found[1:]  # the first makes the copies' room
+
+
+def measure(processes: int, **given: Any) -> dict[str, Any]:
+    """Runs a measurement in so many processes."""
+    usual = {
+        "model": DEFAULT,
+        "distributed": {},
+        "device": "auto",
+        "compile": False,
+        "recompute": False,
+        "bfloat16": True,
+        "warm": 3,
+        "steps": 20,
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launcher, "-m", "benchmarks.scale", "--worker", json.dumps({**usual, **given})]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "8"})
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    if not lines:
+        raise SystemExit(f"{processes} processes, {given}: {done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    found: dict[str, Any] = json.loads(lines[0].removeprefix("FOUND "))
+    print(processes, given, {**found, "losses": found["losses"][-1]}, flush=True)
+    return found
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    return max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True))
+
+
+def copies(gpus: int, sizes: dict[str, Any]) -> dict[str, Any]:
+    given = {"rows": sizes["rows"], "length": sizes["length"], "model": sizes["usual"], "compile": sizes["compile"]}
+    alone = measure(1, **given, checkpoints=True)
+    together = measure(gpus, **given)
+    again = measure(1, **given)
+    speed = (alone["tokens_per_second"] + again["tokens_per_second"]) / 2
+    pauses = [one["pause_seconds"] / one["write_seconds"] for one in alone["checkpoints"]]
+    return {
+        "device": alone["device"],
+        "one_gpu_tokens_per_second": [alone["tokens_per_second"], again["tokens_per_second"]],
+        "tokens_per_second": together["tokens_per_second"],
+        "times_one_gpu": round(together["tokens_per_second"] / speed, 3),
+        "checkpoints": alone["checkpoints"],
+        "largest_pause_share_of_writing": round(max(pauses), 4),
+    }
+
+
+def shards(gpus: int, sizes: dict[str, Any]) -> dict[str, Any]:
+    given = {"rows": 1, "length": sizes["length"], "model": sizes["large"], "recompute": True, "steps": 10}
+    alone = measure(1, **given)
+    together = measure(gpus, **given, distributed={"strategy": "fsdp"})
+    memory = [alone["peak_memory_bytes"] or 1, together["peak_memory_bytes"] or 1]
+    return {
+        "parameters": alone["parameters"],
+        "one_gpu_peak_bytes": memory[0],
+        "peak_bytes_a_gpu": memory[1],
+        "share_of_one_gpu": round(memory[1] / memory[0], 3),
+        "one_gpu_tokens_per_second": alone["tokens_per_second"],
+        "tokens_per_second": together["tokens_per_second"],
+    }
+
+
+def heads(gpus: int, sizes: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, in_bfloat16 in (("bfloat16", True), ("float32", False)):
+        model = {**sizes["large"], "dropout": 0.0}
+        given = {"rows": 2, "length": sizes["length"], "model": model, "recompute": True, "bfloat16": in_bfloat16}
+        given |= {"warm": 3, "steps": 17}
+        alone = measure(1, **given)
+        together = measure(gpus, **given, distributed={"tensor_parallel": gpus})
+        found[name] = {
+            "largest_difference_of_losses": difference(alone, together),
+            "last_losses": [alone["losses"][-1], together["losses"][-1]],
+            "one_gpu_tokens_per_second": alone["tokens_per_second"],
+            "tokens_per_second": together["tokens_per_second"],
+            "one_gpu_peak_bytes": alone["peak_memory_bytes"],
+            "peak_bytes_a_gpu": together["peak_memory_bytes"],
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--only", choices=["copies", "shards", "heads"], help="one of the measurements")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny models, to try it where there is no GPU; saves nothing"
+    )
+    parser.add_argument("--worker", help="for this script's own use")
+    args = parser.parse_args()
+    if args.worker:
+        worker(args)
+        return
+    sizes: dict[str, Any] = {"usual": DEFAULT, "large": LARGE, "rows": 32, "length": 512, "compile": True}
+    if args.small:
+        sizes = {"usual": SMALL, "large": SMALL, "rows": 2, "length": 32, "compile": False}
+    parts = {"copies": copies, "shards": shards, "heads": heads}
+    for name in [args.only] if args.only else list(parts):
+        result = {"gpus": args.gpus, **parts[name](args.gpus, sizes)}
+        print(json.dumps(result, indent=1), flush=True)
+        if not args.small:
+            print(save(f"scale_{name}", result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
