@@ -125,8 +125,8 @@ def measure(processes: int, **given: Any) -> dict[str, Any]:
         "compile": False,
         "recompute": False,
         "bfloat16": True,
-        "warm": 3,
-        "steps": 20,
+        "warm": 8,
+        "steps": 40,
     }
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*launcher, "-m", "benchmarks.scale", "--worker", json.dumps({**usual, **given})]
