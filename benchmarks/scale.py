@@ -8,7 +8,7 @@ from a seed. Writes benchmarks/results/scale_copies.json, scale_shards.json and 
 * copies (DDP), default model, compiled, 32 x 512 tokens a GPU: tokens/s;
 * shards (FSDP2), a model of 1 B parameters, layers recomputed, 1 x 512 tokens a GPU: peak memory a GPU, and tokens/s;
 * heads (tensor parallel), the same model, 2 x 512 tokens, dropout off: losses of 20 steps in bfloat16 and in float32,
-  the largest difference, and tokens/s;
+  with the usual warm-up: the largest difference, and tokens/s;
 * checkpoints of the default model: how long the training waits, and how long the writing takes.
 """
 
@@ -43,7 +43,7 @@ def worker(args: argparse.Namespace) -> None:
     from bdh.model import BDHConfig, BDHForCausalLM
     from bdh.training.config import DistributedConfig, TrainingConfig
     from bdh.training.device import recompute_layers
-    from bdh.training.optimizer import build_optimizer
+    from bdh.training.optimizer import build_optimizer, learning_rate_at
     from bdh.training.processes import Processes
     from bdh.training.spread import Spread
 
@@ -77,6 +77,8 @@ def worker(args: argparse.Namespace) -> None:
                     loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
                 loss.backward()
             spread.clip(1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, TrainingConfig())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())

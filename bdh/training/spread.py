@@ -59,6 +59,8 @@ class Spread:
             self.forward = compiled(self.model)
         if mesh is not None and config.strategy == "ddp" and mesh["replicas"].size() > 1:
             devices = [processes.device] if processes.device.type == "cuda" else None
+            # Or a compiled graph would be cut into pieces, to send what is ready sooner; here nothing is (see above).
+            torch._dynamo.config.optimize_ddp = False
             self.forward = DistributedDataParallel(
                 self.forward,
                 device_ids=devices,
