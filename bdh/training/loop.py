@@ -27,15 +27,19 @@ from bdh.inference.params import SamplingParams
 from bdh.model import BDHConfig, BDHForCausalLM, state_of
 from bdh.model.device import choose_device
 from bdh.training import checkpoint
+from bdh.training.activity import observe_activity
 from bdh.training.config import TrainConfig, compare, validate, with_vocabulary, with_whole_path
 from bdh.training.device import autocast, hardware, recompute_layers, seed_everything
 from bdh.training.evaluation import Evaluation, evaluate
 from bdh.training.export import export_checkpoint
 from bdh.training.folder import RunFolder
+from bdh.training.meter import Meter
+from bdh.training.norms import parameter_figures, weight_histograms
 from bdh.training.optimizer import build_optimizer, learning_rate_at
 from bdh.training.resume import choose_tokenizer, other_place
 from bdh.training.signals import caught_signals
 from bdh.training.state import CarriedState, Outcome, RunState
+from bdh.training.trackers import check_trackers, open_trackers
 from bdh.training.tracking import Tracker, draw_curves
 
 
@@ -53,6 +57,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Outcome:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BDHError("this version of bdh trains in one process; start bdh train without torchrun")
     validate(config)
+    check_trackers(config.logging.trackers)
     try:
         return Trainer(config, resume).run()
     except RuntimeError as error:
@@ -99,6 +104,7 @@ class Trainer:
             if settings.carry_state
             else None
         )
+        self.meter = Meter(config, self.model.config, self.device, isinstance(self.precision(), torch.autocast))
         self.forward_model: Any = self.compiled() if settings.compile else self.model
 
         self.folder.claim(self.config)
@@ -129,6 +135,7 @@ class Trainer:
             reason = " ".join(str(error).split())[:200]
             raise BDHError(f"training.compile is true, but torch.compile does not work here: {reason}") from error
         self.optimizer.zero_grad(set_to_none=True)
+        self.meter.clock.read(1)  # this was none of the run's steps
         return self.forward_model
 
     def restore(self, path: Path) -> None:
@@ -172,6 +179,7 @@ class Trainer:
         said(f"on {hardware(self.device)} in {precision}, into {self.run_dir}")
         for notice in self.notices:
             said(f"notice: {notice}")
+        self.tracker.others = open_trackers(self.config, self.run_dir, state.step, self.tracker.last_step, said)
         if state.step:
             done = "; training.max_steps is reached" if state.step >= settings.max_steps else ""
             said(f"going on from step {state.step} of {settings.max_steps}{done}")
@@ -195,20 +203,24 @@ class Trainer:
         learning_rate = learning_rate_at(state.step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = self.accumulate(self.data.next_batch())
+        with self.meter.clock("data"):
+            batch = self.data.next_batch()
+        loss = self.accumulate(batch)
+        by_parameter = parameter_figures(self.model) if self.due(logging.parameter_interval, state.step + 1) else {}
         clip = settings.gradient_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
         if not np.isfinite(loss) or not np.isfinite(norm):
             raise self.not_finite(f"step {state.step + 1}: the loss is {loss} and the gradient's norm {norm}")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.meter.clock("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         elapsed = time.perf_counter() - started
 
         state.step += 1
         state.tokens += settings.batch_size * self.config.data.block_size
         state.seconds += elapsed
         last = state.step == settings.max_steps
-        if state.step % logging.interval == 0 or last or state.step == 1:
+        if state.step % logging.interval == 0 or last or state.step == 1 or by_parameter:
             self.tracker.step(
                 {
                     "step": state.step,
@@ -218,6 +230,7 @@ class Trainer:
                     "gradient_norm": norm,
                     **self.speed(),
                     "seconds": state.seconds,
+                    **by_parameter,
                 }
             )
         sample_due = logging.sample_interval and (state.step % logging.sample_interval == 0 or last)
@@ -227,14 +240,20 @@ class Trainer:
         if sample_due:
             self.sample()
         if save_due:
-            self.save()
+            with self.meter.clock("checkpoint"):
+                self.save()
+
+    def due(self, interval: int, step: int) -> bool:
+        """Whether something of this interval is due at a step; of an interval of 0 nothing ever is."""
+        return interval > 0 and step % interval == 0
 
     def speed(self) -> dict[str, float]:
-        """Tokens and seconds of a step, averaged since this was last asked; evaluation and saving not counted."""
+        """Figures of a step's work, averaged since this was last asked; evaluation and saving not counted as steps."""
         steps, seconds = self.state.step - self.timed_from[0], self.state.seconds - self.timed_from[1]
         self.timed_from = (self.state.step, self.state.seconds)
         tokens = self.config.training.batch_size * self.config.data.block_size
-        return {"tokens_per_second": steps * tokens / seconds, "seconds_per_step": seconds / steps}
+        rate = steps * tokens / seconds
+        return {"tokens_per_second": rate, "seconds_per_step": seconds / steps, **self.meter.read(steps, rate)}
 
     def accumulate(self, batch: Batch) -> float:
         """Forward and backward over a batch (B, T + 1), in pieces; leaves the gradient of the mean loss, returns it."""
@@ -249,14 +268,15 @@ class Trainer:
             if self.memory is not None:
                 fresh = batch.fresh[number * size : (number + 1) * size].to(self.device)  # (b,)
                 given |= {"use_cache": True, "past_key_values": self.memory.before(number, fresh)}
-            with self.precision():
+            with self.meter.clock("forward"), self.precision():
                 outputs = self.forward_model(inputs, labels=targets, shift_labels=targets, **given)
             if self.memory is not None:
                 state = state_of(outputs)
                 assert state is not None
                 self.memory.after(number, state)
             loss = outputs.loss * (len(part) / len(batch.tokens))
-            loss.backward()
+            with self.meter.clock("backward"):
+                loss.backward()
             total += loss.item()
         return total
 
@@ -292,9 +312,25 @@ class Trainer:
                 "bits_per_byte": result.bits_per_byte,
                 "perplexity_per_byte": result.perplexity_per_byte,
                 "accuracy": result.accuracy,
+                **self.activity(),
                 "evaluation_seconds": time.perf_counter() - started,
             }
         )
+
+    def activity(self) -> dict[str, float]:
+        """How active the neurons are on a few windows of the validation text; trackers that can get histograms too."""
+        windows = self.config.logging.activity_windows
+        detailed = self.tracker.takes_histograms
+        histograms = weight_histograms(self.model) if detailed else {}
+        figures: dict[str, float] = {}
+        if windows:
+            few = ValidationWindows(self.data.validation, self.config.data.block_size, windows)
+            end_of_text = self.tokenizer.eos_token_id if self.apart else None
+            figures, activity = observe_activity(self.model, few, self.precision, end_of_text, detailed)
+            histograms |= activity
+        if histograms:
+            self.tracker.histograms(self.state.step, histograms)
+        return figures
 
     def sample(self) -> None:
         """Lets the model write on from the fixed prompts, with a seed of their own."""
