@@ -56,7 +56,7 @@ def distinct_names(folders: list[Path]) -> list[str]:
     """The shortest ends of the paths that differ from each other."""
     parts = max(len(folder.parts) for folder in folders)
     for length in range(1, parts + 1):
-        names = ["/".join(folder.parts[-length:]).encode("utf-8", "backslashreplace").decode() for folder in folders]
+        names = [str(Path(*folder.parts[-length:])).encode("utf-8", "backslashreplace").decode() for folder in folders]
         if len(set(names)) == len(names):
             return names
     raise AssertionError("paths that are not the same differ somewhere")

@@ -82,9 +82,9 @@ class TensorBoard:
         if not run.resumed:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that never reached a checkpoint
         self.id, self.place = run.name, str(folder)
-        # What was written after the checkpoint is void: readers drop steps from purge_step on.
-        purged = run.first_step + 1 if run.resumed else None
-        self.writer = SummaryWriter(str(folder), purge_step=purged, flush_secs=10)
+        # What was written after the checkpoint is void: where a session starts, readers drop the steps from there on
+        # that earlier sessions wrote; of the first they must know that it was one.
+        self.writer = SummaryWriter(str(folder), purge_step=run.first_step + 1 if run.resumed else 0, flush_secs=10)
         if not run.resumed:
             rows = "".join(f"    {name}: {value}\n" for name, value in run.settings.items())
             self.writer.add_text("configuration", rows, 0)

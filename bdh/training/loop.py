@@ -57,7 +57,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Outcome:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BDHError("this version of bdh trains in one process; start bdh train without torchrun")
     validate(config)
-    check_trackers(config.logging.trackers)
+    check_trackers(config.logging)
     try:
         return Trainer(config, resume).run()
     except RuntimeError as error:

@@ -48,6 +48,8 @@ def peak_flops(device: torch.device, bfloat16: bool) -> float | None:
     """What one device could do in a second at best, None where that is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    found = next((peaks for part, peaks in PEAK_FLOPS.items() if f" {part} " in f" {name.replace('-', ' ')} "), None)
-    return None if found is None else found[0 if bfloat16 else 1]
+    name = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
+    found = next((peaks for part, peaks in PEAK_FLOPS.items() if f" {part} " in name), None)
+    if found is None or " Laptop " in name:
+        return None
+    return found[0 if bfloat16 else 1]

@@ -10,7 +10,7 @@ import json
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,11 @@ from typing import Any
 
 from bdh.errors import BDHError
 from bdh.training.backends import Backend, MLflow, RunIdentity, Samples, TensorBoard, Trackio, WandB
-from bdh.training.config import TrainConfig, flatten
+from bdh.training.config import LoggingConfig, TrainConfig, flatten
 from bdh.training.norms import Histogram
 
 IDS = "trackers.json"
-OPEN_SECONDS = 100  # a service that is out of reach gives up by itself before
+OPEN_SECONDS = 60  # training waits no longer for a service that is out of reach
 CLOSE_SECONDS = 60
 WAITING = 1000  # calls that may wait for a slow service
 
@@ -52,9 +52,9 @@ KINDS = {
 }
 
 
-def check_trackers(names: Iterable[str]) -> None:
+def check_trackers(logging: LoggingConfig) -> None:
     """Refuses trackers whose packages are not installed: BDHError."""
-    for name in names:
+    for name in logging.trackers if logging.tracking_mode != "disabled" else []:
         if any(importlib.util.find_spec(package) is None for package in KINDS[name].packages):
             raise BDHError(f"logging.trackers has {name}, which is not installed: pip install 'bdh[{name}]'")
 

@@ -24,10 +24,10 @@ class Chart {
     this.element = make(
       "figure", { class: "chart" },
       make("figcaption", {}, make("h3", {}, title), ...note, this.reset),
-      make("div", { class: "frame" }, this.svg, this.tip), this.readout,
+      (this.frame = make("div", { class: "frame" }, this.svg, this.tip)), this.readout,
     );
     this.listen();
-    new ResizeObserver(() => this.draw()).observe(this.element);
+    new ResizeObserver(() => this.draw()).observe(this.frame);
   }
 
   get axis() {
@@ -39,7 +39,7 @@ class Chart {
   }
 
   draw() {
-    const width = this.element.clientWidth;
+    const width = this.frame.clientWidth;
     if (!width) return;
     this.width = width;
     this.svg.setAttribute("width", width);
@@ -93,7 +93,7 @@ class Chart {
 
   drawAxes(low, high) {
     const { width, axis } = this, bottom = HEIGHT - BOTTOM;
-    const rows = this.log ? logTicks(...this.range) : ticks(...this.range, 4);
+    const rows = this.log ? logTicks(...this.range) : ticks(...this.range, 6);
     for (const value of rows) {
       const at = this.y(value).toFixed(1);
       const text = words(value, this.options.unit, 3);
@@ -118,7 +118,7 @@ class Chart {
   }
 
   drawLines(smoothing) {
-    const area = { x: LEFT, y: TOP - 4, width: Math.max(0, this.width - LEFT - RIGHT), height: HEIGHT - TOP - BOTTOM + 8 };
+    const area = { x: LEFT - 4, y: TOP - 4, width: Math.max(0, this.width - LEFT - RIGHT + 8), height: HEIGHT - TOP - BOTTOM + 8 };
     const group = draw("g", { "clip-path": `url(#${this.clip})` });
     this.svg.append(draw("clipPath", { id: this.clip }, draw("rect", area)), group);
     for (const line of this.shown) {
@@ -145,7 +145,9 @@ class Chart {
   point(value, height = null, speak = false) {
     if (!this.marks) return;
     this.cursor = value;
-    const found = this.shown.filter((line) => line.xs.length).map((line) => {
+    const near = (this.x.back(this.width) - this.x.back(0)) * 0.02;  // a line that has ended, or not begun, has no say
+    const there = (line) => line.xs.length && value >= line.xs[0] - near && value <= line.xs.at(-1) + near;
+    const found = this.shown.filter(there).map((line) => {
       const i = nearest(line.xs, value);
       return { line, at: line.xs[i], value: line.ys[i] };
     }).filter(({ at, value: v }) => at >= this.x.back(LEFT - 1) && at <= this.x.back(this.width - RIGHT + 1) && !(this.log && v <= 0));

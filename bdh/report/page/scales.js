@@ -32,7 +32,7 @@ function trimmed(value, digits) {
 function words(value, unit, digits = 4) {
   if (unit === "share") return `${trimmed(value * 100, digits)}%`;
   if (unit === "duration") return duration(value);
-  if (unit === "bytes") return `${short(value, digits)}B`;
+  if (unit === "bytes") return short(value, Math.min(digits, 4)).replace(/([kMGT]?)$/, " $1B");
   if (unit === "seconds") return value !== 0 && value < 0.1 ? `${trimmed(value * 1000, digits)} ms` : `${trimmed(value, digits)} s`;
   if (unit === "whole") return value.toLocaleString("en-US");
   return short(value, digits);

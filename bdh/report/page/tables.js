@@ -37,7 +37,7 @@ function bestTable(runs) {
       if (!one) return make("td", {}, "–");
       const best = one.value === top ? [make("span", { class: "badge" }, "best")] : [];
       const step = one.step === null ? how : `${how === "last" ? "last, " : ""}step ${words(one.step, "whole")}`;
-      return make("td", {}, make("b", {}, words(one.value, unitOf(name), 5)), ...best, make("div", { class: "note" }, step));
+      return make("td", {}, make("b", {}, words(one.value, unitOf(name), 4)), ...best, make("div", { class: "note" }, step));
     });
     body.append(make("tr", {}, make("th", { scope: "row" }, title), ...cells));
   }
