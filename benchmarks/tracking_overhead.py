@@ -83,7 +83,10 @@ def main() -> None:
         for number in range(options.turns):
             arm = ARMS[number % len(ARMS)]
             seconds[arm].append(turn(run, config, arm, trackers))
-        looks = {arm: look(run, trackers if arm == "all trackers" else None) for arm in ARMS[1:]}
+        looks = {}
+        for arm, logging, others in (("default", config.logging, None), ("all trackers", every, trackers)):
+            run.config = replace(run.config, logging=logging)
+            looks[arm] = look(run, others)
         trackers.close()
         run.data.close()
         run.folder.release()

@@ -39,7 +39,7 @@ from bdh.training.optimizer import build_optimizer, learning_rate_at
 from bdh.training.resume import choose_tokenizer, other_place
 from bdh.training.signals import caught_signals
 from bdh.training.state import CarriedState, Outcome, RunState
-from bdh.training.trackers import check_trackers, open_trackers
+from bdh.training.trackers import check_trackers, open_trackers, want_histograms
 from bdh.training.tracking import Tracker, draw_curves
 
 
@@ -320,7 +320,7 @@ class Trainer:
     def activity(self) -> dict[str, float]:
         """How active the neurons are on a few windows of the validation text; trackers that can get histograms too."""
         windows = self.config.logging.activity_windows
-        detailed = self.tracker.takes_histograms
+        detailed = want_histograms(self.config.logging)
         histograms = weight_histograms(self.model) if detailed else {}
         figures: dict[str, float] = {}
         if windows:

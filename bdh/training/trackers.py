@@ -59,6 +59,11 @@ def check_trackers(logging: LoggingConfig) -> None:
             raise BDHError(f"logging.trackers has {name}, which is not installed: pip install 'bdh[{name}]'")
 
 
+def want_histograms(logging: LoggingConfig) -> bool:
+    """Whether a tracker takes histograms; by the settings, as all ranks gather them together and one has trackers."""
+    return logging.tracking_mode != "disabled" and any(KINDS[n].backend.takes_histograms for n in logging.trackers)
+
+
 class Courier:
     """Takes calls for one backend and makes them in a thread; the first trouble is kept, and the rest dropped.
 
@@ -128,10 +133,6 @@ class Trackers:
     def __init__(self, couriers: list[Courier], say: Callable[[str], None]):
         self.couriers = couriers
         self.say = say
-
-    @property
-    def take_histograms(self) -> bool:
-        return any(c.trouble is None and c.backend is not None and c.backend.takes_histograms for c in self.couriers)
 
     def scalars(self, record: dict[str, Any]) -> None:
         """A record of metrics.jsonl."""

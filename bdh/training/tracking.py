@@ -144,10 +144,6 @@ class Tracker:
             prompt, continuation = texts[0]
             self.say(f"step {step}  it writes: {' '.join((prompt + continuation).split())[:160]}")
 
-    @property
-    def takes_histograms(self) -> bool:
-        return self.others is not None and self.others.take_histograms
-
     def histograms(self, step: int, histograms: "dict[str, Histogram]") -> None:
         """Histograms of a step, for trackers that have them."""
         if self.others:
