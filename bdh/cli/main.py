@@ -22,6 +22,7 @@ COMMANDS = {
     "tokenizer": "learn a vocabulary from text, look at one, encode and decode",
     "serve": "serve models: the OpenAI API, sessions, and a page to talk to them and watch them think",
     "keys": "make, list and revoke the API keys of a server",
+    "report": "compare runs on one HTML page: curves, settings, samples, neurons",
     "info": "show a model's sizes: parameters, memory, state",
 }
 

@@ -120,6 +120,15 @@ class LoggingConfig:
         sample_prompts: What the samples go on from.
         sample_tokens: Tokens of a sample.
         sample_temperature: Its temperature; 0 always takes the likeliest token.
+        parameter_interval: Steps between norms of each parameter and of its gradient; 0 takes none.
+        activity_windows: Windows of the validation text that are looked into at each validation, for how active the
+            neurons are; 0 looks into none.
+        peak_tflops: What one GPU could do at best, in 10^12 floating-point operations a second, for the model FLOP
+            utilisation; null takes what is known of the GPU.
+        trackers: Where figures go besides the run's folder; each is an extra to install, as pip install 'bdh[wandb]'.
+        tracking_mode: online sends them where the tracker's own settings say; offline keeps them in the run's folder;
+            disabled uses no tracker.
+        project: What trackers group runs by.
     """
 
     interval: int = 10
@@ -127,6 +136,12 @@ class LoggingConfig:
     sample_prompts: list[str] = field(default_factory=lambda: ["The ", "In "])
     sample_tokens: int = 200
     sample_temperature: float = 0.7
+    parameter_interval: int = 100
+    activity_windows: int = 4
+    peak_tflops: float | None = None
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(default_factory=list)
+    tracking_mode: Literal["online", "offline", "disabled"] = "online"
+    project: str = "bdh"
 
 
 @dataclass
@@ -228,6 +243,9 @@ LIMITS: dict[str, Limit] = {
     "distributed.shards": (1, _INF, "[]"),
     "distributed.tensor_parallel": (1, _INF, "[]"),
     "distributed.timeout_seconds": (1, 1e6, "[]"),
+    "logging.parameter_interval": (0, _INF, "[]"),
+    "logging.activity_windows": (0, _INF, "[]"),
+    "logging.peak_tflops": (0, _INF, "()"),
 }
 
 
@@ -276,6 +294,8 @@ def validate(config: TrainConfig) -> None:
     _check_data(config)
     if any(not prompt for prompt in config.logging.sample_prompts):
         raise BDHError("logging.sample_prompts has an empty prompt; each needs a character at least")
+    if not config.logging.project:
+        raise BDHError("logging.project is empty; it must name what trackers group runs by")
     _check_text(config)
 
 
@@ -308,7 +328,10 @@ def _check_text(config: TrainConfig) -> None:
     data = config.data
     texts = {"run_dir": config.run_dir, "data.path": data.path or "", "data.cache_dir": data.cache_dir}
     texts |= {"data.tokenizer": data.tokenizer or "", "data.mixture": "".join(entry.path for entry in data.mixture)}
-    texts |= {"logging.sample_prompts": "".join(config.logging.sample_prompts)}
+    texts |= {
+        "logging.sample_prompts": "".join(config.logging.sample_prompts),
+        "logging.project": config.logging.project,
+    }
     for name, text in texts.items():
         try:
             text.encode("utf-8")

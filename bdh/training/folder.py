@@ -12,7 +12,7 @@ from bdh.training.checkpoint import CheckpointStore
 from bdh.training.config import TrainConfig
 from bdh.training.tracking import write_atomically
 
-LEFTOVERS = ("metrics.jsonl", "samples.md", "loss.png")
+LEFTOVERS = ("metrics.jsonl", "samples.md", "loss.png", "trackers.json")
 
 
 class RunFolder:

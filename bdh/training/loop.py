@@ -27,11 +27,14 @@ from bdh.model import BDHConfig, BDHForCausalLM, state_of
 from bdh.model.card import parameter_count
 from bdh.model.device import choose_device
 from bdh.training import checkpoint
+from bdh.training.activity import observe_activity
 from bdh.training.config import TrainConfig, compare, validate, with_vocabulary, with_whole_path
 from bdh.training.device import autocast, hardware, recompute_layers, seed_everything
 from bdh.training.evaluation import Evaluation, evaluate
 from bdh.training.export import export_checkpoint
 from bdh.training.folder import RunFolder
+from bdh.training.meter import Meter
+from bdh.training.norms import parameter_figures, weight_histograms
 from bdh.training.optimizer import build_optimizer, learning_rate_at
 from bdh.training.processes import Processes
 from bdh.training.resume import by_process, choose_tokenizer, other_place, places_of, restore_random
@@ -39,6 +42,7 @@ from bdh.training.saver import Saver
 from bdh.training.signals import caught_signals
 from bdh.training.spread import Spread, local
 from bdh.training.state import CarriedState, Outcome, RunState
+from bdh.training.trackers import check_trackers, open_trackers, want_histograms
 from bdh.training.tracking import Tracker, draw_curves
 
 
@@ -54,6 +58,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Outcome:
             checkpoint cannot be written.
     """
     validate(config)
+    check_trackers(config.logging)
     with Processes.open(config.distributed, config.training.device) as processes:
         try:
             return Trainer(config, resume, processes).run()
@@ -115,6 +120,7 @@ class Trainer:
             if settings.carry_state
             else None
         )
+        self.meter = Meter(config, BDHConfig(**asdict(config.model)), self.device, in_bfloat16)
         if settings.compile:
             self.try_compiled()
 
@@ -147,6 +153,7 @@ class Trainer:
             reason = " ".join(str(error).split())[:200]
             raise BDHError(f"training.compile is true, but torch.compile does not work here: {reason}") from error
         self.optimizer.zero_grad(set_to_none=True)
+        self.meter.clock.read(1)  # this was none of the run's steps
 
     def restore(self, path: Path) -> None:
         """Takes everything up as the checkpoint left it, and notes what is not as it was."""
@@ -193,6 +200,8 @@ class Trainer:
         said(f"on {self.hardware()} in {precision}, into {self.run_dir}")
         for notice in self.notices:
             said(f"notice: {notice}")
+        if self.processes.is_main:
+            self.tracker.others = open_trackers(self.config, self.run_dir, state.step, self.tracker.last_step, said)
         if state.step:
             done = "; training.max_steps is reached" if state.step >= settings.max_steps else ""
             said(f"going on from step {state.step} of {settings.max_steps}{done}")
@@ -220,19 +229,25 @@ class Trainer:
         learning_rate = learning_rate_at(state.step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = self.accumulate(self.data.next_batch())
+        with self.meter.clock("data"):
+            batch = self.data.next_batch()
+        loss = self.accumulate(batch)
+        by_parameter: dict[str, float] = {}
+        if self.due(logging.parameter_interval, state.step + 1):
+            by_parameter = self.spread.together(parameter_figures(self.model))
         norm = self.spread.clip(settings.gradient_clip or float("inf"))
         if not np.isfinite(loss) or not np.isfinite(norm):
             raise self.not_finite(f"step {state.step + 1}: the loss is {loss} and the gradient's norm {norm}")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.meter.clock("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         elapsed = time.perf_counter() - started
 
         state.step += 1
         state.tokens += settings.batch_size * self.config.data.block_size
         state.seconds += elapsed
         last = state.step == settings.max_steps
-        if state.step % logging.interval == 0 or last or state.step == 1:
+        if state.step % logging.interval == 0 or last or state.step == 1 or by_parameter:
             self.tracker.step(
                 {
                     "step": state.step,
@@ -242,6 +257,7 @@ class Trainer:
                     "gradient_norm": norm,
                     **self.speed(),
                     "seconds": state.seconds,
+                    **by_parameter,
                 }
             )
         sample_due = logging.sample_interval and (state.step % logging.sample_interval == 0 or last)
@@ -251,14 +267,20 @@ class Trainer:
         if sample_due:
             self.sample()
         if save_due:
-            self.save()
+            with self.meter.clock("checkpoint"):
+                self.save()
+
+    def due(self, interval: int, step: int) -> bool:
+        """Whether something of this interval is due at a step; of an interval of 0 nothing ever is."""
+        return interval > 0 and step % interval == 0
 
     def speed(self) -> dict[str, float]:
-        """Tokens and seconds of a step, averaged since this was last asked; evaluation and saving not counted."""
+        """Figures of a step's work, averaged since this was last asked; evaluation and saving not counted as steps."""
         steps, seconds = self.state.step - self.timed_from[0], self.state.seconds - self.timed_from[1]
         self.timed_from = (self.state.step, self.state.seconds)
         tokens = self.config.training.batch_size * self.config.data.block_size
-        return {"tokens_per_second": steps * tokens / seconds, "seconds_per_step": seconds / steps}
+        rate = steps * tokens / seconds
+        return {"tokens_per_second": rate, "seconds_per_step": seconds / steps, **self.meter.read(steps, rate)}
 
     def accumulate(self, batch: Batch) -> float:
         """Forward and backward over this process's rows of a batch (B, T + 1), in pieces.
@@ -278,14 +300,15 @@ class Trainer:
                 fresh = batch.fresh[number * size : (number + 1) * size].to(self.device)  # (b,)
                 given |= {"use_cache": True, "past_key_values": self.memory.before(number, fresh)}
             with self.spread.piece(is_last=number == len(pieces) - 1):
-                with self.precision():
+                with self.meter.clock("forward"), self.precision():
                     outputs = self.spread.forward(inputs, labels=targets, shift_labels=targets, **given)
                 if self.memory is not None:
                     state = state_of(outputs)
                     assert state is not None
                     self.memory.after(number, state)
                 loss = outputs.loss * (len(part) / len(batch.tokens))
-                loss.backward()
+                with self.meter.clock("backward"):
+                    loss.backward()
             total += torch.tensor([outputs.loss.item() * len(part), len(part)], dtype=torch.float64)
         losses, rows = self.processes.sum(total).tolist()
         return losses / rows
@@ -325,9 +348,25 @@ class Trainer:
                 "bits_per_byte": result.bits_per_byte,
                 "perplexity_per_byte": result.perplexity_per_byte,
                 "accuracy": result.accuracy,
+                **self.activity(),
                 "evaluation_seconds": time.perf_counter() - started,
             }
         )
+
+    def activity(self) -> dict[str, float]:
+        """How active the neurons are on a few windows of the validation text; trackers that can get histograms too."""
+        windows = self.config.logging.activity_windows
+        detailed = want_histograms(self.config.logging)
+        histograms = weight_histograms(self.model) if detailed else {}
+        figures: dict[str, float] = {}
+        if windows:
+            few = ValidationWindows(self.data.validation, self.config.data.block_size, windows)
+            end_of_text = self.tokenizer.eos_token_id if self.apart else None
+            figures, activity = observe_activity(self.model, few, self.precision, end_of_text, detailed)
+            histograms |= activity
+        if histograms:
+            self.tracker.histograms(self.state.step, histograms)
+        return self.spread.together(figures)
 
     def sample(self) -> None:
         """Lets the model write on from the fixed prompts, with a seed of their own."""

@@ -155,6 +155,25 @@ class Spread:
             shards *= self.processes.mesh["heads"].size()
         return size // shards
 
+    def together(self, figures: dict[str, float]) -> dict[str, float]:
+        """Figures of the whole model from those of the parts that processes have which share its heads.
+
+        Norms of states and of all parameters are put together as norms, shares of neurons as means; what is of one head
+        is taken from who has it.
+        """
+        mesh = self.processes.mesh
+        if mesh is None or mesh["heads"].size() == 1:
+            return figures
+        parts = self.processes.gather({self.names.whole(name): value for name, value in figures.items()})
+        parts = parts[: mesh["heads"].size()]  # the others have the same
+        found = {}
+        for name in dict.fromkeys(name for part in parts for name in part):
+            values = [part[name] for part in parts if name in part]
+            is_norm = name.startswith("state_norm")
+            found[name] = sum(v * v for v in values) ** 0.5 if is_norm else sum(values) / len(values)
+        each = [value for name, value in found.items() if name.startswith("parameter_norm/")]
+        return {**found, "parameter_norm": sum(v * v for v in each) ** 0.5} if each else found
+
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that is here."""

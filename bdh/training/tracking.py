@@ -7,10 +7,14 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from bdh.training.norms import Histogram
+    from bdh.training.trackers import Trackers
 
 SAMPLE_HEADING = re.compile(r"^## Step (\d+)$", re.MULTILINE)
 
@@ -55,6 +59,10 @@ class Tracker:
 
     A terminal gets a progress bar; anything else gets plain lines. Trouble with the disk is said once and does not end
     the run. Of several processes only the main one writes and says anything.
+
+    Attributes:
+        last_step: The last step that had been logged in this folder, 0 if none; it may lie beyond `first_step`.
+        others: The trackers that get the same figures.
     """
 
     def __init__(self, run_dir: Path, max_steps: int, first_step: int, is_main: bool = True):
@@ -64,6 +72,8 @@ class Tracker:
         self.max_steps = max_steps
         self.console = PatientConsole(highlight=False, soft_wrap=True)
         self.complained = False
+        self.last_step = max((record["step"] for record in read_metrics(self.metrics_path)), default=0)
+        self.others: Trackers | None = None
         self.progress: Progress | None = None
         if not is_main:
             return
@@ -91,6 +101,8 @@ class Tracker:
     ) -> None:
         if self.progress:
             self.progress.stop()
+        if self.others:
+            self.others.close()
 
     def say(self, line: str) -> None:
         """A line for people."""
@@ -104,7 +116,7 @@ class Tracker:
 
     def step(self, record: dict[str, Any]) -> None:
         """The figures of a training step that is logged."""
-        self._append(self.metrics_path, json.dumps(record) + "\n")
+        self._record(record)
         figures = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
         if self.progress:
             self.progress.update(self.task, completed=record["step"], figures=figures)
@@ -117,7 +129,7 @@ class Tracker:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """The figures of a validation."""
-        self._append(self.metrics_path, json.dumps(record) + "\n")
+        self._record(record)
         self.say(
             f"step {record['step']}  validation: loss {record['validation_loss']:.4f}, perplexity "
             f"{record['perplexity']:.2f}, {record['bits_per_byte']:.3f} bits per byte, "
@@ -131,9 +143,21 @@ class Tracker:
             body = "\n".join(f"    {line}" for line in (prompt + continuation).splitlines())
             blocks.append(f"\n{body}\n")
         self._append(self.samples_path, "".join(blocks) + "\n")
+        if self.others and texts:
+            self.others.samples(step, texts)
         if texts:
             prompt, continuation = texts[0]
             self.say(f"step {step}  it writes: {' '.join((prompt + continuation).split())[:160]}")
+
+    def histograms(self, step: int, histograms: "dict[str, Histogram]") -> None:
+        """Histograms of a step, for trackers that have them."""
+        if self.others:
+            self.others.histograms(step, histograms)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._append(self.metrics_path, json.dumps(record) + "\n")
+        if self.others:
+            self.others.scalars(record)
 
     def _append(self, path: Path, text: str) -> None:
         if not self.is_main:

@@ -105,6 +105,12 @@ CASES: dict[str, str] = {
     "train --resume nowhere": "nowhere does not exist; give a run's folder or one of its checkpoints",
     "train --resume emptydir": "emptydir holds no whole checkpoint",
     "train --resume damaged": "damaged holds no whole checkpoint",
+    "train --logging.trackers [wandbx]": "it must be one of tensorboard, wandb, trackio, mlflow; did you mean wandb?",
+    "train --logging.peak_tflops 0": "logging.peak_tflops is 0.0; it must be above 0",
+    "report nowhere": "bdh report: error: nowhere does not exist; give the folder of a run, as runs/quickstart",
+    "report emptydir": "emptydir holds no run: it has neither metrics.jsonl nor config.yaml",
+    "report run run": "run is given twice; leave one out",
+    "report run --output emptydir": "--output emptydir is a folder; name a file, as report.html",
     "train --resume damaged/checkpoints/checkpoint-0000040": "checkpoint-0000040 is damaged: ",
     "train --resume run --model.n_layer 3 --model.n_embd 32": "the checkpoint has another architecture: "
     "model.n_layer 2 -> 3, model.n_embd 16 -> 32",

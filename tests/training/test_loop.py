@@ -21,7 +21,8 @@ from bdh.training.loop import Trainer
 from bdh.training.tracking import read_metrics
 from tests.conftest import TEXT, TINY, Run, environment, run_bdh
 
-CLOCK = {"seconds", "seconds_per_step", "tokens_per_second", "evaluation_seconds"}
+CLOCK = {"seconds", "seconds_per_step", "tokens_per_second", "evaluation_seconds", "memory_bytes"}
+CLOCK |= {f"{part}_seconds" for part in ("data", "forward", "backward", "optimizer", "checkpoint")}
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
