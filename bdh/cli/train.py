@@ -11,7 +11,8 @@ from bdh.training.config import TrainConfig
 DESCRIPTION = (
     "Train a model. A setting is taken from its flag, else from the last --config file that has it, else from its "
     "environment variable BDH_SECTION__FIELD, else it is the default. --resume continues the run in run_dir; "
-    "--resume PATH continues that run or checkpoint, with the settings it was saved with unless others are given."
+    "--resume PATH continues that run or checkpoint, with the settings it was saved with unless others are given. "
+    "--init_from DIR fine-tunes an export: its sizes and its tokenizer come with it."
 )
 
 
@@ -27,9 +28,19 @@ def run(argv: list[str]) -> int:
         help="go on from the latest checkpoint of run_dir, or from PATH: a run or one of its checkpoints",
     )
     parsed = parser.parse_args(without_print_config(argv))
-    if parsed.resume is None:
-        return finish(build_config(parser, parser.parse_args(argv)), None)
-    return resume(parser, parsed, argv)
+    if parsed.resume is not None:
+        return resume(parser, parsed, argv)
+    if parsed.init_from:
+        argv = after(parsed, argv)
+    return finish(build_config(parser, parser.parse_args(argv)), None)
+
+
+def after(parsed: Any, argv: list[str]) -> list[str]:
+    """A command line that has underneath it what follows from the model to begin with."""
+    from bdh.training.init_from import starting_settings
+
+    settings = starting_settings(parsed.init_from, parsed.data.tokenizer)
+    return ["--config", json.dumps(settings), *argv, "--init_from", settings["init_from"]]
 
 
 def resume(parser: Parser, parsed: Any, argv: list[str]) -> int:

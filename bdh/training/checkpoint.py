@@ -47,6 +47,7 @@ NAME = re.compile(r"(?:superseded-\d+-)?checkpoint-(\d{7,})")
 FORMAT = 2
 READABLE = (1, 2)  # 1 had no tokenizer and another order of the text
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what is frozen is read from elsewhere
 
 
 class CheckpointStore:
@@ -208,7 +209,7 @@ def load(
     state = read_state(path)
     tensors = _tensors(model, optimizer, carried)
     _read_tensors(path, tensors)
-    set_model_state_dict(model, _under("model.", tensors))
+    set_model_state_dict(model, _under("model.", tensors), options=_TRAINED)
     settings = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     set_optimizer_state_dict(model, optimizer, {**settings, **_under("optimizer.", tensors)}, options=_FLAT)
     restore_random_state(state["random"])
@@ -224,7 +225,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """Puts a checkpoint's weights, nothing else, into a model of its architecture."""
     tensors = _model_tensors(model)
     _read_tensors(path, tensors)
-    set_model_state_dict(model, _under("model.", tensors))
+    set_model_state_dict(model, _under("model.", tensors), options=_TRAINED)
 
 
 def find_checkpoint(
@@ -292,7 +293,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    weights: dict[str, Any] = get_model_state_dict(model)
+    weights: dict[str, Any] = get_model_state_dict(model, options=_TRAINED)
     return {f"model.{name}": tensor for name, tensor in weights.items()}
 
 

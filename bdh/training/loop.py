@@ -18,11 +18,11 @@ import torch
 import transformers
 
 from bdh import __version__
-from bdh.data.blocks import ValidationWindows, document_ids
+from bdh.data.blocks import ValidationWindows, document_ids, inputs_and_targets
 from bdh.data.loader import Batch, open_data
 from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
-from bdh.inference.llm import sample_texts
+from bdh.inference.llm import sample_answers, sample_texts
 from bdh.inference.params import SamplingParams
 from bdh.model import BDHConfig, BDHForCausalLM, state_of
 from bdh.model.device import choose_device
@@ -32,6 +32,8 @@ from bdh.training.device import autocast, hardware, recompute_layers, seed_every
 from bdh.training.evaluation import Evaluation, evaluate
 from bdh.training.export import export_checkpoint
 from bdh.training.folder import RunFolder
+from bdh.training.init_from import check_start, load_start
+from bdh.training.lora import add_adapters, check_peft, load_base
 from bdh.training.optimizer import build_optimizer, learning_rate_at
 from bdh.training.resume import choose_tokenizer, other_place
 from bdh.training.signals import caught_signals
@@ -80,6 +82,10 @@ class Trainer:
         self.resumed_from = resume
         self.config = config
         self.notices = [] if saved is None else compare(saved["config"], with_whole_path(config))
+        if config.init_from is not None and saved is None:
+            self.notices += check_start(config, self.tokenizer)
+        if config.lora.rank:
+            check_peft()
 
         self.data = open_data(
             config.data, self.tokenizer, settings.batch_size, settings.seed, settings.carry_state, say=self.announce
@@ -90,6 +96,7 @@ class Trainer:
         self.windows = ValidationWindows(self.data.validation, config.data.block_size, settings.eval_windows)
         seed_everything(settings.seed)
         self.model = BDHForCausalLM(BDHConfig(**asdict(config.model))).to(self.device)
+        self.base = self.begin_with(saved)
         if settings.gradient_checkpointing:
             recompute_layers(self.model)
         self.optimizer = build_optimizer(self.model, settings)
@@ -114,6 +121,21 @@ class Trainer:
         """Says what is being prepared, before there is anything to log."""
         with suppress(OSError):  # what is said here is no reason to stop
             print(line, flush=True)
+
+    def begin_with(self, saved: dict[str, Any] | None) -> str | None:
+        """Fills the model that a run begins with, if there is one, and adds adapters; returns the base's fingerprint.
+
+        A run that goes on has all weights in its checkpoint, but with adapters, which are all that is saved there.
+        """
+        start, lora = self.config.init_from, self.config.lora
+        if start is None or (saved is not None and not lora.rank):
+            return None
+        if not lora.rank:
+            load_start(self.model, Path(start))
+            return None
+        base = load_base(self.model, Path(start), None if saved is None else saved["base"])
+        add_adapters(self.model, lora)
+        return base
 
     def compiled(self) -> Any:
         """The model through torch.compile, tried on a step of the real shape. Raises BDHError where that fails."""
@@ -168,7 +190,9 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         precision = "bfloat16" if isinstance(self.precision(), torch.autocast) else "float32"
         text = "a stream of text" if self.data.train_tokens is None else f"{self.data.train_tokens:,} tokens of text"
-        said(f"{parameters:,} parameters, {text}, {sequences}")
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        share = "" if trained == parameters else f", {trained:,} of them trained"
+        said(f"{parameters:,} parameters{share}, {text}, {sequences}")
         said(f"on {hardware(self.device)} in {precision}, into {self.run_dir}")
         for notice in self.notices:
             said(f"notice: {notice}")
@@ -195,7 +219,8 @@ class Trainer:
         learning_rate = learning_rate_at(state.step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = self.accumulate(self.data.next_batch())
+        batch = self.data.next_batch()
+        loss = self.accumulate(batch)
         clip = settings.gradient_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
         if not np.isfinite(loss) or not np.isfinite(norm):
@@ -216,6 +241,7 @@ class Trainer:
                     "loss": loss,
                     "learning_rate": learning_rate,
                     "gradient_norm": norm,
+                    **({"answer_tokens": batch.predicted} if self.config.data.has_chats() else {}),
                     **self.speed(),
                     "seconds": state.seconds,
                 }
@@ -237,13 +263,19 @@ class Trainer:
         return {"tokens_per_second": steps * tokens / seconds, "seconds_per_step": seconds / steps}
 
     def accumulate(self, batch: Batch) -> float:
-        """Forward and backward over a batch (B, T + 1), in pieces; leaves the gradient of the mean loss, returns it."""
+        """Forward and backward over a batch (B, T + 1), in pieces; leaves the gradient of the mean loss, returns it.
+
+        The mean is over the tokens to predict of the whole batch, however they fall into pieces: each piece gives its
+        sum, divided by the number of them all. Processes that share a batch have to add up that number, here and
+        nowhere else, and to divide it by how many they are where gradients are averaged over processes, not summed.
+        """
         total = 0.0
+        predicted = torch.tensor(max(batch.predicted, 1), device=self.device)
         size, end_of_text = self.piece_size(), self.tokenizer.eos_token_id
         for number, part in enumerate(batch.tokens.split(size)):
             part = part.to(self.device, non_blocking=True)  # (b, T + 1)
-            inputs, targets = part[:, :-1], part[:, 1:].contiguous()  # (b, T) each
-            given: dict[str, Any] = {"use_cache": False}
+            inputs, targets = inputs_and_targets(part)  # (b, T) each
+            given: dict[str, Any] = {"use_cache": False, "num_items_in_batch": predicted}
             if self.apart:
                 given["document_ids"] = document_ids(inputs, end_of_text)  # (b, T)
             if self.memory is not None:
@@ -255,9 +287,8 @@ class Trainer:
                 state = state_of(outputs)
                 assert state is not None
                 self.memory.after(number, state)
-            loss = outputs.loss * (len(part) / len(batch.tokens))
-            loss.backward()
-            total += loss.item()
+            outputs.loss.backward()
+            total += outputs.loss.item()
         return total
 
     def piece_size(self) -> int:
@@ -292,6 +323,7 @@ class Trainer:
                 "bits_per_byte": result.bits_per_byte,
                 "perplexity_per_byte": result.perplexity_per_byte,
                 "accuracy": result.accuracy,
+                **({"validation_answer_tokens": result.tokens} if self.config.data.has_chats() else {}),
                 "evaluation_seconds": time.perf_counter() - started,
             }
         )
@@ -304,8 +336,11 @@ class Trainer:
             temperature=logging.sample_temperature,
             seed=(self.config.training.seed + self.state.step) % 2**63,
         )
-        texts = sample_texts(self.model, self.tokenizer, logging.sample_prompts, params)
-        self.tracker.samples(self.state.step, list(zip(logging.sample_prompts, texts, strict=True)))
+        chat = self.config.data.has_chats()
+        write = sample_answers if chat else sample_texts
+        texts = write(self.model, self.tokenizer, logging.sample_prompts, params)
+        said = [prompt + "\n" * chat for prompt in logging.sample_prompts]
+        self.tracker.samples(self.state.step, list(zip(said, texts, strict=True)))
 
     # ----------------------------------------------------------------------------------- checkpoints and endings
 
@@ -345,6 +380,7 @@ class Trainer:
             "data": self.data.source.state_dict(),
             "text": self.data.identity,
             "config": asdict(self.config),
+            "base": self.base,
             "hardware": hardware(self.device),
             "versions": {
                 "bdh": __version__,
@@ -365,7 +401,8 @@ class Trainer:
             self.tracker.say(f"notice: {line}")
         best = checkpoint.find_checkpoint(self.run_dir, prefer="best", report=self.tracker.say)
         try:
-            export_checkpoint(best, self.run_dir / "model")
+            base = self.config.init_from
+            export_checkpoint(best, self.run_dir / "model", None if base is None else Path(base))
         except BDHError as error:
             raise BDHError(
                 f"{best} is saved, but {error}; make room, then: bdh export {best} {self.run_dir / 'model'}"
