@@ -112,7 +112,7 @@ MISTAKES = {
     "--data.corpus shakespear": "data.corpus is shakespear; it must be one of pydoc, stdlib, shakespeare; did you mean "
     "shakespeare?",
     "--config quikstart": "does not exist; did you mean quickstart?",
-    "--config nowhere/at_all.yaml": "does not exist; ready ones are c4-en, chat, fineweb-edu, large, openwebtext, quick",
+    "--config nowhere/at_all.yaml": "does not exist; ready ones are c4-en, chat, fineweb-edu, large, openwebtext, qu",
     "--run_dir=": "run_dir is empty; it must name a folder for the run",
     "stray": "stray is not an option",
     "--training.max_step 5": "--training.max_step is not an option; did you mean --training.max_steps?",
