@@ -66,7 +66,7 @@ def run(argv: list[str]) -> int:
         result = evaluate(
             model,
             windows,
-            size / len(tokens),
+            size / max(tokens.predicted(), 1),
             args.batch_size,
             lambda: autocast(settings, device),
             lambda done: progress.update(task, completed=done),
@@ -80,6 +80,7 @@ def run(argv: list[str]) -> int:
             f"{name}: loss {result.loss:.4f} nats a token, perplexity {result.perplexity:.3f}, "
             f"{result.bits_per_byte:.4f} bits per byte, perplexity per byte {result.perplexity_per_byte:.4f}, "
             f"accuracy {result.accuracy:.2%} "
-            f"({result.tokens:,} tokens in windows of {windows.block_size})"
+            f"({result.tokens:,} {'tokens of answers' if data.has_chats() else 'tokens'} in windows of "
+            f"{windows.block_size})"
         )
     return 0

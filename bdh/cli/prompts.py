@@ -144,7 +144,7 @@ def read_object(line: str) -> dict[str, Any]:
 
 def understand(record: dict[str, Any], given: Mapping[str, Any], index: int) -> tuple[Any, "SamplingParams"]:
     """What to go on from, and how. Raises BDHError."""
-    from bdh.inference.chat_format import check_messages
+    from bdh.data.chat_format import check_messages
     from bdh.inference.params import SamplingParams
 
     own = {name: value for name, value in record.items() if name in SETTINGS and value is not None}

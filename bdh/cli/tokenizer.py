@@ -146,7 +146,7 @@ def info(argv: list[str]) -> int:
         "text": name,
         "text_bytes": size,
         "text_tokens": len(tokens),
-        "bytes_per_token": size / len(tokens),
+        "bytes_per_token": size / max(tokens.predicted(), 1),
     }
     if args.json:
         print(json.dumps(facts))

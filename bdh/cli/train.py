@@ -15,7 +15,7 @@ DESCRIPTION = (
     "--resume PATH continues that run or checkpoint, with the settings it was saved with unless others are given; "
     "--resume auto continues the run in run_dir if there is one, and begins it else, for whoever starts the same line "
     "again. Several processes: torchrun --nproc-per-node=N -m bdh train …; those that torchrun starts again go on from "
-    "the last checkpoint."
+    "the last checkpoint. --init_from DIR fine-tunes an export: its sizes and its tokenizer come with it."
 )
 
 
@@ -36,9 +36,19 @@ def run(argv: list[str]) -> int:
     elif parsed.resume and started_again() and parsed.run_dir != TrainConfig().run_dir:
         # It went on from elsewhere, and may have come further by now.
         parsed.resume = "" if has_checkpoint(Path(parsed.run_dir)) else parsed.resume
-    if parsed.resume is None:
-        return finish(build_config(parser, parser.parse_args(argv)), None)
-    return resume(parser, parsed, argv)
+    if parsed.resume is not None:
+        return resume(parser, parsed, argv)
+    if parsed.init_from:
+        argv = after(parsed, argv)
+    return finish(build_config(parser, parser.parse_args(argv)), None)
+
+
+def after(parsed: Any, argv: list[str]) -> list[str]:
+    """A command line that has underneath it what follows from the model to begin with."""
+    from bdh.training.init_from import starting_settings
+
+    settings = starting_settings(parsed.init_from, parsed.data.tokenizer)
+    return ["--config", json.dumps(settings), *argv, "--init_from", settings["init_from"]]
 
 
 def started_again() -> bool:

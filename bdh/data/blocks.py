@@ -205,6 +205,12 @@ def generator(seed: int, stream: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64), counter=[0, 0, 0, number]))
 
 
+def inputs_and_targets(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What is read and what is predicted of rows (B, T + 1): (B, T) each, targets -100 where nothing is predicted."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (B, T) each
+    return torch.where(inputs < 0, ~inputs, inputs), torch.where(targets < 0, -100, targets)
+
+
 def document_ids(inputs: Tensor, end_of_text: int) -> Tensor:
     """Which document each token is of, counted from the one that a row goes on with: 0, …; (B, T) -> (B, T) int64.
 

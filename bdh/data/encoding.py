@@ -38,6 +38,11 @@ class Encoder:
         else:
             self.ending = np.array([self.end_of_text], dtype=self.dtype)
 
+    @property
+    def key(self) -> list[Any]:
+        """What decides, with a text, on its tokens."""
+        return [self.backend.to_str(), self.end_of_text]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.backend.encode_special_tokens = True  # a pickled tokenizer forgets it

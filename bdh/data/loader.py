@@ -12,9 +12,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from bdh.data.blocks import ALONE, BlockSource, Lanes, Mixture, PackedBlocks, Share
+from bdh.data.chat import ChatEncoder, messages_of
 from bdh.data.corpora import load_corpus
 from bdh.data.encoding import Encoder
-from bdh.data.prepare import Counts, Prepared, Rows, characters, cut, prepare, prepare_texts, tally
+from bdh.data.prepare import (
+    Counts,
+    Prepared,
+    characters,
+    cut,
+    cut_between,
+    prepare,
+    prepare_texts,
+    rows_encoder,
+    tally,
+)
 from bdh.data.settings import DataConfig, SourceConfig
 from bdh.data.stream import CarriedLanes, Reader, StreamSettings, WindowedBlocks, is_held_out
 from bdh.data.tokens import Documents, Tokens
@@ -30,12 +41,18 @@ class Batch:
     """Rows of a step.
 
     Attributes:
-        tokens: Ids, (B, T + 1) int64: columns 0..T-1 are inputs, 1..T their targets.
+        tokens: Ids, (B, T + 1) int64: columns 0..T-1 are inputs, 1..T their targets; ~id is read and not predicted
+            (`inputs_and_targets` takes them apart).
         fresh: Whether a row begins anew, or goes on from the same row of the step before, (B,) bool.
     """
 
     tokens: Tensor
     fresh: Tensor
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens are to be predicted."""
+        return int((self.tokens[:, 1:] >= 0).sum())
 
 
 @dataclass
@@ -46,7 +63,7 @@ class TrainingData:
         source: Where the rows come from.
         batch_size: Rows of this process in a step.
         validation: The tokens to validate on.
-        validation_bytes_per_token: UTF-8 bytes a validation token stands for, on average.
+        validation_bytes_per_token: UTF-8 bytes that a predicted validation token stands for, on average.
         train_tokens: Tokens of an epoch; None for a stream.
         identity: What tells this text from another; plain values.
         remarks: Lines about what was read.
@@ -105,11 +122,17 @@ def open_data(
         BDHError: A source cannot be read, or is too short for a block.
     """
     encoder = Encoder(tokenizer)
-    if (carry_state or not config.cross_documents) and encoder.end_of_text is None:
+    apart = carry_state or not config.cross_documents
+    if apart and encoder.end_of_text is None:
         setting = "training.carry_state true" if carry_state else "data.cross_documents false"
         raise BDHError(
             f"{setting} needs to know where documents end, and the tokenizer has no end-of-text token; make one that "
             "has: bdh tokenizer train --kind bytes --output DIR, then --data.tokenizer DIR"
+        )
+    if apart and config.has_chats() and ChatEncoder(tokenizer).ends_turns_with_documents:
+        raise BDHError(
+            f"the chat template ends turns with {tokenizer.eos_token}, which ends documents too, so conversations "
+            "cannot be told apart; leave out data.cross_documents false and training.carry_state"
         )
     if batch_size % share.world:
         raise BDHError(f"training.batch_size is {batch_size}; it must be a multiple of the {share.world} processes")
@@ -123,7 +146,7 @@ def open_data(
         rows,
         batch_size // share.world,
         validation,
-        sum(part.validation_bytes for part in parts) / max(len(validation), 1),
+        sum(part.validation_bytes for part in parts) / max(validation.predicted(), 1),
         None if config.streaming else sum(part.train_tokens or 0 for part in parts),
         parts[0].identity if len(parts) == 1 else {"mixture": [part.identity for part in parts]},
         [line for part in parts for line in part.remarks],
@@ -173,15 +196,28 @@ def _texts_of(source: SourceConfig, config: DataConfig) -> Iterator[str]:
     rows: Any = open_source(source, config.streaming)
     share = 1.0 if source.validation_split else config.train_split
     with explained(source):
-        room = math.inf if config.streaming else share * characters(rows)
+        if config.streaming:
+            room = math.inf
+        elif source.chat:
+            room = share * sum(len(said(row["text"])) for row in rows)
+        else:
+            room = share * characters(rows)
         for row in rows:
-            text = row["text"] or ""
-            if config.streaming and is_held_out(row.get("key", text), share):
+            text = said(row["text"]) if source.chat else row["text"] or ""
+            if config.streaming and is_held_out(row.get("key", row["text"] or ""), share):
                 continue
             yield text[: int(min(room, len(text)))]
             room -= len(text)
             if room <= 0:
                 return
+
+
+def said(conversation: Any) -> str:
+    """What is said in a conversation, one message after another; nothing if it is none that can be used."""
+    try:
+        return "\n".join(message["content"] for message in messages_of(conversation))
+    except BDHError:
+        return ""
 
 
 @dataclass
@@ -200,7 +236,10 @@ class _Opener:
     def corpus(self) -> _Part:
         if self.config.streaming:
             raise BDHError("data.streaming true needs data.path or data.mixture; a corpus by name is read at once")
-        return self._still(self.prepared_corpus(), None, self.config.corpus, 1)
+        return self._still(self.prepared_corpus(), None, self.config.corpus, 1, False)
+
+    def encoder_of(self, source: SourceConfig) -> Encoder:
+        return ChatEncoder(self.tokenizer) if source.chat else self.encoder
 
     def prepared_corpus(self) -> Prepared:
         return prepare_texts(load_corpus(self.config.corpus, self.config.cache_dir), self.encoder)
@@ -210,7 +249,7 @@ class _Opener:
             return self._streamed(source, stream)
         text = self.prepared(source, source.split)
         held_out = self.prepared(source, source.validation_split) if source.validation_split else None
-        return self._still(text, held_out, source.path, stream)
+        return self._still(text, held_out, source.path, stream, source.chat)
 
     def prepared(self, source: SourceConfig, split: str) -> Prepared:
         """All tokens of a split, from the cache or made now."""
@@ -218,16 +257,20 @@ class _Opener:
 
         rows: Any = open_source(source, streaming=False, split=split)
         with explained(source):
-            text = prepare(rows, self.encoder, self.config.num_proc)
+            text = prepare(rows, self.encoder_of(source), self.config.num_proc)
+        if text.counts.unusable and not text.counts.documents:
+            raise BDHError(f"data: {source.path} holds no conversation that can be used; {text.counts.problem}")
         how = "found tokenized in the cache" if text.cached else "tokenized"
         self.say(f"{source.path} ({split}): {len(text.tokens):,} tokens {how}")
         return text
 
-    def _still(self, text: Prepared, held_out: Prepared | None, name: str, stream: int) -> _Part:
+    def _still(self, text: Prepared, held_out: Prepared | None, name: str, stream: int, chat: bool) -> _Part:
         """A source that lies still: all of it tokenized."""
         config = self.config
         remarks = text.counts.remarks(name)
-        if held_out is None:
+        if held_out is None and chat:
+            train, validation, size = cut_between(text, config.train_split)
+        elif held_out is None:
             train, validation, size = cut(text, config.train_split, self.tokenizer, self.encoder)
         else:
             train, validation, size = text.documents, held_out.tokens, int(held_out.row_bytes.sum())
@@ -269,7 +312,7 @@ class _Opener:
         share = 1.0 if split else config.train_split
         open_source(source, streaming=True)  # what is wrong with it is wrong now, not in another process
         settings = StreamSettings(
-            source, self.encoder, config.block_size, config.shuffle_blocks, share, self.seed, stream
+            source, self.encoder_of(source), config.block_size, config.shuffle_blocks, share, self.seed, stream
         )
         readers = 1 if self.carry_state else max(config.num_workers, 1)
         total = self.share.world * readers
@@ -299,7 +342,7 @@ class _Opener:
         """
         from bdh.data.sources import explained, open_source
 
-        encode, counts = Rows(self.encoder), Counts()
+        encode, counts = rows_encoder(self.encoder_of(source)), Counts()
         arrays: list[np.ndarray] = []
         total = size = read = 0
         rows: Any = open_source(source, True, source.validation_split, ask_hub=False, readers=readers)

@@ -139,12 +139,19 @@ def json_rows(parts: list[Part], column: str) -> Iterator[dict[str, Any]]:
         yield {"text": value}
 
 
-def json_text_columns(parts: list[Part]) -> list[str]:
-    """The names under which the first hundred lines hold texts. Raises BDHError for what is not JSON lines."""
+def json_chats(parts: list[Part], column: str) -> Iterator[dict[str, Any]]:
+    """As `json_rows`, of conversations: what stands under `column`, whatever it is, as JSON again."""
+    for _, _, row in _objects(parts):
+        value = row.get(column) if isinstance(row, dict) else row
+        yield {"text": None if value is None else json.dumps(value)}
+
+
+def json_columns(parts: list[Part], kind: type = str) -> list[str]:
+    """The names under which the first hundred lines hold a kind of value. Raises BDHError for what is no JSON lines."""
     names: dict[str, None] = {}
     for _, _, row in islice(_objects(parts), 100):
         found = row.items() if isinstance(row, dict) else [("text", row)]
-        names.update({name: None for name, value in found if isinstance(value, str)})
+        names.update({name: None for name, value in found if isinstance(value, kind)})
     return list(names)
 
 

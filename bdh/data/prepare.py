@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from bdh.data.chat import ChatEncoder, ChatRows
 from bdh.data.encoding import Encoder, encode_utf8
 from bdh.data.failures import cache_folder
 from bdh.data.tokens import Documents, Tokens
@@ -32,16 +33,22 @@ class Counts:
         documents: Documents with text.
         empty: Rows without any, which are skipped.
         replaced: Rows in which U+FFFD stands, as for bytes that were not UTF-8.
+        unusable: Conversations that cannot be used, which are skipped.
+        problem: Why the first of them cannot.
     """
 
     documents: int = 0
     empty: int = 0
     replaced: int = 0
+    unusable: int = 0
+    problem: str = ""
 
     def add(self, other: "Counts") -> None:
         self.documents += other.documents
         self.empty += other.empty
         self.replaced += other.replaced
+        self.unusable += other.unusable
+        self.problem = self.problem or other.problem
 
     def remarks(self, name: str) -> list[str]:
         """What is worth a line."""
@@ -50,6 +57,11 @@ class Counts:
             lines.append(f"{name}: {self.empty:,} empty documents are skipped, {self.documents:,} are read")
         if self.replaced:
             lines.append(f"{name}: {self.replaced:,} pieces of text hold bytes that are not UTF-8, now U+FFFD")
+        if self.unusable:
+            lines.append(
+                f"{name}: {self.unusable:,} conversations cannot be used and are skipped, {self.documents:,} are read; "
+                f"the first: {self.problem}"
+            )
         return lines
 
 
@@ -76,6 +88,11 @@ class Prepared:
         return self.documents.tokens
 
 
+def rows_encoder(encoder: Encoder) -> "Rows | ChatRows":
+    """What encodes batches of rows: of texts, or of conversations."""
+    return ChatRows(encoder) if isinstance(encoder, ChatEncoder) else Rows(encoder)
+
+
 class Rows:
     """Encodes a batch of rows; what `datasets` maps with. It can be pickled."""
 
@@ -100,11 +117,14 @@ class Rows:
 
 def tally(counts: Counts, encoded: dict[str, list[Any]]) -> None:
     """Adds a batch to what was read."""
+    marks = encoded["mark"]
     counts.add(
         Counts(
-            documents=sum(last and mark != 1 for last, mark in zip(encoded["ends"], encoded["mark"], strict=True)),
-            empty=encoded["mark"].count(1),
-            replaced=encoded["mark"].count(2),
+            documents=sum(last and mark not in (1, 3) for last, mark in zip(encoded["ends"], marks, strict=True)),
+            empty=marks.count(1),
+            replaced=marks.count(2),
+            unusable=marks.count(3),
+            problem=next(filter(None, encoded.get("problem", [])), ""),
         )
     )
 
@@ -134,9 +154,11 @@ def prepare(dataset: Any, encoder: Encoder, num_proc: int | None) -> Prepared:
     target = _cache_file(dataset, fingerprint)
     cached = target is not None and any(target.parent.glob(f"{target.stem}*{target.suffix}"))
     kinds = {"tokens": List(Value(str(encoder.dtype))), "bytes": Value("int64"), "mark": Value("int8")}
+    if isinstance(encoder, ChatEncoder):
+        kinds["problem"] = Value("string")
     with _one_thread_each(workers > 1):
         mapped = dataset.map(
-            Rows(encoder),
+            rows_encoder(encoder),
             batched=True,
             batch_size=batch,
             writer_batch_size=batch,
@@ -152,7 +174,12 @@ def prepare(dataset: Any, encoder: Encoder, num_proc: int | None) -> Prepared:
         arrays.append(chunk.flatten().to_numpy())
         lengths.append(np.diff(chunk.offsets.to_numpy()))
     ends, sizes, marks = (mapped.data.column(name).to_numpy() for name in ("ends", "bytes", "mark"))
-    return _prepared(arrays, np.concatenate([np.empty(0, np.int64), *lengths]), ends, sizes, marks, encoder, cached)
+    all_lengths = np.concatenate([np.empty(0, np.int64), *lengths])
+    prepared = _prepared(arrays, all_lengths, ends, sizes, marks, encoder, cached)
+    if unusable := np.flatnonzero(marks == 3).tolist():
+        problem = f"row {unusable[0] + 1}: {mapped.data.column('problem')[unusable[0]]}"
+        prepared.counts.add(Counts(unusable=len(unusable), problem=problem))
+    return prepared
 
 
 def _prepared(
@@ -168,7 +195,8 @@ def _prepared(
     row_ends = np.cumsum(lengths, dtype=np.int64)
     sizes, marks, ends = np.array(sizes, dtype=np.int64), np.asarray(marks), np.asarray(ends, dtype=bool)
     last = ends & (lengths > 0)  # (rows,) rows that end a document
-    if encoder.end_of_text is None and last.any() and np.flatnonzero(lengths)[-1] == np.flatnonzero(last)[-1]:
+    text = not isinstance(encoder, ChatEncoder)
+    if text and encoder.end_of_text is None and last.any() and np.flatnonzero(lengths)[-1] == np.flatnonzero(last)[-1]:
         extra = len(encoder.ending)  # an empty line between documents, none after the last
         tokens = tokens.slice(0, len(tokens) - extra)
         row_ends = np.minimum(row_ends, len(tokens))
@@ -205,6 +233,18 @@ def cut(
     return train, prepared.tokens.slice(place, total), size
 
 
+def cut_between(prepared: Prepared, share: float) -> tuple[Documents, Tokens, int]:
+    """As `cut`, of conversations, none of which is cut in two; the bytes are those of answers."""
+    total = len(prepared.tokens)
+    ends = prepared.documents.starts[1:]  # (documents - 1,) places between two of them
+    if not len(ends):
+        return prepared.documents, prepared.tokens.slice(total, total), 0
+    place = int(ends[np.abs(ends - total * share).argmin()])
+    row = int(np.searchsorted(prepared.row_ends, place, side="left"))  # the last one before the place
+    size = int(prepared.row_bytes[row + 1 :].sum())
+    return prepared.documents.slice(0, place), prepared.tokens.slice(place, total), size
+
+
 def byte_count(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> int:
     """UTF-8 bytes that tokens stand for, as they are decoded; special tokens stand for none."""
     ids = tokens.read(0, len(tokens)).tolist()
@@ -214,7 +254,7 @@ def byte_count(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> int:
 def _fingerprint(dataset: Any, encoder: Encoder) -> str:
     from datasets.fingerprint import Hasher
 
-    return Hasher.hash([dataset._fingerprint, encoder.backend.to_str(), encoder.end_of_text, LAYOUT])
+    return Hasher.hash([dataset._fingerprint, *encoder.key, LAYOUT])
 
 
 def _cache_file(dataset: Any, fingerprint: str) -> Path | None:

@@ -16,6 +16,7 @@ class SourceConfig:
         validation_split: Which split to validate on; null cuts validation off the training split.
         revision: Branch, tag or commit of a dataset on the hub.
         text_column: The column with the text; null takes the only one there is.
+        chat: Whether it is conversations.
     """
 
     path: str
@@ -25,6 +26,7 @@ class SourceConfig:
     validation_split: str | None = None
     revision: str | None = None
     text_column: str | None = None
+    chat: bool = False
 
 
 @dataclass
@@ -39,7 +41,10 @@ class DataConfig:
         split: Which split of a dataset to train on.
         validation_split: Which split of the dataset to validate on; null cuts data.train_split off the training split.
         revision: Branch, tag or commit of a dataset on the hub.
-        text_column: The column with the text; null takes the only text column there is.
+        text_column: The column with the text; null takes the only text column there is; of conversations, messages or
+            conversations.
+        chat: Whether data.path is conversations: rows of messages, each with a role and a content, of which the
+            assistant's answers alone are learned and scored.
         mixture: Several texts with weights instead of one path: a list of {path: …, weight: …} with the settings above.
         streaming: Read while training, never all at once: for what does not fit on this disk, or not in this hour.
         tokenizer: A tokenizer's folder, or its name on the hub; null takes bytes.
@@ -61,6 +66,7 @@ class DataConfig:
     validation_split: str | None = None
     revision: str | None = None
     text_column: str | None = None
+    chat: bool = False
     mixture: list[SourceConfig] = field(default_factory=list)
     streaming: bool = False
     tokenizer: str | None = None
@@ -80,9 +86,19 @@ class DataConfig:
             return []
         return [
             SourceConfig(
-                self.path, 1.0, self.config, self.split, self.validation_split, self.revision, self.text_column
+                path=self.path,
+                config=self.config,
+                split=self.split,
+                validation_split=self.validation_split,
+                revision=self.revision,
+                text_column=self.text_column,
+                chat=self.chat,
             )
         ]
+
+    def has_chats(self) -> bool:
+        """Whether a text is conversations, of which only answers are predicted."""
+        return any(source.chat for source in self.sources())
 
 
 def data_config(settings: dict[str, Any]) -> DataConfig:

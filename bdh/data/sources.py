@@ -5,6 +5,7 @@ None) and, for plain text read in pieces, `ends` (whether the document ends with
 """
 
 import glob
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, loa
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+from bdh.data.chat import CHAT_COLUMNS
 from bdh.data.failures import cache_folder, explain, offline, reason
 from bdh.data.parts import (
     COMPRESSIONS,
@@ -26,8 +28,9 @@ from bdh.data.parts import (
     Part,
     is_compressed,
     is_local,
+    json_chats,
+    json_columns,
     json_rows,
-    json_text_columns,
     parts_of,
     text_rows,
     whole_files,
@@ -124,11 +127,18 @@ def _open(place: Place, source: SourceConfig, streaming: bool, split: str, reade
     files = list(place.files)
     if place.kind == "text" and source.text_column is not None:
         raise BDHError(f"data.text_column is {source.text_column}, but {source.path} is plain text without columns")
+    if place.kind == "text" and source.chat:
+        raise BDHError(
+            f"data.chat true needs rows of messages, but {source.path} is plain text; give .jsonl or .parquet"
+        )
     if place.kind == "text":
         return _generated(text_rows, TEXT_ROWS, {"parts": _parts(files, streaming, readers)}, streaming)
     if place.kind == "json" and all(suffix_of(file) in LINES and (streaming or is_local(file)) for file in files):
         parts = _parts(files, streaming, readers)
-        column = choose_column(json_text_columns(parts), source)
+        if source.chat:
+            column = choose_chat_column(json_columns(parts, object), source)
+            return _generated(json_chats, JSON_ROWS, {"parts": parts, "column": column}, streaming)
+        column = choose_column(json_columns(parts), source)
         return _generated(json_rows, JSON_ROWS, {"parts": parts, "column": column}, streaming)
     if place.kind == "saved":
         return only_text(_saved(place, source, streaming, split), source)
@@ -178,10 +188,15 @@ def reading(kind: str, files: list[str]) -> dict[str, Any]:
 
 
 def only_text(data: Dataset | IterableDataset, source: SourceConfig) -> Dataset | IterableDataset:
-    """The data with its text column alone, called `text`."""
-    name = choose_column(text_columns(data), source)
+    """The data with its text column alone, called `text`; of conversations, their messages, as JSON in a stream."""
+    name = choose_chat_column(columns(data), source) if source.chat else choose_column(text_columns(data), source)
     data = data.select_columns([name])
-    return data if name == "text" else data.rename_column(name, "text")
+    data = data if name == "text" else data.rename_column(name, "text")
+    return data.map(_as_json, features=JSON_ROWS) if source.chat and isinstance(data, IterableDataset) else data
+
+
+def _as_json(row: dict[str, Any]) -> dict[str, Any]:
+    return {"text": None if row["text"] is None else json.dumps(row["text"])}
 
 
 def choose_column(columns: list[str], source: SourceConfig) -> str:
@@ -195,6 +210,23 @@ def choose_column(columns: list[str], source: SourceConfig) -> str:
         there = f"it has {', '.join(columns)}" if columns else "it has none"
         raise BDHError(f"data.text_column {name} is not a text column of {source.path}; {there}")
     return name or columns[0]
+
+
+def choose_chat_column(columns: list[str], source: SourceConfig) -> str:
+    """The column of messages that is asked for, or the first there is of those usual. Raises BDHError."""
+    usual = [name for name in CHAT_COLUMNS if name in columns]
+    name = source.text_column or next(iter(usual), None)
+    if name is None or name not in columns:
+        wanted = f"column {name}" if name else f"column {' or '.join(CHAT_COLUMNS)}"
+        raise BDHError(
+            f"data: {source.path} has no {wanted}; it has {', '.join(columns)}; name one: --data.text_column"
+        )
+    return name
+
+
+def columns(data: Dataset | IterableDataset) -> list[str]:
+    """The names of all columns; of a stream that does not say, those of its first row."""
+    return list(data.features or next(data.iter(batch_size=1), {}))
 
 
 def text_columns(data: Dataset | IterableDataset) -> list[str]:

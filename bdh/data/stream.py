@@ -16,7 +16,7 @@ import numpy as np
 
 from bdh.data.blocks import generator
 from bdh.data.encoding import Encoder, encode_utf8
-from bdh.data.prepare import Counts, Rows, tally
+from bdh.data.prepare import Counts, rows_encoder, tally
 from bdh.data.settings import SourceConfig
 from bdh.data.tokens import Tokens
 from bdh.errors import BDHError
@@ -71,7 +71,7 @@ class Reader:
         self.settings = settings
         self.number = number
         self.count = count
-        self.encode = Rows(settings.encoder)
+        self.encode = rows_encoder(settings.encoder)
 
     def start(self) -> dict[str, Any]:
         """The position before everything."""

@@ -1,4 +1,8 @@
-"""Token ids in a row, wherever they lie: in memory, or mapped from files that are never read as a whole."""
+"""Token ids in a row, wherever they lie: in memory, or mapped from files that are never read as a whole.
+
+A token that is read and not predicted, as all of a conversation but the answers, stands as ~id, which is negative: so
+the mask is where the token is, through every cut and shuffle. Arrays with such tokens are of a signed type.
+"""
 
 import zlib
 from collections.abc import Sequence
@@ -10,7 +14,7 @@ class Tokens:
     """A sequence of token ids made of several arrays, read as one.
 
     Args:
-        arrays: Token ids, 1-dimensional, all of one unsigned integer type.
+        arrays: Token ids, 1-dimensional, all of one integer type.
     """
 
     def __init__(self, arrays: Sequence[np.ndarray]):
@@ -23,6 +27,10 @@ class Tokens:
     @property
     def dtype(self) -> np.dtype:
         return self.arrays[0].dtype
+
+    def predicted(self) -> int:
+        """How many of the tokens are to be predicted."""
+        return sum(len(array) if array.dtype.kind == "u" else int((array >= 0).sum()) for array in self.arrays)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` ids from `start` on, (count,); fewer at the end."""

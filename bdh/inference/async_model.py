@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from bdh.data.chat_format import Message
 from bdh.errors import ModelClosed, QueueFull
 from bdh.inference import errands
 from bdh.inference.answer import Answer, Completion, Delta, TextRequest, TokenLogprob
-from bdh.inference.chat_format import Message
 from bdh.inference.figures import EngineStats, ModelFigures
 from bdh.inference.params import SamplingParams
 from bdh.inference.texts import Prompt, Texts

@@ -6,11 +6,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from bdh.data.chat_format import check_messages
 from bdh.errors import BDHError
 from bdh.inference import errands
 from bdh.inference.answer import Answer, Completion, Delta, TextRequest
 from bdh.inference.async_model import SHORT_PROMPT, AsyncModel, Call
-from bdh.inference.chat_format import check_messages
 from bdh.inference.conversation import Conversation, Plan
 from bdh.inference.params import SamplingParams
 

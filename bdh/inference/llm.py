@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from bdh.data.chat_format import Message
 from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
 from bdh.inference.answer import Choice, Completion, Delta, TextRequest, TokenLogprob
-from bdh.inference.chat_format import Message
 from bdh.inference.params import SamplingParams
 from bdh.inference.runner import ModelRunner, Runner, make_runner
 from bdh.inference.state_file import model_fingerprint
@@ -219,6 +219,18 @@ def sample_texts(
     try:
         llm = LLM(ModelRunner(model, 1), tokenizer, prefix_cache_bytes=0)
         return [completion.text for completion in llm.generate(list(prompts), params)]
+    finally:
+        model.train(was_training)
+
+
+def sample_answers(
+    model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], params: SamplingParams
+) -> list[str]:
+    """As `sample_texts`, answers to what a user says. Raises BDHError, also where the chat template does."""
+    was_training = model.training
+    try:
+        llm = LLM(ModelRunner(model, 1), tokenizer, prefix_cache_bytes=0)
+        return [llm.chat([{"role": "user", "content": prompt}], params).text for prompt in prompts]
     finally:
         model.train(was_training)
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bdh.data.chat_format import check_messages
 from bdh.inference import errands
 from bdh.inference.answer import Delta
-from bdh.inference.chat_format import check_messages
 from bdh.inference.conversation import Conversation, Plan
 from bdh.inference.params import SamplingParams
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from bdh.data.chat_format import check_messages
 from bdh.errors import BDHError
-from bdh.inference.chat_format import check_messages
 from bdh.inference.conversation import SavedConversation, Snapshot, from_json
 from bdh.inference.state_file import load_state, save_state
 from bdh.model import BDHConfig, BDHState

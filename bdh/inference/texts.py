@@ -7,9 +7,9 @@ from numbers import Integral
 
 from transformers import PreTrainedTokenizerFast
 
+from bdh.data.chat_format import ChatFormat, Message
 from bdh.errors import BDHError
 from bdh.inference.answer import TextRequest
-from bdh.inference.chat_format import ChatFormat, Message
 from bdh.inference.params import SamplingParams
 from bdh.inference.request import Request
 

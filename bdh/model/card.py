@@ -43,9 +43,7 @@ def model_card(name: str, config: BDHConfig, sections: list[Section]) -> str:
         "of constant size instead of a growing cache (Kosowski et al., [arXiv 2509.26507]"
         "(https://arxiv.org/abs/2509.26507)). Made with `bdh`.\n",
     ]
-    for heading, rows in [("Architecture", architecture(config)), *sections]:
-        table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-        parts.append(f"## {heading}\n\n| | |\n| --- | --- |\n{table}\n")
+    parts += tables([("Architecture", architecture(config)), *sections])
     parts.append(
         "## How to load it\n\n"
         "```python\n"
@@ -60,3 +58,37 @@ def model_card(name: str, config: BDHConfig, sections: list[Section]) -> str:
         '`bdh generate --model FOLDER --prompt "The "`.\n'
     )
     return "\n".join(parts)
+
+
+def adapter_card(name: str, base: str, sections: list[Section]) -> str:
+    """The card of LoRA adapters.
+
+    Args:
+        name: Title.
+        base: What the model is called that they belong to.
+        sections: As for `model_card`.
+    """
+    parts = [
+        "---\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- bdh\n- dragon-hatchling\n- lora\n---\n",
+        f"# {name}\n",
+        f"LoRA adapters for a Dragon Hatchling (BDH) language model: {base}, without which they are nothing. Made with "
+        "`bdh`.\n",
+        *tables(sections),
+        "## How to load them\n\n"
+        "```python\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        "base = AutoModelForCausalLM.from_pretrained('BASE', trust_remote_code=True)  # the folder of that model\n"
+        "model = PeftModel.from_pretrained(base, '.')  # this folder\n"
+        "```\n",
+    ]
+    return "\n".join(parts)
+
+
+def tables(sections: list[Section]) -> list[str]:
+    """Sections as Markdown."""
+    parts = []
+    for heading, rows in sections:
+        table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+        parts.append(f"## {heading}\n\n| | |\n| --- | --- |\n{table}\n")
+    return parts

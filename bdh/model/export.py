@@ -112,6 +112,8 @@ def read_config(path: Path) -> BDHConfig:
     if not (path / "config.json").is_file():
         run = (path / "checkpoints").is_dir() or (path / "state.json").is_file()
         hint = f"bdh export {path} DIR makes an export of it" if run else "give the folder of an export"
+        if (path / "adapter_config.json").is_file():
+            hint = "it is an adapter; bdh export RUN DIR, without --adapter, merges one with its model"
         raise BDHError(f"{path} has no config.json; {hint}")
     try:
         settings, _ = BDHConfig.get_config_dict(path, local_files_only=True)

@@ -15,8 +15,8 @@ class TokenTexts:
     """The text and bytes of each token of a vocabulary."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", vocab_size: int):
+        from bdh.data.chat_format import special_ids
         from bdh.data.token_bytes import token_bytes
-        from bdh.inference.chat_format import special_ids
 
         self.tokenizer = tokenizer
         self.special = special_ids(tokenizer)

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from bdh.data.tokenizer import load_tokenizer, same_tokenizer
+from bdh.data.tokenizer import same_tokenizer
 from bdh.errors import BDHError
 from bdh.model import BDHForCausalLM
 from bdh.model.card import model_card
-from bdh.model.export import check_target, load_model_only, save_export
-from bdh.training.checkpoint import find_checkpoint, tokenizer_of
+from bdh.model.export import check_target, save_export
 from bdh.training.config import ARCHITECTURE
-from bdh.training.export import load_model
+from bdh.training.export import load_any
 
 
 def average(sources: list[Path], directory: Path) -> None:
@@ -47,12 +46,3 @@ def average(sources: list[Path], directory: Path) -> None:
     rows = {f"{number}": f"{source}" for number, source in enumerate(sources, 1)}
     card = model_card(f"Average of {len(sources)} models", mean.config, [("Averaged", rows)])
     save_export(mean, tokenizer, directory, card)
-
-
-def load_any(source: Path) -> tuple[BDHForCausalLM, PreTrainedTokenizerFast | None]:
-    """The model of a checkpoint, a run or an export, and the tokenizer if one lies there."""
-    if (source / "config.json").is_file():
-        here = (source / "tokenizer.json").is_file()
-        return load_model_only(source), load_tokenizer(str(source.resolve())) if here else None
-    path = find_checkpoint(source)
-    return load_model(path)[0], tokenizer_of(path)

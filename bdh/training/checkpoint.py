@@ -50,6 +50,7 @@ FORMAT = 2
 READABLE = (1, 2)  # 1 had no tokenizer and another order of the text
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 WHOLE = HeadNames()
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what is frozen is read from elsewhere
 
 
 class CheckpointStore:
@@ -223,7 +224,7 @@ def load(
     tensors = collect(model, optimizer, carried, names)
     _read_tensors(path, tensors)
     tensors = {names.here(name): tensor for name, tensor in tensors.items()}
-    set_model_state_dict(model, _under("model.", tensors))
+    set_model_state_dict(model, _under("model.", tensors), options=_TRAINED)
     settings = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     set_optimizer_state_dict(model, optimizer, {**settings, **_under("optimizer.", tensors)}, options=_FLAT)
     return state
@@ -238,7 +239,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """Puts a checkpoint's weights, nothing else, into a model of its architecture."""
     tensors = _model_tensors(model)
     _read_tensors(path, tensors)
-    set_model_state_dict(model, _under("model.", tensors))
+    set_model_state_dict(model, _under("model.", tensors), options=_TRAINED)
 
 
 def find_checkpoint(
@@ -306,7 +307,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    weights: dict[str, Any] = get_model_state_dict(model)
+    weights: dict[str, Any] = get_model_state_dict(model, options=_TRAINED)
     return {f"model.{name}": tensor for name, tensor in weights.items()}
 
 

@@ -98,6 +98,25 @@ class TrainingConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Fine-tuning with LoRA: adapters are trained beside the weights of init_from, which stay as they are.
+
+    Args:
+        rank: Rank of the adapters; 0 trains all weights instead.
+        alpha: What the adapters add is multiplied by alpha / rank.
+        dropout: Probability of silencing an adapter's input while training.
+        targets: The matrices that get adapters: of encoder, encoder_v, decoder, lm_head.
+    """
+
+    rank: int = 0
+    alpha: int = 16
+    dropout: float = 0.0
+    targets: list[Literal["encoder", "encoder_v", "decoder", "lm_head"]] = field(
+        default_factory=lambda: ["encoder", "encoder_v", "decoder"]  # type: ignore[arg-type, return-value]
+    )
+
+
+@dataclass
 class CheckpointConfig:
     """Checkpoints.
 
@@ -171,18 +190,23 @@ class TrainConfig:
 
     Args:
         run_dir: The run's folder: configuration, checkpoints, metrics, samples, curves and the export.
+        init_from: The folder of an export to begin with, or of a run or a checkpoint: its weights, its sizes, and its
+            tokenizer. Null begins with random weights.
         model: Architecture.
         data: Text.
         training: The loop.
+        lora: Fine-tuning with LoRA.
         checkpoint: Checkpoints.
         logging: Output.
         distributed: Several processes.
     """
 
     run_dir: str = "runs/bdh"
+    init_from: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -198,6 +222,9 @@ ARCHITECTURE = (
     "rope_theta",
     "layer_norm_eps",
 )
+
+# What adapters cannot be taken up again without.
+ADAPTERS = ("lora.rank", "lora.alpha", "lora.targets")
 
 # field: (smallest value, largest value, whether these two themselves are allowed)
 Limit = tuple[float, float, str]
@@ -234,6 +261,9 @@ LIMITS: dict[str, Limit] = {
     "training.eval_interval": (1, _INF, "[]"),
     "training.eval_windows": (1, _INF, "[]"),
     "training.eval_batch_size": (1, _INF, "[]"),
+    "lora.rank": (0, _INF, "[]"),
+    "lora.alpha": (1, _INF, "[]"),
+    "lora.dropout": (0, 1, "[)"),
     "checkpoint.interval": (1, _INF, "[]"),
     "checkpoint.keep": (1, _INF, "[]"),
     "logging.interval": (1, _INF, "[]"),
@@ -274,6 +304,8 @@ def validate(config: TrainConfig) -> None:
             f"training.micro_batch_size is {training.micro_batch_size}; it must divide training.batch_size "
             f"{training.batch_size}"
         )
+    if config.lora.rank and config.distributed.tensor_parallel > 1:
+        raise BDHError("lora.rank and distributed.tensor_parallel are both given; adapters are not split by heads")
     if config.distributed.strategy == "ddp" and (config.distributed.shards or config.distributed.cpu_offload):
         name = "shards" if config.distributed.shards else "cpu_offload"
         raise BDHError(f"distributed.{name} is for distributed.strategy fsdp; leave it out, or choose fsdp")
@@ -289,6 +321,14 @@ def validate(config: TrainConfig) -> None:
             + (f" and training.decay_steps {training.decay_steps}" if training.schedule == "wsd" else "")
             + f"; it must be at least {falling}"
         )
+    if config.init_from == "":
+        raise BDHError("init_from is empty; it must name the folder of an export, or be left out")
+    if config.lora.rank and config.init_from is None:
+        raise BDHError(
+            f"lora.rank is {config.lora.rank}, but there is no model to fine-tune; name one: --init_from DIR"
+        )
+    if config.lora.rank and not config.lora.targets:
+        raise BDHError("lora.targets is empty; it must name a matrix at least, as in [encoder, encoder_v, decoder]")
     if not config.run_dir:
         raise BDHError("run_dir is empty; it must name a folder for the run")
     _check_data(config)
@@ -308,6 +348,9 @@ def _check_data(config: TrainConfig) -> None:
         raise BDHError("data.tokenizer is empty; it must name a folder or a tokenizer on the hub, or be left out")
     if data.path is not None and data.mixture:
         raise BDHError(f"data.path is {data.path} and data.mixture is given too; leave one of them out")
+    if data.chat and data.path is None:
+        what = "each of data.mixture, not for all" if data.mixture else "data.path, which is missing"
+        raise BDHError(f"data.chat true is for {what}; it says that rows are conversations")
     for number, source in enumerate(data.mixture):
         if not source.path:
             raise BDHError(f"data.mixture has no path at number {number + 1}")
@@ -326,7 +369,12 @@ def _check_data(config: TrainConfig) -> None:
 def _check_text(config: TrainConfig) -> None:
     """Refuses text that UTF-8 cannot hold: file names in another encoding, half characters in prompts."""
     data = config.data
-    texts = {"run_dir": config.run_dir, "data.path": data.path or "", "data.cache_dir": data.cache_dir}
+    texts = {
+        "run_dir": config.run_dir,
+        "init_from": config.init_from or "",
+        "data.path": data.path or "",
+        "data.cache_dir": data.cache_dir,
+    }
     texts |= {"data.tokenizer": data.tokenizer or "", "data.mixture": "".join(entry.path for entry in data.mixture)}
     texts |= {
         "logging.sample_prompts": "".join(config.logging.sample_prompts),
@@ -370,12 +418,13 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
         "model": ModelConfig,
         "data": lambda **given: data_config(given),
         "training": TrainingConfig,
+        "lora": LoraConfig,
         "checkpoint": CheckpointConfig,
         "logging": LoggingConfig,
         "distributed": DistributedConfig,
     }
     parts: dict[str, Any] = {name: kind(**settings.get(name, {})) for name, kind in sections.items()}
-    return TrainConfig(run_dir=settings["run_dir"], **parts)
+    return TrainConfig(run_dir=settings["run_dir"], init_from=settings.get("init_from"), **parts)
 
 
 def with_vocabulary(config: TrainConfig, tokens: int) -> TrainConfig:
@@ -391,7 +440,9 @@ def with_whole_path(config: TrainConfig) -> TrainConfig:
     data = config.data
     mixture = [replace(source, path=_whole(source.path)) for source in data.mixture]
     return replace(
-        config, data=replace(data, path=_whole(data.path), tokenizer=_whole(data.tokenizer), mixture=mixture)
+        config,
+        init_from=_whole(config.init_from),
+        data=replace(data, path=_whole(data.path), tokenizer=_whole(data.tokenizer), mixture=mixture),
     )
 
 
@@ -408,7 +459,8 @@ def compare(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     """What differs between a checkpoint's configuration and the one to go on with, a line each.
 
     Raises:
-        BDHError: The architecture differs; all differing fields are named.
+        BDHError: The architecture or the adapters differ, and all differing fields are named; or the model to begin
+            with does, which is not read any more.
     """
     before, now = flatten(from_dict(saved)), flatten(config)
     different = [name for name in now if before[name] != now[name] and name != "run_dir"]
@@ -416,4 +468,11 @@ def compare(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     if clashes:
         listed = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in clashes)
         raise BDHError(f"the checkpoint has another architecture: {listed}; keep these settings, or begin a new run")
+    if any(name in different for name in ADAPTERS):
+        listed = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in ADAPTERS if name in different)
+        raise BDHError(f"the checkpoint has other adapters: {listed}; keep these settings, or begin a new run")
+    if "init_from" in different and not now["lora.rank"]:
+        raise BDHError(
+            f"init_from is {now['init_from']}, but a run that goes on has its weights from the checkpoint; leave it out"
+        )
     return [f"{name} was {before[name]} and is now {now[name]}" for name in different]

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdh.data.blocks import ALONE, Share, ValidationWindows, document_ids
+from bdh.data.blocks import ALONE, Share, ValidationWindows, document_ids, inputs_and_targets
+from bdh.errors import BDHError
 from bdh.model import BDHForCausalLM, state_of
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over all scored tokens.
+    """Figures over all scored tokens: of conversations, those of answers.
 
     Attributes:
         loss: Mean cross-entropy, nats a token.
@@ -62,6 +63,9 @@ def evaluate(
         carry_state: Whether windows go on from each other.
         share: Which of the windows are this process's; all processes call this together.
         together: Adds up what each of them has counted.
+
+    Raises:
+        BDHError: No token is to be predicted.
     """
     was_training = model.training
     model.eval()
@@ -71,14 +75,14 @@ def evaluate(
     state = None
     for batch in windows.lanes(batch_size) if carry_state else windows.batches(batch_size, share):
         batch = batch.to(device)  # (B, T + 1)
-        inputs, targets = batch[:, :-1], batch[:, 1:]  # (B, T) each
+        inputs, targets = inputs_and_targets(batch)  # (B, T) each
         documents = None if end_of_text is None else document_ids(inputs, end_of_text)  # (B, T)
         with precision():
             outputs = model(inputs, past_key_values=state, use_cache=carry_state, document_ids=documents)
         state, logits = state_of(outputs), outputs.logits.float()  # (B, T, V)
         nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").double().cpu()
         hits += int((logits.argmax(-1) == targets).sum())
-        tokens += targets.numel()
+        tokens += int((targets >= 0).sum())
         done += len(batch)
         progress(done)
     model.train(was_training)
@@ -87,6 +91,8 @@ def evaluate(
     if share.world > 1:
         nats, *counts = together(torch.tensor([nats.item(), hits, tokens], dtype=torch.float64))
         hits, tokens = (round(float(count)) for count in counts)
+    if not tokens:
+        raise BDHError("there is no token of an answer to validate on; use more conversations, or more eval_windows")
     loss = nats.item() / tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf
     bits = loss / math.log(2) / bytes_per_token if bytes_per_token else math.inf

@@ -1,14 +1,21 @@
 """From a checkpoint to an export."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerFast
 
 from bdh.data.settings import DataConfig
+from bdh.data.tokenizer import load_tokenizer
+from bdh.errors import BDHError
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.model.card import Section, model_card
-from bdh.model.export import read_config, save_export
+from bdh.model.card import Section, adapter_card, model_card
+from bdh.model.export import load_model_only, read_config, save_export
 from bdh.training import checkpoint
-from bdh.training.config import from_dict
+from bdh.training.config import TrainConfig, from_dict
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def checkpoint_config(state: dict[str, Any]) -> BDHConfig:
@@ -16,21 +23,77 @@ def checkpoint_config(state: dict[str, Any]) -> BDHConfig:
     return BDHConfig(**state["config"]["model"])
 
 
-def load_model(path: Path) -> tuple[BDHForCausalLM, dict[str, Any]]:
-    """The model of a checkpoint, in eval mode on the CPU, and the checkpoint's state."""
+def load_model(path: Path, base: Path | None = None) -> tuple[BDHForCausalLM, dict[str, Any]]:
+    """The model of a checkpoint, in eval mode on the CPU, and the checkpoint's state; adapters are merged.
+
+    Args:
+        path: The checkpoint.
+        base: Where the model lies that adapters belong to; None where it lay when the run began.
+
+    Raises:
+        BDHError: It has adapters, and what they belong to is gone or another.
+    """
     state = checkpoint.read_state(path)
+    settings = from_dict(state["config"])
+    if settings.lora.rank:
+        from bdh.training.lora import merged
+
+        return merged(load_adapted(path, base)).eval(), state
     model = BDHForCausalLM(checkpoint_config(state))
     checkpoint.load_weights(path, model)
     return model.eval(), state
 
 
-def export_checkpoint(path: Path, directory: Path) -> None:
-    """Writes the export of a checkpoint, with a card that tells how it was trained. Raises BDHError."""
-    model, state = load_model(path)
-    name = f"{Path(state['config']['run_dir']).name} at step {state['step']}"
-    save_export(
-        model, checkpoint.tokenizer_of(path), directory, model_card(name, model.config, training_sections(state))
+def load_adapted(path: Path, base: Path | None = None) -> "PeftModel":
+    """The model of a checkpoint with its adapters apart, on the CPU; all as for `load_model`."""
+    from bdh.training.lora import add_adapters, load_base
+
+    state = checkpoint.read_state(path)
+    settings = from_dict(state["config"])
+    model = BDHForCausalLM(checkpoint_config(state))
+    load_base(model, base or Path(str(settings.init_from)), state["base"])
+    adapted = add_adapters(model, settings.lora)
+    checkpoint.load_weights(path, model)
+    return adapted
+
+
+def load_any(source: Path) -> tuple[BDHForCausalLM, PreTrainedTokenizerFast | None]:
+    """The model of a checkpoint, a run or an export, and the tokenizer if one lies there."""
+    if (source / "config.json").is_file():
+        here = (source / "tokenizer.json").is_file()
+        return load_model_only(source), load_tokenizer(str(source.resolve())) if here else None
+    path = checkpoint.find_checkpoint(source)
+    return load_model(path)[0], checkpoint.tokenizer_of(path)
+
+
+def export_checkpoint(path: Path, directory: Path, base: Path | None = None) -> None:
+    """Writes the export of a checkpoint, with a card that tells how it was trained; `base` as for `load_model`.
+
+    Raises:
+        BDHError: As `load_model` and `save_export`.
+    """
+    model, state = load_model(path, base)
+    card = model_card(_title(state), model.config, training_sections(state))
+    save_export(model, checkpoint.tokenizer_of(path), directory, card)
+
+
+def export_adapter(path: Path, directory: Path, base: Path | None = None) -> None:
+    """Writes the adapters of a checkpoint alone, with such a card. Raises BDHError, also if it has none."""
+    from bdh.training.lora import save_adapter
+
+    state = checkpoint.read_state(path)
+    settings = from_dict(state["config"])
+    if not settings.lora.rank:
+        raise BDHError(f"{path} has no adapters, its run trained all weights; leave --adapter out")
+    save_adapter(
+        load_adapted(path, base),
+        directory,
+        adapter_card(_title(state), start_name(str(settings.init_from)), training_sections(state)),
     )
+
+
+def _title(state: dict[str, Any]) -> str:
+    return f"{Path(state['config']['run_dir']).name} at step {state['step']}"
 
 
 def training_sections(state: dict[str, Any]) -> list[Section]:
@@ -48,6 +111,7 @@ def training_sections(state: dict[str, Any]) -> list[Section]:
         (
             "Training",
             {
+                **start_rows(from_dict(state["config"])),
                 "steps": f"{state['step']:,} of {training['max_steps']:,}",
                 "tokens seen": f"{state['tokens']:,}",
                 "batch": f"{training['batch_size']} sequences of {data['block_size']} tokens",
@@ -74,6 +138,24 @@ def training_sections(state: dict[str, Any]) -> list[Section]:
             )
         )
     return sections
+
+
+def start_rows(config: TrainConfig) -> dict[str, str]:
+    """What a card tells of fine-tuning; nothing where it was none."""
+    if config.init_from is None:
+        return {}
+    rows, lora = {"fine-tuned from": start_name(config.init_from)}, config.lora
+    if lora.rank:
+        rows["adapters"] = f"LoRA of rank {lora.rank}, alpha {lora.alpha}, on {', '.join(lora.targets)}"
+    return rows
+
+
+def start_name(where: str) -> str:
+    """What a model to begin with is called, without where it lay on the disk."""
+    path = Path(where)
+    if checkpoint.NAME.fullmatch(path.name):
+        return f"{path.parent.parent.name} at step {checkpoint.step_of(path)}"
+    return "/".join(path.parts[-2:]) if path.name == "model" else path.name
 
 
 def text_name(data: DataConfig) -> str:

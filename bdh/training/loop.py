@@ -17,11 +17,11 @@ import torch
 import transformers
 
 from bdh import __version__
-from bdh.data.blocks import ValidationWindows, document_ids
+from bdh.data.blocks import ValidationWindows, document_ids, inputs_and_targets
 from bdh.data.loader import Batch, open_data
 from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
-from bdh.inference.llm import sample_texts
+from bdh.inference.llm import sample_answers, sample_texts
 from bdh.inference.params import SamplingParams
 from bdh.model import BDHConfig, BDHForCausalLM, state_of
 from bdh.model.card import parameter_count
@@ -33,6 +33,8 @@ from bdh.training.device import autocast, hardware, recompute_layers, seed_every
 from bdh.training.evaluation import Evaluation, evaluate
 from bdh.training.export import export_checkpoint
 from bdh.training.folder import RunFolder
+from bdh.training.init_from import check_start, load_start
+from bdh.training.lora import add_adapters, check_peft, load_base
 from bdh.training.meter import Meter
 from bdh.training.norms import parameter_figures, weight_histograms
 from bdh.training.optimizer import build_optimizer, learning_rate_at
@@ -89,6 +91,10 @@ class Trainer:
         self.resumed_from = resume
         self.config = config
         self.notices = [] if saved is None else compare(saved["config"], with_whole_path(config))
+        if config.init_from is not None and saved is None:
+            self.notices += check_start(config, self.tokenizer)
+        if config.lora.rank:
+            check_peft()
 
         self.data = processes.one_after_the_other(
             lambda: open_data(
@@ -107,6 +113,7 @@ class Trainer:
         self.windows = ValidationWindows(self.data.validation, config.data.block_size, settings.eval_windows)
         seed_everything(settings.seed)
         model = BDHForCausalLM(BDHConfig(**asdict(config.model)))
+        self.base = self.begin_with(model, saved)
         seed_everything(settings.seed + processes.rank)  # each drops other neurons
         in_bfloat16 = isinstance(self.precision(), torch.autocast)
         self.spread = Spread(model, processes, in_bfloat16, torch.compile if settings.compile else None)
@@ -139,6 +146,21 @@ class Trainer:
         with suppress(OSError):  # what is said here is no reason to stop
             if self.processes.is_main:
                 print(line, flush=True)
+
+    def begin_with(self, model: BDHForCausalLM, saved: dict[str, Any] | None) -> str | None:
+        """Fills the model that a run begins with, if there is one, and adds adapters; returns the base's fingerprint.
+
+        A run that goes on has all weights in its checkpoint, but with adapters, which are all that is saved there.
+        """
+        start, lora = self.config.init_from, self.config.lora
+        if start is None or (saved is not None and not lora.rank):
+            return None
+        if not lora.rank:
+            load_start(model, Path(start))
+            return None
+        base = load_base(model, Path(start), None if saved is None else saved["base"])
+        add_adapters(model, lora)
+        return base
 
     def try_compiled(self) -> None:
         """Tries the compiled model on a step of the real shape. Raises BDHError where that fails."""
@@ -196,7 +218,9 @@ class Trainer:
         parameters = parameter_count(BDHConfig(**asdict(self.config.model)))
         precision = "bfloat16" if isinstance(self.precision(), torch.autocast) else "float32"
         text = "a stream of text" if self.data.train_tokens is None else f"{self.data.train_tokens:,} tokens of text"
-        said(f"{parameters:,} parameters, {text}, {sequences}")
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        share = f", {trained:,} of them trained" if self.config.lora.rank else ""
+        said(f"{parameters:,} parameters{share}, {text}, {sequences}")
         said(f"on {self.hardware()} in {precision}, into {self.run_dir}")
         for notice in self.notices:
             said(f"notice: {notice}")
@@ -231,7 +255,8 @@ class Trainer:
             group["lr"] = learning_rate
         with self.meter.clock("data"):
             batch = self.data.next_batch()
-        loss = self.accumulate(batch)
+        predicted = self.predicted(batch)
+        loss = self.accumulate(batch, predicted)
         by_parameter: dict[str, float] = {}
         if self.due(logging.parameter_interval, state.step + 1):
             by_parameter = self.spread.together(parameter_figures(self.model))
@@ -255,6 +280,7 @@ class Trainer:
                     "loss": loss,
                     "learning_rate": learning_rate,
                     "gradient_norm": norm,
+                    **({"answer_tokens": predicted} if self.config.data.has_chats() else {}),
                     **self.speed(),
                     "seconds": state.seconds,
                     **by_parameter,
@@ -282,18 +308,23 @@ class Trainer:
         rate = steps * tokens / seconds
         return {"tokens_per_second": rate, "seconds_per_step": seconds / steps, **self.meter.read(steps, rate)}
 
-    def accumulate(self, batch: Batch) -> float:
+    def accumulate(self, batch: Batch, predicted: int | None = None) -> float:
         """Forward and backward over this process's rows of a batch (B, T + 1), in pieces.
 
-        Leaves the gradient of the mean loss over the rows of all processes, and returns that loss.
+        Leaves the gradient of the mean loss, and returns that. The mean is over the tokens to predict of all rows of
+        all processes, `predicted`, however they fall into pieces: each piece gives its sum, divided by their number.
+        Copies of a model take the mean of their gradients, so each counts as many times as there are copies.
         """
-        total = torch.zeros(2, dtype=torch.float64)  # the sum of losses, rows
+        predicted = self.predicted(batch) if predicted is None else predicted
+        number_of_all = torch.tensor(max(predicted, 1), device=self.device)
+        copies = self.processes.share.world
+        total = torch.zeros((), dtype=torch.float64)
         size, end_of_text = self.piece_size(), self.tokenizer.eos_token_id
         pieces = batch.tokens.split(size)
         for number, part in enumerate(pieces):
             part = part.to(self.device, non_blocking=True)  # (b, T + 1)
-            inputs, targets = part[:, :-1], part[:, 1:].contiguous()  # (b, T) each
-            given: dict[str, Any] = {"use_cache": False}
+            inputs, targets = inputs_and_targets(part)  # (b, T) each
+            given: dict[str, Any] = {"use_cache": False, "num_items_in_batch": number_of_all}
             if self.apart:
                 given["document_ids"] = document_ids(inputs, end_of_text)  # (b, T)
             if self.memory is not None:
@@ -306,12 +337,16 @@ class Trainer:
                     state = state_of(outputs)
                     assert state is not None
                     self.memory.after(number, state)
-                loss = outputs.loss * (len(part) / len(batch.tokens))
                 with self.meter.clock("backward"):
-                    loss.backward()
-            total += torch.tensor([outputs.loss.item() * len(part), len(part)], dtype=torch.float64)
-        losses, rows = self.processes.sum(total).tolist()
-        return losses / rows
+                    (outputs.loss * copies if copies > 1 else outputs.loss).backward()
+            total += outputs.loss.item()
+        return self.processes.sum(total).item()
+
+    def predicted(self, batch: Batch) -> int:
+        """How many tokens the rows of all processes have to predict."""
+        if self.processes.alone or not self.config.data.has_chats():
+            return batch.predicted * self.processes.share.world
+        return round(self.processes.sum(torch.tensor(batch.predicted, dtype=torch.float64)).item())
 
     def piece_size(self) -> int:
         """Sequences of one forward pass of this process."""
@@ -349,6 +384,7 @@ class Trainer:
                 "perplexity_per_byte": result.perplexity_per_byte,
                 "accuracy": result.accuracy,
                 **self.activity(),
+                **({"validation_answer_tokens": result.tokens} if self.config.data.has_chats() else {}),
                 "evaluation_seconds": time.perf_counter() - started,
             }
         )
@@ -376,9 +412,12 @@ class Trainer:
             temperature=logging.sample_temperature,
             seed=(self.config.training.seed + self.state.step) % 2**63,
         )
+        chat = self.config.data.has_chats()
+        write = sample_answers if chat else sample_texts
         with self.spread.whole_steps():  # all processes write the same
-            texts = sample_texts(self.model, self.tokenizer, logging.sample_prompts, params)
-        self.tracker.samples(self.state.step, list(zip(logging.sample_prompts, texts, strict=True)))
+            texts = write(self.model, self.tokenizer, logging.sample_prompts, params)
+        said = [prompt + "\n" * chat for prompt in logging.sample_prompts]
+        self.tracker.samples(self.state.step, list(zip(said, texts, strict=True)))
 
     # ----------------------------------------------------------------------------------- checkpoints and endings
 
@@ -425,6 +464,7 @@ class Trainer:
             **({} if self.processes.alone else by_process(everywhere, self.processes)),
             "text": self.data.identity,
             "config": asdict(self.config),
+            "base": self.base,
             "hardware": self.hardware(),
             "versions": {
                 "bdh": __version__,
@@ -451,7 +491,8 @@ class Trainer:
         self.draw()
         best = checkpoint.find_checkpoint(self.run_dir, prefer="best", report=self.tracker.say)
         try:
-            export_checkpoint(best, self.run_dir / "model")
+            base = self.config.init_from
+            export_checkpoint(best, self.run_dir / "model", None if base is None else Path(base))
         except BDHError as error:
             raise BDHError(
                 f"{best} is saved, but {error}; make room, then: bdh export {best} {self.run_dir / 'model'}"

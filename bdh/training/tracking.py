@@ -117,7 +117,8 @@ class Tracker:
     def step(self, record: dict[str, Any]) -> None:
         """The figures of a training step that is logged."""
         self._record(record)
-        figures = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
+        scored = " of answers" if "answer_tokens" in record else ""
+        figures = f"loss{scored} {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
         if self.progress:
             self.progress.update(self.task, completed=record["step"], figures=figures)
         else:
@@ -130,8 +131,9 @@ class Tracker:
     def evaluation(self, record: dict[str, Any]) -> None:
         """The figures of a validation."""
         self._record(record)
+        scored = " of answers" if "validation_answer_tokens" in record else ""
         self.say(
-            f"step {record['step']}  validation: loss {record['validation_loss']:.4f}, perplexity "
+            f"step {record['step']}  validation: loss{scored} {record['validation_loss']:.4f}, perplexity "
             f"{record['perplexity']:.2f}, {record['bits_per_byte']:.3f} bits per byte, "
             f"accuracy {record['accuracy']:.1%}"
         )

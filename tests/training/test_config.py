@@ -37,7 +37,10 @@ def test_environment_variables_set_fields_and_flags_win_over_them(monkeypatch: p
     assert parse("--data.corpus", "stdlib").data.block_size == 77
 
 
-NAMES = ["quickstart", "shakespeare", "large", "wikitext-103", "openwebtext", "fineweb-edu", "c4-en", "tinystories"]
+NAMES = [
+    *("quickstart", "shakespeare", "large", "chat"),
+    *("wikitext-103", "openwebtext", "fineweb-edu", "c4-en", "tinystories"),
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,7 +112,7 @@ MISTAKES = {
     "--data.corpus shakespear": "data.corpus is shakespear; it must be one of pydoc, stdlib, shakespeare; did you mean "
     "shakespeare?",
     "--config quikstart": "does not exist; did you mean quickstart?",
-    "--config nowhere/at_all.yaml": "does not exist; ready ones are c4-en, fineweb-edu, large, openwebtext, quickstart",
+    "--config nowhere/at_all.yaml": "does not exist; ready ones are c4-en, chat, fineweb-edu, large, openwebtext, qu",
     "--run_dir=": "run_dir is empty; it must name a folder for the run",
     "stray": "stray is not an option",
     "--training.max_step 5": "--training.max_step is not an option; did you mean --training.max_steps?",

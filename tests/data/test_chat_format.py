@@ -2,9 +2,9 @@
 
 import pytest
 
+from bdh.data.chat_format import AnswerEnd, ChatFormat
 from bdh.data.tokenizer import byte_tokenizer
 from bdh.errors import BDHError
-from bdh.inference.chat_format import AnswerEnd, ChatFormat
 from tests.inference.small import BYTES, CHAT
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Ho \n"}]

@@ -57,6 +57,11 @@ class ChatFormat:
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer = tokenizer
 
+    @property
+    def template(self) -> str | dict[str, str]:
+        """What writes conversations; several templates have names."""
+        return self.tokenizer.chat_template or PLAIN_TEMPLATE
+
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation, up to where the assistant is to answer.
 
@@ -65,6 +70,11 @@ class ChatFormat:
         """
         check_messages(messages)
         return self._render(messages, True)
+
+    def whole(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation as far as it went. Raises BDHError as `render`."""
+        check_messages(messages)
+        return self._render(messages, False)
 
     def following(self, said: Sequence[Message], message: Message) -> str | None:
         """What comes after the last answer of a conversation: its end, a new message, the beginning of the next answer.
@@ -99,7 +109,7 @@ class ChatFormat:
         return AnswerEnd((), (between,) if between else (), lead)
 
     def _render(self, messages: Sequence[Message], answer_next: bool) -> str:
-        template = self.tokenizer.chat_template or PLAIN_TEMPLATE
+        template = self.template
         try:
             return str(
                 self.tokenizer.apply_chat_template(

@@ -1,0 +1,100 @@
+"""Fine-tuning: a run that begins with the weights, the sizes and the tokenizer of a model there is."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from bdh.data.tokenizer import load_tokenizer, same_tokenizer, vocabulary_size
+from bdh.errors import BDHError
+from bdh.model import BDHForCausalLM
+from bdh.model.export import read_config
+from bdh.training.config import ARCHITECTURE, ModelConfig, TrainConfig
+from bdh.training.export import describe, load_any
+
+
+def find_start(where: Path) -> Path:
+    """The export or the checkpoint that is meant by a path to one or to a run: of that, its best. Raises BDHError."""
+    if not where.exists():
+        raise BDHError(f"init_from {where} does not exist; give the folder of an export, a run or a checkpoint")
+    if (where / "config.json").is_file():
+        read_config(where)
+        return where
+    return describe(where)[1]
+
+
+def starting_settings(where: str, tokenizer: str | None) -> dict[str, Any]:
+    """The settings that follow from a model to begin with, for what was not said otherwise.
+
+    Args:
+        where: `init_from`.
+        tokenizer: The tokenizer that is asked for; None for the model's own.
+
+    Raises:
+        BDHError: There is no such model, or no such tokenizer.
+    """
+    start = find_start(Path(where).expanduser()).absolute()
+    config = describe(start)[0]
+    sizes = {entry.name: getattr(config, entry.name) for entry in fields(ModelConfig)}
+    if tokenizer is None and (start / "tokenizer.json").is_file():
+        tokenizer = str(start)
+    sizes["vocab_size"] = max(config.vocab_size, vocabulary_size(load_tokenizer(tokenizer)))
+    return {"init_from": str(start), "model": sizes, "data": {"tokenizer": tokenizer}}
+
+
+def check_start(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Refuses a run that cannot begin with its `init_from`; returns what is worth a line.
+
+    Args:
+        config: With `model.vocab_size` filled in.
+        tokenizer: The run's.
+
+    Raises:
+        BDHError: There is no such model, its sizes are others, or its tokenizer is.
+    """
+    start = find_start(Path(str(config.init_from)))
+    own = describe(start)[0]
+    size = max(own.vocab_size, vocabulary_size(tokenizer))
+    before = {name: getattr(own, name) for name in ARCHITECTURE} | {"vocab_size": size}
+    clashes = [name for name in ARCHITECTURE if getattr(config.model, name) != before[name]]
+    if clashes:
+        listed = ", ".join(f"model.{name} {before[name]} -> {getattr(config.model, name)}" for name in clashes)
+        raise BDHError(f"init_from {start} has another architecture: {listed}; leave these settings out")
+    if (start / "tokenizer.json").is_file() and not extends(load_tokenizer(str(start.absolute())), tokenizer):
+        raise BDHError(
+            f"data.tokenizer {config.data.tokenizer or 'bytes'} gives the model of {start} other tokens than it has "
+            "learned; leave it out to take the model's own, or take one that only adds tokens to it"
+        )
+    if size == own.vocab_size:
+        return []
+    if config.lora.rank:
+        raise BDHError(
+            f"the tokenizer has {size} tokens and the model of {start} {own.vocab_size}; lora.rank {config.lora.rank} "
+            "does not train new ones: keep the model's tokenizer, or train all weights"
+        )
+    return [f"the vocabulary grows from {own.vocab_size} to {size} tokens, the new ones with small random weights"]
+
+
+def extends(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Whether a tokenizer makes the same ids of every text as another, and knows no fewer tokens."""
+    if same_tokenizer(one, other):
+        return True
+    parts = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (one, other)]
+    rules = [{name: part.get(name) for name in ("normalizer", "pre_tokenizer", "model", "decoder")} for part in parts]
+    return rules[0] == rules[1] and one.get_vocab().items() <= other.get_vocab().items()
+
+
+@torch.no_grad()
+def load_start(model: BDHForCausalLM, where: Path) -> None:
+    """Puts the weights of an export, a checkpoint or a run into a model; tokens that are new to it keep their own.
+
+    Raises:
+        BDHError: There is no such model, or its files are damaged.
+    """
+    start, _ = load_any(find_start(where))
+    weights = start.state_dict()
+    for name, tensor in model.state_dict().items():
+        tensor[: len(weights[name])] = weights[name].to(tensor)
