@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdh.data.blocks import ValidationWindows, document_ids
+from bdh.data.blocks import ValidationWindows, document_ids, inputs_and_targets
 from bdh.model import BDHForCausalLM
 from bdh.model.modeling_bdh import rotary_phases, rotate
 from bdh.training.norms import Histogram, histogram
@@ -76,11 +76,11 @@ def observe_activity(
     tokens = 0
     try:
         for window in windows.batches(1):
-            inputs = window[:, :-1].to(model.device)  # (1, T)
+            inputs, _ = inputs_and_targets(window.to(model.device))  # (1, T)
             documents = None if end_of_text is None else document_ids(inputs, end_of_text)  # (1, T)
             with ExitStack() as hooks, precision():
                 Look(model, layers, hooks, documents, with_values)
-                model.model(input_ids=inputs, use_cache=False, document_ids=documents)
+                model(input_ids=inputs, use_cache=False, document_ids=documents)
             tokens += inputs.shape[1]
     finally:
         model.train(was_training)

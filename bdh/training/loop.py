@@ -525,6 +525,7 @@ class Trainer:
 
     def not_finite(self, what: str) -> BDHError:
         """The error that stops a run whose numbers are no longer numbers."""
+        self.saver.wait()
         good = self.store.latest()[0] or self.resumed_from
         kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         return BDHError(
