@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from bdh.errors import BDHError
@@ -29,9 +30,21 @@ class ReadyConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
+            check_sections(parser, ready_configs().get(values, values))
             super().__call__(parser, cfg, ready_configs().get(values, values), option_string)
         except UnicodeDecodeError as error:
             raise BDHError(f"--config {values} is not a text file") from error
+
+
+def check_sections(parser: Any, file: str) -> None:
+    """Raises BDHError where a file has a single value for a whole section, which would go unnoticed."""
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # what is wrong with it is told by who reads it next
+        return
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        if name in parser.groups and not isinstance(value, dict):
+            raise BDHError(f"{name} in {file} is {value}; it must be a section with settings below it")
 
 
 class Parser(ArgumentParser):
@@ -52,6 +65,8 @@ class Parser(ArgumentParser):
             return f"{match[1]} is not an option{_nearest(match[1].lstrip('-').split('=')[0], options, '--')}"
         if match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", message):
             return f"{match[1]}.{match[2]} is not a setting{_nearest(f'{match[1]}.{match[2]}', known)}"
+        if message == "the following arguments are required: path":
+            return "a path is missing in the settings; each entry of a list of models or texts must have one"
         if match := re.match(r"Option '([^']+)' is not accepted", message):
             return f"{match[1]} is not a setting{_nearest(match[1], known)}"
         if match := re.match(r'Parser key "config": File does not exist: \'?([^\']+)', message):

@@ -334,11 +334,15 @@ def refusal(*argv: object, cwd: Path, **variables: str) -> str:
         ("--model EXPORT --serve.limits.requests_per_minute 0", "it must be at least 1, or null for any number"),
         ("--model EXPORT --serve.sessions.folder file.txt/x", "serve.sessions.folder file.txt/x cannot be used"),
         ("--model EXPORT --host no-such-host.invalid", "cannot be listened on"),
+        ("--config five.yaml", "serve in five.yaml is 5; it must be a section with settings below it"),
+        ("--config nameless.yaml", "a path is missing in the settings"),
     ],
 )
 def test_what_cannot_begin_says_why_in_one_line(export: Path, tmp_path: Path, argv: str, words: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").write_text("text")
+    (tmp_path / "five.yaml").write_text("serve: 5\n")
+    (tmp_path / "nameless.yaml").write_text("serve:\n  models:\n    - name: dragon\n")
     assert words in refusal(*argv.replace("EXPORT", str(export)).split(), cwd=tmp_path)
 
 
