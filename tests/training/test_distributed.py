@@ -1,5 +1,6 @@
 """One run in one, two and four processes, however they share it: the same losses, and checkpoints that fit anywhere."""
 
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from bdh.errors import BDHError
 from bdh.model.export import load_model_only
 from bdh.training.config import DistributedConfig
 from bdh.training.processes import mesh_shape
+from bdh.training.tracking import read_metrics
 from tests.conftest import TEXT, run_bdh
 from tests.training.launching import SMALL, figures, surroundings, torchrun, train_all, validations
 
@@ -44,6 +46,8 @@ MORE_GONE_ON: Continued = {
     "heads": ("hsdp", 20, 2, ("--distributed.strategy", "ddp", "--distributed.shards", "null", *HEADS)),
     "fewer": ("both", 40, 1, ("--distributed.strategy", "ddp", "--distributed.tensor_parallel", "1")),
 }
+CHATS = ("chat", "chats")
+
 # In these a sum comes out otherwise by a last digit just where a neuron begins to fire.
 LOOSE = {"heads4": 3e-5, "both": 3e-5, "fewer": 3e-5}
 
@@ -67,7 +71,22 @@ def train_in(
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs of the usual layouts, whole ones and those that went on from them."""
     folder = tmp_path_factory.mktemp("runs")
-    train_in(folder, LAYOUTS, GONE_ON, [])
+    done = run_bdh("tokenizer", "train", "--kind", "bytes", "--output", "vocabulary", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    said = [(f"What is {n} and {n}?", f"{2 * n}" + ", of course" * (n % 3)) for n in range(200)]
+    turns = [[{"role": "user", "content": one}, {"role": "assistant", "content": other}] for one, other in said]
+    (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+    chat = ["--data.path", "chat.jsonl", "--data.chat", "true", "--data.tokenizer", "vocabulary", *SMALL]
+    chat += ["--data.block_size", "64", "--training.max_steps", "20"]
+    adapters = ["--data.path", "text.txt", *SMALL, "--init_from", "alone/model", "--lora.rank", "4"]
+    adapters += ["--training.max_steps", "20", "--logging.sample_interval", "0"]
+    jobs = [
+        (1, [*chat, "--run_dir", "chat"]),
+        (2, [*chat, "--run_dir", "chats", "--training.micro_batch_size", "2"]),
+        (1, [*adapters, "--run_dir", "adapters"]),
+        (2, [*adapters, "--run_dir", "spread adapters", *FSDP]),
+    ]
+    train_in(folder, LAYOUTS, GONE_ON, jobs)
     return folder
 
 
@@ -107,6 +126,16 @@ def test_how_many_share_a_run_does_not_show_in_its_losses(runs: Path, name: str)
 @pytest.mark.parametrize("name", GONE_ON)
 def test_a_checkpoint_goes_on_in_any_other_layout(runs: Path, name: str) -> None:
     assert close(runs / name, runs / "alone") == 50 - GONE_ON[name][1]
+
+
+def test_answers_of_chats_count_the_same_however_they_are_shared(runs: Path) -> None:
+    assert close(runs / "chats", runs / "chat") == 20
+    answers = [[one.get("answer_tokens") for one in read_metrics(runs / name / "metrics.jsonl")] for name in CHATS]
+    assert answers[0] == answers[1] and len({*answers[0]}) > 5
+
+
+def test_adapters_are_shared_too(runs: Path) -> None:
+    assert close(runs / "spread adapters", runs / "adapters") == 20
 
 
 @pytest.mark.slow
