@@ -1,6 +1,11 @@
 """Errors a user can cause and mend."""
 
 
+def one_line(error: BaseException) -> str:
+    """What a library's exception says, in one line that is not too long; its kind, if it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 class BDHError(Exception):
     """Something the user can put right. The message is one line: what is wrong, where, and what to do.
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from bdh.errors import BDHError
+from bdh.errors import BDHError, one_line
 
 Message = Mapping[str, str]  # {"role": "user", "content": "Hello"}
 
@@ -122,8 +122,7 @@ class ChatFormat:
                 )
             )
         except (TemplateError, ValueError, TypeError, AttributeError, KeyError) as error:
-            words = " ".join(str(error).split())[:200] or type(error).__name__
-            raise BDHError(f"the chat template does not take these messages: {words}") from error
+            raise BDHError(f"the chat template does not take these messages: {one_line(error)}") from error
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-from bdh.errors import BDHError
+from bdh.errors import BDHError, one_line
 
 
 def byte_level_symbols() -> list[str]:
@@ -60,9 +60,8 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
 
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds; all mean the same to the user
-        words = " ".join(str(error).split())[:200] or type(error).__name__
         where = "cannot be loaded" if folder.is_dir() else "is no folder here and cannot be loaded from the hub"
-        raise BDHError(f"data.tokenizer {name} {where}: {words}") from error
+        raise BDHError(f"data.tokenizer {name} {where}: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise BDHError(f"data.tokenizer {name} has no tokenizer.json; only tokenizers of the fast kind can be used")
     return tokenizer
@@ -75,8 +74,7 @@ def load_export_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # the library raises many kinds for a damaged file; all mean the same to the user
-        words = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BDHError(f"the tokenizer in {directory} cannot be loaded: {words}") from error
+        raise BDHError(f"the tokenizer in {directory} cannot be loaded: {one_line(error)}") from error
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -174,8 +174,7 @@ class Worker:
 
         request = asked.request
         try:
-            if request.params.regex is not None or request.params.json_schema is not None:
-                self.llm.engine.grammars = self.llm.grammars
+            self.llm.prepare(request)
             self.llm.engine.add(request)
         except Exception as error:  # of this request alone
             self.line.send("refused", request.id, error if isinstance(error, BDHError) else plain(error))

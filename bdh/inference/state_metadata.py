@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from bdh.errors import BDHError
+from bdh.errors import BDHError, one_line
 
 FORMAT = "bdh-state-1"
 
@@ -27,4 +27,4 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 def reason(error: Exception) -> str:
     """What went wrong, in one line."""
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+    return getattr(error, "strerror", None) or one_line(error)

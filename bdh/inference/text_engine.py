@@ -59,13 +59,13 @@ class TextEngine(Texts):
         request = asked.request
         if request.params.num_beams > 1:
             request = plain_request(self.model, request)
-        self._prepare(request)
+        self.prepare(request)
         self.engine.check(request)
         self.engine.constraint(request)
 
     def start(self, asked: TextRequest, wants_deltas: bool = False) -> Answer:
         """Gives a request to the engine. Raises BDHError (QueueFull among them) if it does not take it."""
-        self._prepare(asked.request)
+        self.prepare(asked.request)
         self.engine.check(asked.request)  # first, as an answer takes memory for each of its continuations
         answer = Answer(asked, self.tokenizer, wants_deltas)
         try:
@@ -183,7 +183,7 @@ class TextEngine(Texts):
         """Compiles what constrains a request, so that `start` finds it ready; for any thread. Raises BDHError."""
         self.grammars.constraint(params)
 
-    def _prepare(self, request: Request) -> None:
+    def prepare(self, request: Request) -> None:
         """Gives the engine grammars when the first request needs them."""
         if request.params.regex is not None or request.params.json_schema is not None:
             self.engine.grammars = self.grammars

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from bdh.data.tokenizer import load_export_tokenizer, vocabulary_size
-from bdh.errors import BDHError
+from bdh.errors import BDHError, one_line
 from bdh.model import BDHConfig, BDHForCausalLM
 
 # What an export is made of; a folder that holds anything else is not replaced.
@@ -48,7 +48,7 @@ def save_export(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast | None
     except Exception as error:  # the tokenizer's writer raises a bare Exception where the disk is full
         shutil.rmtree(partial, ignore_errors=True)
         raise BDHError(
-            f"{directory} cannot be written: {getattr(error, 'strerror', None) or _one_line(error)}"
+            f"{directory} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}"
         ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -94,14 +94,10 @@ def load_model_only(path: Path) -> BDHForCausalLM:
     try:
         model, report = BDHForCausalLM.from_pretrained(path, config=config, output_loading_info=True)
     except Exception as error:  # as above
-        raise BDHError(f"the weights in {path} cannot be loaded: {_one_line(error)}") from error
+        raise BDHError(f"the weights in {path} cannot be loaded: {one_line(error)}") from error
     if wrong := sorted(report["missing_keys"]):
         raise BDHError(f"the weights in {path} are incomplete: {', '.join(wrong)} missing")
     return model.eval()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def read_config(path: Path) -> BDHConfig:
@@ -120,7 +116,7 @@ def read_config(path: Path) -> BDHConfig:
         model_type = settings.get("model_type")
         config = BDHConfig.from_dict(settings) if model_type == "bdh" else None
     except Exception as error:  # the library raises many kinds for a damaged file
-        raise BDHError(f"{path / 'config.json'} cannot be read: {_one_line(error)}") from error
+        raise BDHError(f"{path / 'config.json'} cannot be read: {one_line(error)}") from error
     if config is None:
         raise BDHError(f"{path} is a {model_type} model, not a bdh one")
     return config

@@ -20,7 +20,7 @@ from bdh import __version__
 from bdh.data.blocks import ValidationWindows, document_ids, inputs_and_targets
 from bdh.data.loader import Batch, open_data
 from bdh.data.tokenizer import vocabulary_size
-from bdh.errors import BDHError
+from bdh.errors import BDHError, one_line
 from bdh.inference.llm import sample_answers, sample_texts
 from bdh.inference.params import SamplingParams
 from bdh.model import BDHConfig, BDHForCausalLM, state_of
@@ -112,7 +112,8 @@ class Trainer:
         self.config = with_whole_path(config)
         self.windows = ValidationWindows(self.data.validation, config.data.block_size, settings.eval_windows)
         seed_everything(settings.seed)
-        model = BDHForCausalLM(BDHConfig(**asdict(config.model)))
+        self.architecture = BDHConfig(**asdict(config.model))  # of the whole, however it is spread
+        model = BDHForCausalLM(self.architecture)
         self.base = self.begin_with(model, saved)
         seed_everything(settings.seed + processes.rank)  # each drops other neurons
         in_bfloat16 = isinstance(self.precision(), torch.autocast)
@@ -127,7 +128,7 @@ class Trainer:
             if settings.carry_state
             else None
         )
-        self.meter = Meter(config, BDHConfig(**asdict(config.model)), self.device, in_bfloat16)
+        self.meter = Meter(config, self.architecture, self.device, in_bfloat16)
         if settings.compile:
             self.try_compiled()
 
@@ -172,15 +173,16 @@ class Trainer:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise BDHError(f"training.compile is true, but torch.compile does not work here: {reason}") from error
+            words = "training.compile is true, but torch.compile does not work here"
+            raise BDHError(f"{words}: {one_line(error)}") from error
         self.optimizer.zero_grad(set_to_none=True)
         self.meter.clock.read(1)  # this was none of the run's steps
 
     def restore(self, path: Path) -> None:
         """Takes everything up as the checkpoint left it, and notes what is not as it was."""
-        different = other_place(checkpoint.read_state(path), self.config, self.data.identity)
-        places = places_of(checkpoint.read_state(path))
+        before = checkpoint.read_state(path)
+        different = other_place(before, self.config, self.data.identity)
+        places = places_of(before)
         if different is None and len(places) > 1 and len(places) != self.processes.share.world:
             different = f"the stream of text was read by {len(places)} processes"
         carried = None if self.memory is None or different else self.memory.tensors(self.processes.mesh)
@@ -215,7 +217,7 @@ class Trainer:
     def run(self) -> Outcome:
         settings, state, said = self.config.training, self.state, self.tracker.say
         sequences = f"{settings.batch_size} x {self.config.data.block_size} tokens a step"
-        parameters = parameter_count(BDHConfig(**asdict(self.config.model)))
+        parameters = parameter_count(self.architecture)
         precision = "bfloat16" if isinstance(self.precision(), torch.autocast) else "float32"
         text = "a stream of text" if self.data.train_tokens is None else f"{self.data.train_tokens:,} tokens of text"
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bdh.data.blocks import Share
-from bdh.errors import BDHError, ToldElsewhere
+from bdh.errors import BDHError, ToldElsewhere, one_line
 from bdh.model.device import choose_device
 from bdh.training.config import DistributedConfig
 
@@ -33,13 +33,14 @@ LAST_SECONDS = 5.0  # after SIGTERM, for a process that waits for others and doe
 
 
 class Processes:
-    """This process among those of a run. `open` makes it, `close` ends it.
+    """This process among those of a run. `open` makes it, and ends it.
 
     Attributes:
         rank, size: Which of how many this is.
         device: Where it computes.
         mesh: All of them, (replicas, shards, heads); None if there is only one.
         share: Which rows of a batch are this one's. Processes that share heads have the same rows.
+        saving: The group that checkpoints are written in, beside the training; None if there is only one.
     """
 
     def __init__(self, config: DistributedConfig, device: torch.device):
@@ -50,8 +51,8 @@ class Processes:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.mesh: DeviceMesh | None = None
         self.share = Share()
+        self.saving: Any = None
         self._patient: Any = None  # a group that waits for what takes long
-        self._saving: Any = None  # and one for checkpoints, which are written beside the training
         self._noticed = threading.Event()  # a signal that asks for the end, by all processes
 
     @classmethod
@@ -78,7 +79,7 @@ class Processes:
             try:
                 self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicas", "shards", "heads"))
                 self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-                self._saving = dist.new_group(backend="gloo", timeout=PATIENCE)
+                self.saving = dist.new_group(backend="gloo", timeout=PATIENCE)
                 copies = shape[0] * shape[1]
                 self.share = Share(self.rank // shape[2], copies)
                 yield self
@@ -94,11 +95,6 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this is the one that logs, and writes what is written once."""
         return self.rank == 0
-
-    @property
-    def saving(self) -> Any:
-        """The group that checkpoints are written in; None for one process."""
-        return self._saving
 
     def on_main(self, function: Callable[[], T]) -> T:
         """What a function returns, which is called in the main process only. Raises, everywhere, as it does."""
@@ -160,11 +156,6 @@ class Processes:
     def notice(self) -> None:
         """All processes know that they are to end, and may take their time to."""
         self._noticed.set()
-
-    def barrier(self) -> None:
-        """Waits until all are here."""
-        if not self.alone:
-            dist.barrier(group=self._patient)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -234,10 +225,6 @@ def is_about_others(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(
         sign in words for sign in ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Timed out")
     )
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 @contextmanager

@@ -118,13 +118,13 @@ class Spread:
 
     def clip(self, largest: float) -> float:
         """Scales the gradient so that its norm over the whole model is at most `largest`; the norm before."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.processes.alone or isinstance(self.forward, DistributedDataParallel):
             return nn.utils.clip_grad_norm_(self.model.parameters(), largest).item()
-        norm = self.norm({name: p.grad for name, p in self.model.named_parameters() if p.grad is not None})
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        norm = self.norm(gradients)
         factor = min(1.0, largest / (norm + 1e-6))
         if factor < 1.0:
-            for gradient in gradients:
+            for gradient in gradients.values():
                 local(gradient).mul_(factor)
         return norm
 
