@@ -44,6 +44,7 @@ from transformers import PreTrainedTokenizerFast
 from bdh.data.tokenizer import load_tokenizer
 from bdh.errors import BDHError
 from bdh.model.heads import HeadNames
+from bdh.training.pieces import joined, parted
 
 NAME = re.compile(r"(?:superseded-\d+-)?checkpoint-(\d{7,})")
 FORMAT = 2
@@ -114,7 +115,7 @@ class CheckpointStore:
                 partial.mkdir(parents=True, exist_ok=True)
             with _as_one_process():
                 dcp_save(
-                    tensors,
+                    dict(joined(tensors.items())),
                     storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
                     process_group=processes,
                     no_dist=processes is None,
@@ -336,8 +337,10 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    whole = dict(joined(tensors.items()))
     with _as_one_process():
-        dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+        dcp_load(whole, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    parted(whole, tensors)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """How a model is spread over the processes of a run: copies (DDP), shards (FSDP2, HSDP), and heads (tensor parallel).
 
 All layers of a BDH share one set of weights. So gradients are complete only when the first layer's backward pass ends,
-and there is nothing to send before; and a shard that is gathered serves a layer's pass, each weight by itself, so that
-no more than one is there whole at a time.
+and there is nothing to send before; and a shard that is gathered serves a layer's pass, each weight by itself, of large
+ones each head's part, so that no more than one is there whole at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,12 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bdh.model import BDHForCausalLM
 from bdh.model.heads import HeadNames, part_of
+from bdh.model.modeling_bdh import BDHLayer
+from bdh.training.pieces import LinearInPieces
 from bdh.training.processes import Processes
+
+LARGE = 2**24  # parameters of a matrix that is sharded head by head; for smaller ones, fewer messages count more
 
 
 class Spread:
@@ -85,12 +89,35 @@ class Spread:
         }
         layer = self.model.model.layer
         if compiled is None:  # hooks inside would break a compiled layer into pieces
-            for linear in (layer.encoder, *layer.encoder_v, layer.decoder):
-                fully_shard(linear, **policy)
+            self._shard_by_head(layer, policy)
         fully_shard(layer, **policy)
         fully_shard(self.model, **policy)
         if compiled is not None:
             self.model.model.layer.compile()
+
+    def _shard_by_head(self, layer: BDHLayer, policy: dict[str, Any]) -> None:
+        """Shards each matrix by itself, and of large ones each head's part.
+
+        A gradient is complete only when the first layer's backward pass ends, and is then there whole, beside the copy
+        that is sent; for a head's part that is little, for a whole matrix it is a third of the model.
+        """
+        mesh = policy["mesh"]
+        shards = mesh.size(mesh.ndim - 1)
+        whole: list[nn.Module] = [*layer.encoder_v]
+        for name, along in (("encoder", 0), ("decoder", 1)):
+            linear = getattr(layer, name)
+            # A piece is sharded along D, as the decoder's rows are; FSDP cuts columns, the encoder's, evenly only.
+            even = along == 1 or layer.config.n_embd % shards == 0
+            # With adapters, or with other processes' heads besides (`bdh.model.heads`), it is another kind of map.
+            if type(linear) is not nn.Linear or linear.weight.numel() < LARGE or not even:
+                whole.append(linear)
+                continue
+            cut = LinearInPieces(linear, layer.config.n_head, along)
+            setattr(layer, name, cut)
+            for piece in cut.pieces:
+                fully_shard(piece, **policy, shard_placement_fn=columns if along == 0 else None)
+        for linear in whole:
+            fully_shard(linear, **policy)
 
     def piece(self, is_last: bool) -> AbstractContextManager[object]:
         """What a forward and backward pass runs in: gradients are sent with the last of a step only."""
@@ -173,6 +200,10 @@ class Spread:
             found[name] = sum(v * v for v in values) ** 0.5 if is_norm else sum(values) / len(values)
         each = [value for name, value in found.items() if name.startswith("parameter_norm/")]
         return {**found, "parameter_norm": sum(v * v for v in each) ** 0.5} if each else found
+
+
+def columns(weight: nn.Parameter) -> Shard:
+    return Shard(1)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -48,11 +48,17 @@ for processes, port, argv in json.load(sys.stdin):
 """
 
 
-def train_all(jobs: Sequence[tuple[int, Sequence[object]]], cwd: Path) -> str:
-    """Runs `bdh train ARGV…` in so many processes each, one run after the other; what they said."""
+def train_all(jobs: Sequence[tuple[int, Sequence[object]]], cwd: Path, before: str = "") -> str:
+    """Runs `bdh train ARGV…` in so many processes each, one run after the other; what they said.
+
+    Args:
+        jobs: How many processes, and ARGV.
+        cwd: Where they work.
+        before: Python that is run first.
+    """
     told = json.dumps([[processes, free_port(), [*map(str, argv)]] for processes, argv in jobs])
     done = subprocess.run(
-        [sys.executable, "-c", LAUNCHER],
+        [sys.executable, "-c", before + LAUNCHER],
         cwd=cwd,
         env=surroundings(),
         input=told,

@@ -128,6 +128,35 @@ def test_a_checkpoint_goes_on_in_any_other_layout(runs: Path, name: str) -> None
     assert close(runs / name, runs / "alone") == 50 - GONE_ON[name][1]
 
 
+def test_large_matrices_are_sharded_head_by_head_and_files_do_not_show_it(runs: Path, tmp_path: Path) -> None:
+    shard_all = "import bdh.training.spread\nbdh.training.spread.LARGE = 0\n"
+    begin = ["--data.path", str(runs / "text.txt"), *SMALL]
+    figured = ["--logging.parameter_interval", "10", "--run_dir"]
+    jobs = [
+        (2, [*begin, *FSDP, *figured, "pieces"]),
+        (2, ["--resume", str(runs / "alone/checkpoints/checkpoint-0000040"), *FSDP, *figured, "taken up"]),
+    ]
+    train_all(jobs, tmp_path, shard_all)
+    alone = ["--resume", "pieces/checkpoints/checkpoint-0000040", "--distributed.strategy", "ddp"]
+    train_all([(1, [*alone, *figured, "put together"])], tmp_path)
+    # Sums over heads come out otherwise by a last digit, as where processes share them.
+    assert close(tmp_path / "pieces", runs / "alone", 3e-5) == 50
+    assert close(tmp_path / "taken up", runs / "alone", 3e-5) == 10
+    assert close(tmp_path / "put together", tmp_path / "pieces", 3e-5) == 10
+    norms = [read_norms(tmp_path / name) for name in ("pieces", "put together")]
+    assert norms[0].keys() == norms[1].keys() and "parameter_norm/model.layer.encoder.weight" in norms[0]
+    assert all(abs(norms[1][name] - norm) < 1e-4 * max(1.0, norm) for name, norm in norms[0].items())
+    files = [run / "checkpoints/checkpoint-0000040" for run in (tmp_path / "pieces", runs / "alone")]
+    names = [{name for file in path.glob("*.safetensors") for name in load_file(file)} for path in files]
+    assert names[0] == names[1]
+
+
+def read_norms(run: Path) -> dict[str, float]:
+    """Norms by parameter at the 50th step."""
+    record = next(one for one in read_metrics(run / "metrics.jsonl") if one["step"] == 50 and "parameter_norm" in one)
+    return {name: value for name, value in record.items() if name.startswith(("parameter_norm", "gradient_norm/"))}
+
+
 def test_answers_of_chats_count_the_same_however_they_are_shared(runs: Path) -> None:
     assert close(runs / "chats", runs / "chat") == 20
     answers = [[one.get("answer_tokens") for one in read_metrics(runs / name / "metrics.jsonl")] for name in CHATS]
