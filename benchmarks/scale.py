@@ -7,8 +7,9 @@ from a seed. Writes benchmarks/results/scale_copies.json, scale_shards.json and 
 
 * copies (DDP), default model, compiled, 32 x 512 tokens a GPU: tokens/s;
 * shards (FSDP2), a model of 1 B parameters, layers recomputed, 1 x 512 tokens a GPU: peak memory a GPU, and tokens/s;
-* heads (tensor parallel), the same model, 2 x 512 tokens, dropout off: losses of 20 steps in bfloat16 and in float32,
-  with the usual warm-up: the largest difference, and tokens/s;
+* heads (tensor parallel), the same model, 2 x 512 tokens, dropout off: losses of 20 steps in bfloat16, float32 and
+  float64, with the usual warm-up: their differences by step, and tokens/s; beside them, in float32, one GPU whose heads
+  lie in another order, which is the same function summed otherwise: what rounding alone does;
 * checkpoints of the default model: how long the training waits, and how long the writing takes.
 """
 
@@ -53,14 +54,19 @@ def worker(args: argparse.Namespace) -> None:
         on_gpu = processes.device.type == "cuda"
         torch.manual_seed(0)
         model = BDHForCausalLM(BDHConfig(**given["model"]))
+        if given["reverse_heads"]:
+            reverse_heads(model)
+        if given["precision"] == "float64":
+            model.double()
+        in_bfloat16 = given["precision"] == "bfloat16"
         compiled = torch.compile if given["compile"] else None
-        spread = Spread(model, processes, given["bfloat16"], compiled)
+        spread = Spread(model, processes, in_bfloat16, compiled)
         del model
         if given["recompute"]:
             recompute_layers(spread.model)
         optimizer = build_optimizer(spread.model, TrainingConfig())
         spread.model.train()
-        autocast = torch.autocast(processes.device.type, torch.bfloat16) if given["bfloat16"] else nullcontext()
+        autocast = torch.autocast(processes.device.type, torch.bfloat16) if in_bfloat16 else nullcontext()
         B, T = given["rows"], given["length"]
         losses, began, first = [], 0.0, given["warm"]
         for step in range(first + given["steps"]):
@@ -74,7 +80,8 @@ def worker(args: argparse.Namespace) -> None:
             with spread.piece(is_last=True):
                 with autocast:
                     logits = spread.forward(tokens[:, :-1], use_cache=False).logits  # (B, T, V)
-                    loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+                    logits = logits if logits.dtype == torch.float64 else logits.float()
+                    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
                 loss.backward()
             spread.clip(1.0)
             for group in optimizer.param_groups:
@@ -96,6 +103,17 @@ def worker(args: argparse.Namespace) -> None:
             found["checkpoints"] = checkpoints(spread, optimizer, processes)
         if processes.is_main:
             print("FOUND", json.dumps(found))
+
+
+def reverse_heads(model: Any) -> None:
+    """Puts the last head first, and so on: the same function."""
+    import torch
+
+    layer, h = model.model.layer, model.config.n_head
+    with torch.no_grad():
+        layer.encoder.weight.copy_(layer.encoder.weight.unflatten(0, (h, -1)).flip(0).flatten(0, 1))
+        layer.decoder.weight.copy_(layer.decoder.weight.unflatten(1, (h, -1)).flip(1).flatten(1, 2))
+    layer.encoder_v = torch.nn.ModuleList(reversed(layer.encoder_v))
 
 
 def checkpoints(spread: Any, optimizer: Any, processes: Any) -> list[dict[str, float]]:
@@ -126,7 +144,8 @@ def measure(processes: int, **given: Any) -> dict[str, Any]:
         "device": "auto",
         "compile": False,
         "recompute": False,
-        "bfloat16": True,
+        "precision": "bfloat16",
+        "reverse_heads": False,
         "warm": 8,
         "steps": 40,
     }
@@ -141,8 +160,9 @@ def measure(processes: int, **given: Any) -> dict[str, Any]:
     return found
 
 
-def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    return max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True))
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    """Of the losses, by step."""
+    return [float(f"{abs(a - b):.3g}") for a, b in zip(one["losses"], other["losses"], strict=True)]
 
 
 def copies(gpus: int, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -179,20 +199,24 @@ def shards(gpus: int, sizes: dict[str, Any]) -> dict[str, Any]:
 
 def heads(gpus: int, sizes: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, in_bfloat16 in (("bfloat16", True), ("float32", False)):
+    for precision in ("bfloat16", "float32", "float64"):
         model = {**sizes["large"], "dropout": 0.0}
-        given = {"rows": 2, "length": sizes["length"], "model": model, "recompute": True, "bfloat16": in_bfloat16}
+        given = {"rows": 2, "length": sizes["length"], "model": model, "recompute": True, "precision": precision}
         given |= {"warm": 3, "steps": 17}
         alone = measure(1, **given)
         together = measure(gpus, **given, distributed={"tensor_parallel": gpus})
-        found[name] = {
-            "largest_difference_of_losses": difference(alone, together),
-            "last_losses": [alone["losses"][-1], together["losses"][-1]],
+        found[precision] = {
+            "largest_difference_of_losses": max(differences(alone, together)),
+            "differences_by_step": differences(alone, together),
+            "losses_of_one_gpu": alone["losses"],
             "one_gpu_tokens_per_second": alone["tokens_per_second"],
             "tokens_per_second": together["tokens_per_second"],
             "one_gpu_peak_bytes": alone["peak_memory_bytes"],
             "peak_bytes_a_gpu": together["peak_memory_bytes"],
         }
+        if precision == "float32":
+            itself = measure(1, **given, reverse_heads=True)
+            found[precision]["one_gpu_with_heads_reversed_differs_by_step"] = differences(alone, itself)
     return found
 
 

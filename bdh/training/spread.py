@@ -118,6 +118,8 @@ class Spread:
                 fully_shard(piece, **policy, shard_placement_fn=columns if along == 0 else None)
         for linear in whole:
             fully_shard(linear, **policy)
+        for module in [module for module in layer.modules() if isinstance(module, FSDPModule)]:
+            module.register_forward_hook(let_go)  # type: ignore[attr-defined]
 
     def piece(self, is_last: bool) -> AbstractContextManager[object]:
         """What a forward and backward pass runs in: gradients are sent with the last of a step only."""
@@ -200,6 +202,16 @@ class Spread:
             found[name] = sum(v * v for v in values) ** 0.5 if is_norm else sum(values) / len(values)
         each = [value for name, value in found.items() if name.startswith("parameter_norm/")]
         return {**found, "parameter_norm": sum(v * v for v in each) ** 0.5} if each else found
+
+
+def let_go(module: nn.Module, inputs: object, output: object) -> None:
+    """Gives up what was gathered for a forward pass.
+
+    FSDP does so itself, but not where a layer is worked out again in the backward pass, at whose end all of it would be
+    whole at once.
+    """
+    if torch.is_grad_enabled() and isinstance(module, FSDPModule):
+        module.reshard()
 
 
 def columns(weight: nn.Parameter) -> Shard:
