@@ -17,7 +17,7 @@ This file is copied into every export (`trust_remote_code=True` loads it), so it
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -277,6 +277,12 @@ def attend(
 # ------------------------------------------------------------------------------------------------- the model
 
 
+# One layer's way from x (B, T, D) and S (B, h, N, D) or None to what `BDHLayer.neurons` returns, and what finds it from
+# the layer, the embeddings (B, T, D), the mask (B, T) or None, the state or None, and the documents (B, T) or None.
+Fast = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+Kernels = Callable[["BDHLayer", Tensor, Tensor | None, BDHState | None, Tensor | None], Fast | None]
+
+
 class BDHLayer(GradientCheckpointingLayer):
     """The one layer of a BDH model, applied L times."""
 
@@ -292,25 +298,45 @@ class BDHLayer(GradientCheckpointingLayer):
         # heads know nothing of each other; where they are spread over several devices, this is where these talk.
         self.part: nn.Module = nn.Identity()
         self.meet: nn.Module = nn.Identity()
+        # A faster way from the one to the other, for training; it is asked once for all layers of a forward pass, and
+        # gives None where it knows no way. Nothing of it is saved with the model.
+        self.kernels: Kernels | None = None
 
     def forward(
+        self,
+        x: Tensor,
+        phases: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        S: Tensor | None,
+        documents: Tensor | None = None,
+        fast: Fast | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One layer: x (B, T, D), synapses S (B, h, N, D) or None -> the next x, the synapses after these tokens.
+
+        `mask` (B, T, 1) is 0 at padding, whose values are then neither seen nor written; `documents` (B, T) keeps
+        documents apart. `fast` takes the place of `neurons`, and needs none of these.
+        """
+        seen = self.part(x)  # (B, T, D)
+        if fast is not None:
+            y, S = fast(seen, S)  # (B, T, D), (B, h, N, D)
+        else:
+            assert phases is not None
+            y, S = self.neurons(seen, phases, mask, S, documents)  # (B, T, D), (B, h, N, D)
+        return self.norm(x + self.norm(self.meet(y))), S  # (B, T, D)
+
+    def neurons(
         self,
         x: Tensor,
         phases: tuple[Tensor, Tensor],
         mask: Tensor | None,
         S: Tensor | None,
-        documents: Tensor | None = None,
+        documents: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """One layer: x (B, T, D), synapses S (B, h, N, D) or None -> the next x, the synapses after these tokens.
-
-        `mask` (B, T, 1) is 0 at padding, whose values are then neither seen nor written; `documents` (B, T) keeps
-        documents apart.
-        """
+        """What the neurons here make of x (B, T, D), by the decoder, and the synapses after; arguments as above."""
         h = self.config.n_head
-        seen = self.part(x)  # (B, T, D)
-        X = F.relu(self.encoder(seen)).unflatten(-1, (h, -1))  # (B, T, h, N)  who fires
+        X = F.relu(self.encoder(x)).unflatten(-1, (h, -1))  # (B, T, h, N)  who fires
         R = rotate(X.transpose(1, 2), *phases)  # (B, h, T, N)  query and key
-        values = (seen if mask is None else seen * mask).to(R.dtype)  # (B, T, D)
+        values = (x if mask is None else x * mask).to(R.dtype)  # (B, T, D)
         A, S = attend(R, values, S, self.config.chunk_size, documents)  # (B, h, T, D)
         A = self.norm(A)  # (B, h, T, D)
         Z = torch.cat(  # (B, T, n)  X o Y, head by head
@@ -321,7 +347,7 @@ class BDHLayer(GradientCheckpointingLayer):
             dim=-1,
         )
         Z = F.dropout(Z, self.config.dropout, self.training)  # (B, T, n)
-        return self.norm(x + self.norm(self.meet(self.decoder(Z)))), S  # (B, T, D)
+        return self.decoder(Z), S  # (B, T, D), (B, h, N, D)
 
     def norm(self, x: Tensor) -> Tensor:
         """Layer norm over D, without scale or shift."""
@@ -392,13 +418,15 @@ class BDHModel(BDHPreTrainedModel):
             raise ValueError(f"the state holds {state.batch_size} sequences, the input {B}")
 
         mask = None if attention_mask is None else attention_mask[:, -T:].to(torch.int64)  # (B, T)
-        phases = self.phases(T, mask, state, embeds)  # 2 x (B|1, 1, T, N)
+        kernels = self.layer.kernels
+        fast = None if kernels is None else kernels(self.layer, embeds, mask, state, document_ids)
+        phases = self.phases(T, mask, state, embeds) if fast is None else None  # 2 x (B|1, 1, T, N)
         x = self.layer.norm(embeds)  # (B, T, D)
         values_mask = None if mask is None else mask.to(x.dtype)[:, :, None]  # (B, T, 1)
         trace = [x]
         for i in range(self.config.n_layer):
             S = None if state is None else state.synapses[i]  # (B, h, N, D)
-            x, S = self.layer(x, phases, values_mask, S, document_ids)  # (B, T, D)
+            x, S = self.layer(x, phases, values_mask, S, document_ids, fast)  # (B, T, D)
             if state is not None:
                 state.synapses[i] = S
             trace.append(x)

@@ -15,7 +15,7 @@ from bdh.errors import BDHError
 
 @dataclass
 class ModelConfig:
-    """Architecture: the fields of BDHConfig.
+    """Architecture: the fields of BDHConfig, and how it is computed.
 
     Args:
         n_layer: How many times the shared layer is applied (L).
@@ -28,6 +28,9 @@ class ModelConfig:
         layer_norm_eps: Epsilon of the layer norms.
         initializer_range: Standard deviation of the initial weights.
         chunk_size: Longer sequences are read in chunks of this many tokens; changes speed, not the function.
+        kernels: How the work of the neurons is done in training: reference is the plain form, chunked does it head by
+            head in PyTorch, triton in kernels for NVIDIA GPUs; auto takes the fastest that works. Changes speed and
+            memory, not the function.
     """
 
     n_layer: int = 6
@@ -40,6 +43,11 @@ class ModelConfig:
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     chunk_size: int = 512
+    kernels: Literal["auto", "reference", "chunked", "triton"] = "auto"
+
+    def architecture(self) -> dict[str, Any]:
+        """The fields of BDHConfig."""
+        return {name: value for name, value in asdict(self).items() if name != "kernels"}
 
 
 @dataclass

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def checkpoint_config(state: dict[str, Any]) -> BDHConfig:
     """The architecture recorded in a checkpoint's state."""
-    return BDHConfig(**state["config"]["model"])
+    return BDHConfig(**from_dict(state["config"]).model.architecture())
 
 
 def load_model(path: Path, base: Path | None = None) -> tuple[BDHForCausalLM, dict[str, Any]]:

@@ -38,7 +38,7 @@ def starting_settings(where: str, tokenizer: str | None) -> dict[str, Any]:
     """
     start = find_start(Path(where).expanduser()).absolute()
     config = describe(start)[0]
-    sizes = {entry.name: getattr(config, entry.name) for entry in fields(ModelConfig)}
+    sizes = {entry.name: getattr(config, entry.name) for entry in fields(ModelConfig) if entry.name != "kernels"}
     if tokenizer is None and (start / "tokenizer.json").is_file():
         tokenizer = str(start)
     sizes["vocab_size"] = max(config.vocab_size, vocabulary_size(load_tokenizer(tokenizer)))

@@ -23,6 +23,7 @@ from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError, one_line
 from bdh.inference.llm import sample_answers, sample_texts
 from bdh.inference.params import SamplingParams
+from bdh.kernels.dispatch import use_kernels
 from bdh.model import BDHConfig, BDHForCausalLM, state_of
 from bdh.model.card import parameter_count
 from bdh.model.device import choose_device
@@ -112,13 +113,14 @@ class Trainer:
         self.config = with_whole_path(config)
         self.windows = ValidationWindows(self.data.validation, config.data.block_size, settings.eval_windows)
         seed_everything(settings.seed)
-        self.architecture = BDHConfig(**asdict(config.model))  # of the whole, however it is spread
+        self.architecture = BDHConfig(**config.model.architecture())  # of the whole, however it is spread
         model = BDHForCausalLM(self.architecture)
         self.base = self.begin_with(model, saved)
         seed_everything(settings.seed + processes.rank)  # each drops other neurons
         in_bfloat16 = isinstance(self.precision(), torch.autocast)
         self.spread = Spread(model, processes, in_bfloat16, torch.compile if settings.compile else None)
         self.model = self.spread.model
+        use_kernels(self.model.model.layer, config.model.kernels, self.device)
         if settings.gradient_checkpointing:
             recompute_layers(self.model)
         self.optimizer = build_optimizer(self.model, settings)

@@ -83,7 +83,7 @@ def test_every_number_has_a_limit_and_every_field_a_help_text(capsys: pytest.Cap
 
 def test_model_settings_are_those_of_the_model() -> None:
     defaults, model = BDHConfig(), ModelConfig()
-    for name, value in asdict(model).items():
+    for name, value in model.architecture().items():
         assert getattr(defaults, name) == (value if name != "vocab_size" else 256)
 
 

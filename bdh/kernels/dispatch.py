@@ -1,0 +1,146 @@
+"""Which form of the neurons' work a training run takes: plain ("reference"), PyTorch ("chunked"), or "triton"."""
+
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from bdh.errors import BDHError
+from bdh.kernels.neurons import neurons
+from bdh.kernels.operations import Operations
+from bdh.kernels.reading import Reading, Weights
+from bdh.kernels.torch_operations import TorchOperations
+from bdh.model.heads import HereLinear
+from bdh.model.modeling_bdh import BDHLayer, BDHState, Fast
+
+TRITON_CAPABILITY = (8, 0)  # what the kernels are made for: GPUs that multiply bfloat16
+
+
+def use_kernels(layer: BDHLayer, name: str, device: torch.device) -> None:
+    """Lets a layer take the form of its work that a setting names.
+
+    Args:
+        layer: As it will be trained, with adapters if it is to have any.
+        name: "auto", "reference", "chunked" or "triton", as `model.kernels` has it.
+        device: Where it is trained.
+
+    Raises:
+        BDHError: The form is asked for by name and cannot work here.
+    """
+    if name == "auto":
+        name = choose(layer, device)
+    elif name != "reference":
+        check(layer, name, device)
+    operations = {"reference": lambda: None, "chunked": TorchOperations, "triton": triton_operations}[name]()
+    layer.kernels = None if operations is None else Kernels(operations)
+
+
+def choose(layer: BDHLayer, device: torch.device) -> str:
+    """The fastest form that works here."""
+    if isinstance(layer, FSDPModule) or not is_plain(layer):
+        return "reference"
+    if device.type == "cuda":
+        return "reference" if why_no_triton(device) else "triton"
+    return "chunked" if device.type == "cpu" else "reference"
+
+
+def check(layer: BDHLayer, name: str, device: torch.device) -> None:
+    """Raises BDHError unless the form can work."""
+    why = why_no_triton(device) if name == "triton" else None
+    if isinstance(layer, FSDPModule):  # whose weights are whole only while it works with them
+        why = "it does not work with distributed.strategy fsdp"
+    elif not is_plain(layer):
+        why = "it works on plain weights, and this model has adapters or quantized weights"
+    if why is not None:
+        raise BDHError(f"model.kernels is {name}, but {why}; choose auto")
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """What keeps the Triton kernels from working on a device; None if nothing does."""
+    if device.type != "cuda":
+        return f"Triton needs an NVIDIA GPU, and the device is {device.type}"
+    if find_spec("triton") is None or find_spec("bdh.kernels.triton_operations") is None:
+        return "Triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < TRITON_CAPABILITY:
+        return f"the GPU is of compute capability {'.'.join(map(str, capability))}, and 8.0 is needed"
+    return None
+
+
+def triton_operations() -> Operations:
+    from bdh.kernels.triton_operations import TritonOperations  # type: ignore[import-untyped]
+
+    operations: Operations = TritonOperations()
+    return operations
+
+
+class Kernels:
+    """What stands in `BDHLayer.kernels`: finds the fast way for a forward pass, or none.
+
+    There is none for padded rows, for single tokens that go on from a state (the plain form is the faster), and while
+    the layer's linear maps are not plain: adapted, quantized, or looked into by hooks.
+    """
+
+    def __init__(self, operations: Operations):
+        self.operations = operations
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(
+        self, layer: BDHLayer, embeds: Tensor, mask: Tensor | None, state: BDHState | None, documents: Tensor | None
+    ) -> Fast | None:
+        B, T, _ = embeds.shape
+        if (state is not None and T == 1) or (mask is not None and not bool(mask.all())) or not is_plain(layer):
+            return None
+        config = layer.config
+        encoder, *encoder_v, decoder = (here(linear) for linear in linear_maps(layer))
+        reading = Reading.begin(
+            self.operations,
+            Weights.of(encoder, encoder_v, decoder, computing_dtype(embeds)),
+            (B, T),
+            theta=config.rope_theta,
+            eps=config.layer_norm_eps,
+            chunk_size=config.chunk_size,
+            dropout=config.dropout if layer.training else 0.0,
+            start=None if state is None else state.position,
+            documents=documents,
+        )
+        return partial(through, reading, layer)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def through(reading: Reading, layer: BDHLayer, x: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`BDHLayer.neurons`, by a reading."""
+    encoder, *encoder_v, decoder = (here(linear) for linear in linear_maps(layer))
+    return neurons(reading, x, S, encoder, encoder_v, decoder)
+
+
+def linear_maps(layer: BDHLayer) -> list[nn.Module]:
+    return [layer.encoder, *layer.encoder_v, layer.decoder]
+
+
+def here(linear: nn.Module) -> Tensor:
+    """A weight, of which the part that this process has."""
+    weight = linear.get_parameter("weight")
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def is_plain(layer: BDHLayer) -> bool:
+    """Whether the layer's linear maps are what they seem, and nobody looks at what goes through them."""
+    return all(
+        type(linear) in (nn.Linear, HereLinear)
+        and isinstance(linear.weight, nn.Parameter)
+        and type(linear.weight.data) in (Tensor, DTensor)
+        and linear.bias is None
+        and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
+        for linear in linear_maps(layer)
+    )
+
+
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """What is computed in: autocast's dtype where that is on, else x's."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

@@ -1,0 +1,260 @@
+"""The neurons' work head by head against the model's plain form and its autograd."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bdh.errors import BDHError
+from bdh.kernels.dispatch import use_kernels
+from bdh.kernels.operations import Dropout
+from bdh.kernels.torch_operations import TorchOperations, keeps
+from bdh.model import BDHConfig, BDHForCausalLM, BDHState
+from bdh.model.modeling_bdh import STATE
+
+CPU = torch.device("cpu")
+
+
+def model_of(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> BDHForCausalLM:
+    torch.manual_seed(seed)
+    usual = {"n_layer": 1, "n_embd": 6, "n_head": 2, "mlp_internal_dim_multiplier": 8, "vocab_size": 11, "dropout": 0.0}
+    return BDHForCausalLM(BDHConfig(**{**usual, "initializer_range": 0.4, **sizes})).to(dtype).train()
+
+
+def state_of(model: BDHForCausalLM, position: Tensor, dtype: torch.dtype) -> BDHState:
+    zeros = BDHState.zeros(model.config, len(position), dtype=dtype).synapses
+    return BDHState([torch.randn_like(S).requires_grad_() for S in zeros], position, int(position.max()))
+
+
+def passed(model: BDHForCausalLM, kernels: str, x: Tensor, state: BDHState | None = None, **given: Any) -> list[Tensor]:
+    """What comes out of all layers, the synapses after, and the gradients of all that comes in."""
+    use_kernels(model.model.layer, kernels, CPU)
+    x = x.clone().requires_grad_()
+    before = [] if state is None else state.synapses
+    carried = {} if state is None else {"past_key_values": BDHState(before, state.position, state.length)}
+    out = model.model(inputs_embeds=x, use_cache=state is not None, **carried, **given)
+    results = [out.last_hidden_state, *([] if state is None else getattr(out, STATE).synapses)]
+    random = torch.Generator().manual_seed(5)
+    loss = sum((y * torch.randn(y.shape, generator=random, dtype=torch.float64)).sum() for y in results)
+    assert isinstance(loss, Tensor)
+    wanted = [x, *before, *model.model.layer.parameters()]
+    return [*results, *torch.autograd.grad(loss, wanted)]
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert (a - b).norm() <= tolerance * (1 + b.norm())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    B=st.integers(1, 3),
+    h=st.integers(1, 8),
+    T=st.integers(1, 40),
+    D=st.integers(1, 9),
+    multiplier=st.integers(1, 2),
+    L=st.integers(1, 2),
+    chunk=st.integers(1, 45),
+    start=st.sampled_from([0, 3, 1000, 10**6]),
+    with_state=st.booleans(),
+    with_documents=st.booleans(),
+)
+def test_it_is_the_function_of_the_model_and_its_gradient(
+    seed: int,
+    B: int,
+    h: int,
+    T: int,
+    D: int,
+    multiplier: int,
+    L: int,
+    chunk: int,
+    start: int,
+    with_state: bool,
+    with_documents: bool,
+) -> None:
+    multiplier *= 2 * h
+    model = model_of(seed, n_layer=L, n_head=h, n_embd=D, mlp_internal_dim_multiplier=multiplier, chunk_size=chunk)
+    x = torch.randn(B, T, D, dtype=torch.float64)
+    state = state_of(model, torch.arange(B) + start, torch.float64) if with_state else None
+    given = {"document_ids": (torch.rand(B, T) < 0.2).cumsum(1)} if with_documents else {}
+    expected = passed(model, "reference", x, state, **given)
+    assert_close(passed(model, "chunked", x, state, **given), expected, 1e-8)
+
+
+@pytest.mark.parametrize("T", [1, 5, 16, 17, 300])  # of chunks of 16; 300 also of one chunk, in blocks
+@pytest.mark.parametrize("silent", ["tokens", "neurons"])
+def test_silent_rows_give_no_activity_and_finite_gradients(T: int, silent: str) -> None:
+    model = model_of(n_embd=8, chunk_size=16 if T < 300 else 300)
+    x = torch.randn(2, T, 8, dtype=torch.float64)
+    with torch.no_grad():
+        if silent == "neurons":
+            model.model.layer.encoder.weight.zero_()
+        else:
+            model.model.layer.encoder.weight[:, 0] = -x[0, 0, 0].sign()
+            x[:, ::2] = 0
+    results = passed(model, "chunked", x)
+    assert all(one.isfinite().all() for one in results)
+    assert_close(results, passed(model, "reference", x), 1e-9)
+
+
+def test_float32_and_bfloat16_are_as_close_to_the_truth_as_the_plain_form() -> None:
+    sizes = {"n_layer": 3, "n_embd": 32, "n_head": 4, "chunk_size": 16, "initializer_range": 0.2}
+    model = model_of(dtype=torch.float32, **sizes)
+    x = torch.randn(4, 40, 32)
+    state = state_of(model, torch.tensor([0, 5, 100, 1000]), torch.float32)
+    exact = model_of(dtype=torch.float64, **sizes)
+    exact.load_state_dict(model.state_dict())
+    truth = passed(exact, "reference", x.double(), state.to(dtype=torch.float64))
+    assert_close([y.double() for y in passed(model, "chunked", x, state)], truth, 1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, ours = (passed(model, kernels, x, state) for kernels in ("reference", "chunked"))
+    assert all(one.dtype == torch.float32 for one in ours)
+    assert off(ours, truth) < 1.2 * off(plain, truth) < 0.1
+
+
+def off(found: list[Tensor], truth: list[Tensor]) -> float:
+    """By how much tensors are off in the mean, as a part of their norms."""
+    return sum(((a - b).norm() / b.norm()).item() for a, b in zip(found, truth, strict=True)) / len(truth)
+
+
+# ------------------------------------------------------------------------------------------------ dropout
+
+
+def test_dropout_is_drawn_from_torchs_generator_and_used_alike_both_ways() -> None:
+    """Against the plain form with the masks that the seed stands for, which a hook applies before the decoder."""
+    model = model_of(n_head=3, mlp_internal_dim_multiplier=6, n_embd=8, chunk_size=5)
+    x = torch.randn(2, 12, 8, dtype=torch.float64)  # three chunks, the last with two tokens
+    model.config.dropout = 0.3
+    torch.manual_seed(7)
+    found = passed(model, "chunked", x)
+    after = torch.get_rng_state()
+    torch.manual_seed(7)
+    assert_close(passed(model, "chunked", x), found, 0)
+    assert not torch.allclose(passed(model, "chunked", x)[0], found[0])
+
+    torch.manual_seed(7)
+    seed = int(torch.randint(2**63 - 1, ()))
+    assert torch.equal(torch.get_rng_state(), after)
+    masks = [keeps(torch.empty(6, 5, 16), Dropout(0.3, seed, head)) for head in range(3)]  # 3 x (G, C, N)
+    mask = torch.cat([kept.view(2, 15, 16)[:, :12] != 0 for kept in masks], dim=-1) / 0.7  # (B, T, n)
+    model.config.dropout = 0.0
+    hook = model.model.layer.decoder.register_forward_pre_hook(lambda module, given: (given[0] * mask,))
+    assert_close(found, passed(model, "reference", x), 1e-10)
+    hook.remove()
+    expected = passed(model.eval(), "reference", x)
+    model.config.dropout = 0.3
+    state = torch.get_rng_state()
+    assert_close(passed(model, "chunked", x), expected, 1e-10)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.99])
+def test_dropout_drops_its_share_of_everything(p: float) -> None:
+    """By neuron, by token, by neighbours and between heads, as chance would have it."""
+    size, tokens, N = (8, 64, 512), 512, 512
+    kept = [keeps(torch.empty(size), Dropout(p, 12345, head)).view(tokens, N) != 0 for head in range(2)]
+    sure = 5 * (p * (1 - p)) ** 0.5  # five standard deviations of one draw
+    for dropped in (~kept[0], ~kept[1]):
+        assert abs(dropped.double().mean() - p) < sure / (tokens * N) ** 0.5
+        assert (dropped.double().mean(0) - p).abs().max() < sure / tokens**0.5
+        assert (dropped.double().mean(1) - p).abs().max() < sure / N**0.5
+        for shifts in ((0, 1), (1, 0), (1, 1), (64, 0), (7, 8)):
+            both = (dropped & dropped.roll(shifts, (0, 1))).double().mean()
+            assert abs(both - p * p) < 5 * p / (tokens * N) ** 0.5
+    assert abs((~kept[0] & ~kept[1]).double().mean() - p * p) < 5 * p / (tokens * N) ** 0.5
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def kept_bytes(work: Callable[[], Any]) -> int:
+    """Bytes of all that a forward pass keeps for the backward pass; `work` returns what came out, to stay alive."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held = work()
+    assert held is not None
+    return sum(storages.values())
+
+
+def test_nothing_of_all_neurons_is_kept() -> None:
+    model = model_of(n_embd=8, n_head=4, mlp_internal_dim_multiplier=128)  # 1024 neurons
+    x = torch.randn(2, 20, 8, dtype=torch.float64)
+
+    def kept(kernels: str) -> int:
+        use_kernels(model.model.layer, kernels, CPU)
+        return kept_bytes(lambda: model.model(inputs_embeds=x))
+
+    weights = sum(p.numel() * p.element_size() for p in model.model.layer.parameters())
+    one_tensor = 2 * 20 * 1024 * 8
+    assert kept("chunked") < one_tensor < kept("reference") - weights
+    with torch.no_grad():
+        assert kept("chunked") == 0
+
+
+# ------------------------------------------------------------------------------------------------ where it does not go
+
+
+def test_padding_hooks_and_single_tokens_take_the_plain_form() -> None:
+    model = model_of(n_layer=2, n_embd=8).eval()
+    layer = model.model.layer
+    tokens = torch.randint(11, (2, 9))
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    use_kernels(layer, "reference", CPU)
+    expected = model(tokens, attention_mask=mask).logits
+    use_kernels(layer, "chunked", CPU)
+    assert layer.kernels is not None
+    embeds = model.model.embed_tokens(tokens)
+    state = BDHState.zeros(model.config, 2, dtype=torch.float64)
+
+    def goes(embeds: Tensor, mask: Tensor | None = None, state: BDHState | None = None) -> bool:
+        assert layer.kernels is not None
+        return layer.kernels(layer, embeds, mask, state, None) is not None
+
+    assert goes(embeds) and goes(embeds, torch.ones_like(tokens)) and goes(embeds, None, state) and goes(embeds[:, :1])
+    assert not goes(embeds, mask) and not goes(embeds[:, :1], None, state)
+    assert torch.equal(model(tokens, attention_mask=mask).logits, expected)
+    seen: list[Tensor] = []
+    hook = layer.encoder_v[1].register_forward_hook(lambda module, given, output: seen.append(output))
+    model(tokens)
+    hook.remove()
+    assert len(seen) == 2 and goes(embeds)
+
+
+def test_adapters_take_the_plain_form_or_are_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = model_of(n_embd=8)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["encoder_v.1"]))
+    use_kernels(model.model.layer, "auto", CPU)
+    assert model.model.layer.kernels is None
+    with pytest.raises(BDHError, match=r"model\.kernels is chunked, but it works on plain weights, and this model has"):
+        use_kernels(model.model.layer, "chunked", CPU)
+    with pytest.raises(BDHError, match=r"model\.kernels is triton, but Triton needs an NVIDIA GPU, and the device is"):
+        use_kernels(model_of().model.layer, "triton", CPU)
+
+
+def test_frozen_weights_leave_the_gradient_of_x() -> None:
+    model = model_of(n_embd=8)
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    expected = passed(model, "reference", x)[1]
+    model.requires_grad_(False)
+    use_kernels(model.model.layer, "chunked", CPU)
+    x.requires_grad_()
+    out = model.model(inputs_embeds=x).last_hidden_state
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).sum().backward()
+    assert x.grad is not None
+    assert_close([x.grad], [expected], 1e-10)
+    assert isinstance(model.model.layer.kernels.operations, TorchOperations)  # type: ignore[union-attr]
