@@ -1,0 +1,101 @@
+"""What the training kernels are made of: the steps of one head, each implemented in PyTorch and in Triton.
+
+Shapes: G chunks of C tokens (B sequences of c chunks each, a sequence's chunks next to each other), D `n_embd`, N
+neurons of one head. `dt` is the dtype that is computed in; sums are float32 at least. Tensors are contiguous unless
+said otherwise. Neurons lie as in the model: a rotary pair is columns 2i and 2i + 1. Token t of a chunk has the phases
+of position t, as scores depend on differences only.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Which of a head's products Z are dropped: it depends on seed, head, token (number in G * C) and neuron alone.
+
+    Attributes:
+        p: Probability; 0 keeps all. What is kept is divided by 1 - p.
+        seed: Of this pass through a layer, 0 to 2^63 - 1.
+        head: From 0.
+    """
+
+    p: float = 0.0
+    seed: int = 0
+    head: int = 0
+
+
+# How the synapses tell in the gradient of R: dA (G, C, D), of what each token read of them; S (G, N, D), before each
+# chunk; values (G, C, D), what each token has written; dS (G, N, D), of what each chunk has written. All dt.
+Past = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Operations(Protocol):
+    """The steps of one head."""
+
+    def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """X = relu(x E^T) and R = rope(X).
+
+        Args:
+            x: (G, C, D) dt.
+            E: (N, D) dt.
+            cos: (C, N/2) dt.
+            sin: (C, N/2) dt.
+
+        Returns:
+            X and R, (G, C, N) dt.
+        """
+
+    def scores(self, R: Tensor, documents: Tensor | None) -> Tensor:
+        """tril(R R^T, -1), and 0 where `documents` (G, C), whole numbers, differ. Returns (G, C, C) dt."""
+
+    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
+        """Z = X o relu(A Ev^T), dropped. A (G, C, D), Ev (N, D), X (G, C, N) -> (G, C, N), all dt."""
+
+    def gate_backward(
+        self, dy: Tensor, Dec: Tensor, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From dy (G, C, D), the gradient of Z Dec^T, and Dec (D, N), of any strides; the others as in `gate`.
+
+        With Y = relu(A Ev^T) and dZ = dy Dec, dropped like Z:
+
+        Returns:
+            Z, as from `gate`; dY = dZ o X where Y > 0, the gradient before that relu; dX = dZ o Y. (G, C, N) dt.
+        """
+
+    def excite_backward(
+        self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: Past | None
+    ) -> Tensor:
+        """The gradient before the relu of `excite`: dX + rope^-1(dR) where X > 0, (G, C, N) dt. May overwrite dX.
+
+        dR = dP R, and with a past + dA S^T + values dS^T. `dP` (G, C, C) is the gradient of the scores and its
+        transpose, added up.
+        """
+
+    def scan(self, U: Tensor, S: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None) -> Tensor:
+        """The synapses as they grow: S^(c+1) = rope_(-C)(kept_c S^c + U_c), each in the frame of its chunk.
+
+        Args:
+            U: What each chunk writes, (B, c, N, D) dt; overwritten with S^c, the synapses before each chunk.
+            S: S^0, (B, N, D) float32, None for none.
+            cos: Of C tokens, (N/2) float32.
+            sin: (N/2) float32.
+            kept: (B, c) float32, 0 where a chunk forgets the synapses before it; None keeps all.
+
+        Returns:
+            The synapses after the last chunk, (B, N, D) float32.
+        """
+
+    def scan_backward(self, V: Tensor, dS: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None) -> Tensor:
+        """The way back: G_c = rope_C(g^(c+1)); g^c = kept_c G_c + V_c, from g of the end, dS.
+
+        Args:
+            V: Gradient of each S^c by what was read of it, (B, c, N, D) dt; overwritten with G_c, the gradient of U_c.
+            dS: Gradient of what `scan` returned, (B, N, D) float32, None for none.
+            The others as for `scan`.
+
+        Returns:
+            g^0, the gradient of S^0, (B, N, D) float32.
+        """
