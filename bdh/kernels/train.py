@@ -456,6 +456,7 @@ def scan(
         place = U + (b * chunks + chunk) * 2 * HALF * D + tile
         U_even = tl.load(place, mask=inside, other=0.0).to(tl.float32)  # (PAIRS, BLOCK_D)
         U_odd = tl.load(place + D, mask=inside, other=0.0).to(tl.float32)  # (PAIRS, BLOCK_D)
+        tl.debug_barrier()  # what a thread overwrites, another may have had to read
         tl.store(place, even.to(U.dtype.element_ty), mask=inside)
         tl.store(place + D, odd.to(U.dtype.element_ty), mask=inside)
         if kept is not None:
@@ -499,6 +500,7 @@ def scan_backward(
         place = V + (b * chunks + chunk) * 2 * HALF * D + tile
         V_even = tl.load(place, mask=inside, other=0.0).to(tl.float32)  # (PAIRS, BLOCK_D)
         V_odd = tl.load(place + D, mask=inside, other=0.0).to(tl.float32)  # (PAIRS, BLOCK_D)
+        tl.debug_barrier()  # what a thread overwrites, another may have had to read
         even, odd = even * c - odd * s, odd * c + even * s  # (PAIRS, BLOCK_D)
         tl.store(place, even.to(V.dtype.element_ty), mask=inside)
         tl.store(place + D, odd.to(V.dtype.element_ty), mask=inside)
