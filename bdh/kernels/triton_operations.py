@@ -42,9 +42,12 @@ class Tiles:
 TILES: dict[str, dict[torch.dtype, Tiles]] = {
     "excite": {torch.bfloat16: Tiles(128, 64, 64, 8, 3), torch.float32: Tiles(64, 32, 32, 4, 2)},
     "scores": {torch.bfloat16: Tiles(128, 128, 64, 8, 4), torch.float32: Tiles(64, 64, 32, 4, 2)},
-    "gate": {torch.bfloat16: Tiles(128, 64, 64, 8, 3), torch.float32: Tiles(64, 32, 32, 4, 2)},
+    "gate": {torch.bfloat16: Tiles(128, 64, 64, 8, 3, registers=128), torch.float32: Tiles(64, 32, 32, 4, 2)},
     "gate_backward": {torch.bfloat16: Tiles(128, 64, 64, 8, 3), torch.float32: Tiles(64, 32, 32, 4, 2)},
-    "excite_backward": {torch.bfloat16: Tiles(128, 64, 64, 8, 3), torch.float32: Tiles(64, 32, 32, 4, 2)},
+    "excite_backward": {
+        torch.bfloat16: Tiles(128, 64, 64, 8, 3, registers=128),
+        torch.float32: Tiles(64, 32, 32, 4, 2),
+    },
     "scan": {torch.bfloat16: Tiles(4, 256, 0, 4, 2), torch.float32: Tiles(4, 256, 0, 4, 2)},
 }
 GROUP = 8  # rows of tiles that share the cache
