@@ -160,11 +160,11 @@ class Reading:
 
 @lru_cache(maxsize=16)
 def phases_of_a_chunk(C: int, N: int, theta: float, dtype: torch.dtype, device: torch.device) -> tuple[Phases, Phases]:
-    """Of its tokens, 2 x (C, N/2) dtype, and of all of it, 2 x (N/2), float32 at least."""
+    """Of its tokens, 2 x (C, N/2) dtype, side by side in memory, and of all of it, 2 x (N/2), float32 at least."""
     with torch.inference_mode(False), torch.no_grad():  # or a backward pass could not use them
-        cos, sin = each_pair(torch.arange(C, device=device)[None], N, theta, dtype)  # 2 x (1, C, N/2)
+        each = torch.stack(each_pair(torch.arange(C, device=device)[None], N, theta, dtype), -1)[0]  # (C, N/2, 2)
         whole_cos, whole_sin = each_pair(torch.tensor([[C]], device=device), N, theta, synapse_dtype(dtype))
-        return (cos[0], sin[0]), (whole_cos[0, 0], whole_sin[0, 0])
+        return (each[..., 0], each[..., 1]), (whole_cos[0, 0], whole_sin[0, 0])
 
 
 def each_pair(positions: Tensor, N: int, theta: float, dtype: torch.dtype) -> Phases:

@@ -2,14 +2,10 @@
 
 A head at a time, with the batch's tokens in G chunks of C, M = G * C in all. Moving tensors of (M, N) numbers is what
 takes the time: a product with D or C terms takes no longer than writing what comes out. So all that is done to a neuron
-between two products is done where its product is.
+between two products is done where its product is. A rotary pair is columns 2i, 2i+1, which a thread has side by side.
+Tokens and neurons that a tile has too many are masked, unless EVEN says that all sizes are multiples of the tile's.
 
-A rotary pair is columns 2i, 2i+1, and both lie in one *word*: 32 bits for two bfloat16, 64 for two float32. Kernels
-read and write words (M, N/2) and get the two numbers apart with shifts, in registers; and as a weight's row is one
-neuron, a product with the even rows and one with the odd ones bring a pair's two sums without any shuffling. Tokens and
-neurons that a tile has too many are masked, unless EVEN says that all sizes are multiples of the tile's.
-
-Shapes: M = G * C tokens, D `n_embd`, N neurons of the head, HALF = N/2 pairs.
+Shapes: M = G * C tokens, D `n_embd`, N neurons of the head.
 """
 
 import triton
@@ -19,13 +15,12 @@ from bdh.kernels.train_parts import (
     add_product,
     add_products,
     dropout_factors,
-    join_word,
+    halves,
     load,
-    pair_products,
     relu,
-    rows_of,
-    split_word,
+    rope,
     store,
+    stream,
     tile_of,
 )
 
@@ -36,100 +31,85 @@ from bdh.kernels.train_parts import (
 def excite(
     x,  # (M, D)
     E,  # (N, D)
-    cos,  # (C, HALF)
-    sin,  # (C, HALF)
-    X,  # (M, HALF) words, out
-    R,  # (M, HALF) words, out
+    phases,  # (C, N): cos and sin of each pair
+    X,  # (M, N), out
+    R,  # (M, N), out
     M,
     C,
-    HALF,
+    N,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PAIRS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TILES: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """X = relu(x E^T) and R = rope(X) of BLOCK_M tokens and TILES times PAIRS pairs."""
-    row, column = tile_of(tl.cdiv(M, BLOCK_M), tl.cdiv(HALF, PAIRS * TILES), GROUP)
-    m = row.to(tl.int64) * BLOCK_M
-    r, p = tl.arange(0, BLOCK_M), tl.arange(0, PAIRS)
+    """X = relu(x E^T) and R = rope(X) of BLOCK_M tokens and BLOCK_N neurons."""
+    row, column = tile_of(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    m, n = row.to(tl.int64) * BLOCK_M, column * BLOCK_N
+    r, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    inside = (r < M - m)[:, None] & (j < N - n)[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    E += n.to(tl.int64) * D
+    total = add_products(total, x + m * D, E, M - m, N - n, D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN)  # (BLOCK_M, BLOCK_N)
+    fired = relu(total)  # (BLOCK_M, BLOCK_N)
+    place = m * N + n
+    tile = r[:, None] * N + j[None, :]
+    stream(X + place + tile, fired.to(X.dtype.element_ty), inside, EVEN)
     t = ((m + r) % C).to(tl.int32)  # (BLOCK_M)
-    held = None
-    if BLOCK_K >= D:
-        held = rows_of(x + m * D, M - m, 0, D, BLOCK_M, BLOCK_K, EVEN)  # (BLOCK_M, BLOCK_K)
-    for tile in range(0, TILES):
-        i = (column * TILES + tile) * PAIRS
-        even, odd = pair_products(
-            held, x + m * D, E + i.to(tl.int64) * 2 * D, M - m, HALF - i, D, BLOCK_M, PAIRS, BLOCK_K, EVEN
-        )  # (BLOCK_M, PAIRS) float32
-        even, odd = relu(even), relu(odd)  # (BLOCK_M, PAIRS)
-        inside = (r < M - m)[:, None] & (p < HALF - i)[None, :]
-        place = m * HALF + i
-        words = r[:, None] * HALF + p[None, :]
-        store(X + place + words, join_word(even, odd, X.dtype.element_ty), inside, EVEN)
-        phases = t[:, None] * HALF + (i + p)[None, :]
-        c = load(cos + phases, inside, EVEN).to(tl.float32)  # (BLOCK_M, PAIRS)
-        s = load(sin + phases, inside, EVEN).to(tl.float32)  # (BLOCK_M, PAIRS)
-        turned = join_word(even * c - odd * s, odd * c + even * s, R.dtype.element_ty)  # (BLOCK_M, PAIRS)
-        store(R + place + words, turned, inside, EVEN)
+    phase = load(phases + t[:, None] * N + (n + j)[None, :], inside, EVEN).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    cos, sin = halves(phase, BLOCK_M, BLOCK_N)  # (BLOCK_M, BLOCK_N / 2)
+    stream(R + place + tile, rope(fired, cos, sin, BLOCK_M, BLOCK_N).to(R.dtype.element_ty), inside, EVEN)
 
 
 @triton.jit
 def excite_backward(
     dP,  # (G, C, C), symmetric
     R,  # (G, C, N)
-    X,  # (G, C, HALF) words
-    dX,  # (G, C, HALF) words; left as the result
-    cos,  # (C, HALF)
-    sin,  # (C, HALF)
+    X,  # (G, C, N)
+    dX,  # (G, C, N); left as the result
+    phases,  # (C, N): cos and sin of each pair
     dA,  # (G, C, D), or None: nothing came before the chunks
     S,  # (G, N, D), or None
     v,  # (G, C, D), or None
     dS,  # (G, N, D), or None
     C,
-    HALF,
+    N,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PAIRS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """(dX + rope^-1(dR)) where X > 0, dR = dP R + dA S^T + v dS^T, of BLOCK_M tokens of a chunk and PAIRS pairs."""
-    row, column = tile_of(tl.cdiv(C, BLOCK_M), tl.cdiv(HALF, PAIRS), GROUP)
+    """(dX + rope^-1(dR)) where X > 0, dR = dP R + dA S^T + v dS^T, of BLOCK_M tokens and BLOCK_N neurons of a chunk."""
+    row, column = tile_of(tl.cdiv(C, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     g = tl.program_id(1).to(tl.int64)
-    t, i = row * BLOCK_M, column * PAIRS
-    r, p = tl.arange(0, BLOCK_M), tl.arange(0, PAIRS)
-    j = tl.arange(0, 2 * PAIRS)
-    k = tl.arange(0, BLOCK_K)
-    dR = tl.zeros((BLOCK_M, 2 * PAIRS), tl.float32)
+    t, n = row * BLOCK_M, column * BLOCK_N
+    r, j, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    dR = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     tokens = dP + g * C * C + t.to(tl.int64) * C + r[:, None] * C + k[None, :]
-    others = R + g * C * HALF * 2 + 2 * i + k[:, None] * (2 * HALF) + j[None, :]
+    others = R + g * C * N + n + k[:, None] * N + j[None, :]
     for start in range(0, C, BLOCK_K):
         there = k < C - start
         a = load(tokens, (r < C - t)[:, None] & there[None, :], EVEN)  # (BLOCK_M, BLOCK_K)
-        b = load(others, there[:, None] & (j < 2 * (HALF - i))[None, :], EVEN)  # (BLOCK_K, 2 * PAIRS)
-        dR = add_product(a, b, dR)  # (BLOCK_M, 2 * PAIRS)
+        b = load(others, there[:, None] & (j < N - n)[None, :], EVEN)  # (BLOCK_K, BLOCK_N)
+        dR = add_product(a, b, dR)  # (BLOCK_M, BLOCK_N)
         tokens += BLOCK_K
-        others += BLOCK_K * 2 * HALF
+        others += BLOCK_K * N
     if dA is not None:
-        weights, tokens = (g * HALF + i) * 2 * D, (g * C + t) * D
-        dR = add_products(dR, dA + tokens, S + weights, C - t, 2 * (HALF - i), D, BLOCK_M, 2 * PAIRS, BLOCK_K, EVEN)
-        dR = add_products(dR, v + tokens, dS + weights, C - t, 2 * (HALF - i), D, BLOCK_M, 2 * PAIRS, BLOCK_K, EVEN)
-    even, odd = tl.split(dR.reshape(BLOCK_M, PAIRS, 2))  # (BLOCK_M, PAIRS) float32
-    inside = (r < C - t)[:, None] & (p < HALF - i)[None, :]
-    phases = (t + r)[:, None] * HALF + (i + p)[None, :]
-    c = load(cos + phases, inside, EVEN).to(tl.float32)  # (BLOCK_M, PAIRS)
-    s = load(sin + phases, inside, EVEN).to(tl.float32)  # (BLOCK_M, PAIRS)
-    place = (g * C + t) * HALF + i
-    words = r[:, None] * HALF + p[None, :]
-    dX_even, dX_odd = split_word(load(dX + place + words, inside, EVEN))  # (BLOCK_M, PAIRS)
-    X_even, X_odd = split_word(load(X + place + words, inside, EVEN))  # (BLOCK_M, PAIRS)
-    dX_even = tl.where(X_even > 0, dX_even + even * c + odd * s, 0.0)  # (BLOCK_M, PAIRS)
-    dX_odd = tl.where(X_odd > 0, dX_odd + odd * c - even * s, 0.0)  # (BLOCK_M, PAIRS)
-    store(dX + place + words, join_word(dX_even, dX_odd, dX.dtype.element_ty), inside, EVEN)
+        weights, tokens = (g * N + n) * D, (g * C + t) * D
+        dR = add_products(dR, dA + tokens, S + weights, C - t, N - n, D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN)
+        dR = add_products(dR, v + tokens, dS + weights, C - t, N - n, D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN)
+    inside = (r < C - t)[:, None] & (j < N - n)[None, :]
+    phase = load(phases + (t + r)[:, None] * N + (n + j)[None, :], inside, EVEN).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    cos, sin = halves(phase, BLOCK_M, BLOCK_N)  # (BLOCK_M, BLOCK_N / 2)
+    place = (g * C + t) * N + n
+    tile = r[:, None] * N + j[None, :]
+    fired = load(X + place + tile, inside, EVEN)  # (BLOCK_M, BLOCK_N)
+    total = load(dX + place + tile, inside, EVEN).to(tl.float32) + rope(dR, cos, -sin, BLOCK_M, BLOCK_N)
+    total = tl.where(fired > 0, total, 0.0)  # (BLOCK_M, BLOCK_N)
+    stream(dX + place + tile, total.to(dX.dtype.element_ty), inside, EVEN)
 
 
 # ------------------------------------------------------------------------------------------------ who answers
@@ -139,43 +119,35 @@ def excite_backward(
 def gate(
     A,  # (M, D), normalised
     Ev,  # (N, D)
-    X,  # (M, HALF) words
-    Z,  # (M, HALF) words, out
+    X,  # (M, N)
+    Z,  # (M, N), out
     key,
     dropped,
     scale,
     M,
-    HALF,
+    N,
     D: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PAIRS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TILES: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Z = dropout(X o relu(A Ev^T)) of BLOCK_M tokens and TILES times PAIRS pairs."""
-    row, column = tile_of(tl.cdiv(M, BLOCK_M), tl.cdiv(HALF, PAIRS * TILES), GROUP)
-    m = row.to(tl.int64) * BLOCK_M
-    r, p = tl.arange(0, BLOCK_M), tl.arange(0, PAIRS)
-    held = None
-    if BLOCK_K >= D:
-        held = rows_of(A + m * D, M - m, 0, D, BLOCK_M, BLOCK_K, EVEN)  # (BLOCK_M, BLOCK_K)
-    for tile in range(0, TILES):
-        i = (column * TILES + tile) * PAIRS
-        even, odd = pair_products(
-            held, A + m * D, Ev + i.to(tl.int64) * 2 * D, M - m, HALF - i, D, BLOCK_M, PAIRS, BLOCK_K, EVEN
-        )  # (BLOCK_M, PAIRS) float32
-        inside = (r < M - m)[:, None] & (p < HALF - i)[None, :]
-        place = m * HALF + i
-        words = r[:, None] * HALF + p[None, :]
-        X_even, X_odd = split_word(load(X + place + words, inside, EVEN))  # (BLOCK_M, PAIRS)
-        even, odd = X_even * relu(even), X_odd * relu(odd)  # (BLOCK_M, PAIRS)
-        if DROPOUT:
-            keep_even, keep_odd = dropout_factors(m, i, key, dropped, scale, BLOCK_M, PAIRS)  # (BLOCK_M, PAIRS)
-            even, odd = even * keep_even, odd * keep_odd  # (BLOCK_M, PAIRS)
-        store(Z + place + words, join_word(even, odd, Z.dtype.element_ty), inside, EVEN)
+    """Z = dropout(X o relu(A Ev^T)) of BLOCK_M tokens and BLOCK_N neurons."""
+    row, column = tile_of(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    m, n = row.to(tl.int64) * BLOCK_M, column * BLOCK_N
+    r, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    Ev += n.to(tl.int64) * D
+    total = add_products(total, A + m * D, Ev, M - m, N - n, D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN)  # (BLOCK_M, BLOCK_N)
+    inside = (r < M - m)[:, None] & (j < N - n)[None, :]
+    place = m * N + n
+    tile = r[:, None] * N + j[None, :]
+    answer = load(X + place + tile, inside, EVEN).to(tl.float32) * relu(total)  # (BLOCK_M, BLOCK_N)
+    if DROPOUT:
+        answer *= dropout_factors(m, n // 2, key, dropped, scale, BLOCK_M, BLOCK_N // 2)  # (BLOCK_M, BLOCK_N)
+    stream(Z + place + tile, answer.to(Z.dtype.element_ty), inside, EVEN)
 
 
 @triton.jit(do_not_specialize=["key", "dropped"])
@@ -184,51 +156,45 @@ def gate_backward(
     Dec,  # (N, D)
     A,  # (M, D), normalised
     Ev,  # (N, D)
-    X,  # (M, HALF) words
-    Z,  # (M, HALF) words, out
-    dY,  # (M, HALF) words, out
-    dX,  # (M, HALF) words, out
+    X,  # (M, N)
+    Z,  # (M, N), out
+    dY,  # (M, N), out
+    dX,  # (M, N), out
     key,
     dropped,
     scale,
     M,
-    HALF,
+    N,
     D: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PAIRS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Z again, and the gradients before relu(A Ev^T) and of X, of BLOCK_M tokens and PAIRS pairs."""
-    row, column = tile_of(tl.cdiv(M, BLOCK_M), tl.cdiv(HALF, PAIRS), GROUP)
-    m, i = row.to(tl.int64) * BLOCK_M, column * PAIRS
-    r, p = tl.arange(0, BLOCK_M), tl.arange(0, PAIRS)
-    weights = i.to(tl.int64) * 2 * D
-    Y_even, Y_odd = pair_products(
-        None, A + m * D, Ev + weights, M - m, HALF - i, D, BLOCK_M, PAIRS, BLOCK_K, EVEN
-    )  # (BLOCK_M, PAIRS) float32
-    WORD: tl.constexpr = Z.dtype.element_ty
-    Y = join_word(relu(Y_even), relu(Y_odd), WORD)  # (BLOCK_M, PAIRS), as a word it takes half the registers
-    dZ_even, dZ_odd = pair_products(
-        None, dy + m * D, Dec + weights, M - m, HALF - i, D, BLOCK_M, PAIRS, BLOCK_K, EVEN
-    )  # (BLOCK_M, PAIRS) float32
-    inside = (r < M - m)[:, None] & (p < HALF - i)[None, :]
-    place = m * HALF + i
-    words = r[:, None] * HALF + p[None, :]
-    X_even, X_odd = split_word(load(X + place + words, inside, EVEN))  # (BLOCK_M, PAIRS)
-    Y_even, Y_odd = split_word(Y)  # (BLOCK_M, PAIRS)
-    Z_even, Z_odd = X_even * Y_even, X_odd * Y_odd  # (BLOCK_M, PAIRS)
+    """Z again, and the gradients before relu(A Ev^T) and of X, of BLOCK_M tokens and BLOCK_N neurons."""
+    row, column = tile_of(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    m, n = row.to(tl.int64) * BLOCK_M, column * BLOCK_N
+    r, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    dt: tl.constexpr = Z.dtype.element_ty
+    rows, neurons = m * D, n.to(tl.int64) * D
+    Y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    Y = add_products(Y, A + rows, Ev + neurons, M - m, N - n, D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN)  # (BLOCK_M, BLOCK_N)
+    Y = relu(Y).to(dt)  # (BLOCK_M, BLOCK_N), so that it takes half the registers
+    dZ = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dZ = add_products(dZ, dy + rows, Dec + neurons, M - m, N - n, D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN)
+    inside = (r < M - m)[:, None] & (j < N - n)[None, :]
+    place = m * N + n
+    tile = r[:, None] * N + j[None, :]
+    fired = load(X + place + tile, inside, EVEN).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    answer = fired * Y.to(tl.float32)  # (BLOCK_M, BLOCK_N)
     if DROPOUT:
-        keep_even, keep_odd = dropout_factors(m, i, key, dropped, scale, BLOCK_M, PAIRS)  # (BLOCK_M, PAIRS)
-        Z_even, Z_odd = Z_even * keep_even, Z_odd * keep_odd  # (BLOCK_M, PAIRS)
-        dZ_even, dZ_odd = dZ_even * keep_even, dZ_odd * keep_odd  # (BLOCK_M, PAIRS)
-    store(Z + place + words, join_word(Z_even, Z_odd, WORD), inside, EVEN)
-    store(dX + place + words, join_word(dZ_even * Y_even, dZ_odd * Y_odd, WORD), inside, EVEN)
-    dY_even = tl.where(Y_even > 0, dZ_even * X_even, 0.0)  # (BLOCK_M, PAIRS)
-    dY_odd = tl.where(Y_odd > 0, dZ_odd * X_odd, 0.0)  # (BLOCK_M, PAIRS)
-    store(dY + place + words, join_word(dY_even, dY_odd, WORD), inside, EVEN)
+        factors = dropout_factors(m, n // 2, key, dropped, scale, BLOCK_M, BLOCK_N // 2)  # (BLOCK_M, BLOCK_N)
+        answer, dZ = answer * factors, dZ * factors  # (BLOCK_M, BLOCK_N)
+    stream(Z + place + tile, answer.to(dt), inside, EVEN)
+    stream(dX + place + tile, (dZ * Y.to(tl.float32)).to(dt), inside, EVEN)
+    stream(dY + place + tile, tl.where(Y > 0, dZ * fired, 0.0).to(dt), inside, EVEN)
 
 
 # ------------------------------------------------------------------------------------------------ pairs of tokens

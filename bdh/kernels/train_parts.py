@@ -1,4 +1,4 @@
-"""What the kernels of `bdh.kernels.train` have in common: words, masks, the order of tiles, products, and dropout."""
+"""What the kernels of `bdh.kernels.train` have in common: masks, the order of tiles, products, pairs, and dropout."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by Triton's interpreter, on a CPU
 
 
-# ------------------------------------------------------------------------------------------------ words and blocks
+# ------------------------------------------------------------------------------------------------ blocks
 
 
 @triton.jit
@@ -15,30 +15,6 @@ def add_product(a, b, total):
     if INTERPRETED:  # there bfloat16 is multiplied as if it were whole numbers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
-def split_word(word):
-    """The two numbers of a pair, in float32."""
-    if word.dtype == tl.int64:
-        even = word.to(tl.int32).to(tl.float32, bitcast=True)
-        odd = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    else:  # a bfloat16 is the upper half of a float32
-        even = (word << 16).to(tl.float32, bitcast=True)
-        odd = (word & -65536).to(tl.float32, bitcast=True)
-    return even, odd
-
-
-@triton.jit
-def join_word(even, odd, WORD: tl.constexpr):
-    """Two numbers in float32 as the word of a pair."""
-    if WORD == tl.int64:
-        low = even.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-        word = low | (odd.to(tl.int32, bitcast=True).to(tl.int64) << 32)
-    else:
-        low = even.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        word = low | (odd.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    return word
 
 
 @triton.jit
@@ -54,6 +30,15 @@ def store(pointers, values, inside, EVEN: tl.constexpr):
         tl.store(pointers, values)
     else:
         tl.store(pointers, values, mask=inside)
+
+
+@triton.jit
+def stream(pointers, values, inside, EVEN: tl.constexpr):
+    """Stores what is too much for the cache, so that other things stay there."""
+    if EVEN:
+        tl.store(pointers, values, cache_modifier=".cs")
+    else:
+        tl.store(pointers, values, mask=inside, cache_modifier=".cs")
 
 
 @triton.jit
@@ -79,33 +64,16 @@ def rows_of(x, rows_left, start, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K
 
 
 @triton.jit
-def pair_products(
-    held,  # (BLOCK_M, BLOCK_K): the rows of x, if they are no longer than BLOCK_K; else None
-    x,  # (rows, D)
-    W,  # (2 * pairs, D)
-    rows_left,
-    pairs_left,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """x W^T of BLOCK_M rows and PAIRS pairs: (BLOCK_M, PAIRS) float32 of the even neurons, and of the odd ones."""
-    i = tl.arange(0, PAIRS)
-    even = tl.zeros((BLOCK_M, PAIRS), tl.float32)
-    odd = tl.zeros((BLOCK_M, PAIRS), tl.float32)
-    for start in range(0, D, BLOCK_K):
-        if held is None:
-            a = rows_of(x, rows_left, start, D, BLOCK_M, BLOCK_K, EVEN)  # (BLOCK_M, BLOCK_K)
-        else:
-            a = held  # (BLOCK_M, BLOCK_K)
-        d = start + tl.arange(0, BLOCK_K)
-        inside = (d < D)[:, None] & (i < pairs_left)[None, :]
-        rows = W + i[None, :] * (2 * D) + d[:, None]
-        even = add_product(a, load(rows, inside, EVEN), even)  # (BLOCK_M, PAIRS)
-        odd = add_product(a, load(rows + D, inside, EVEN), odd)  # (BLOCK_M, PAIRS)
-    return even, odd
+def halves(pairs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Columns 2i and columns 2i + 1: (BLOCK_M, BLOCK_N) -> twice (BLOCK_M, BLOCK_N / 2)."""
+    return tl.split(pairs.reshape(BLOCK_M, BLOCK_N // 2, 2))
+
+
+@triton.jit
+def rope(values, cos, sin, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pairs of columns turned by phases: (BLOCK_M, BLOCK_N), twice (BLOCK_M, BLOCK_N / 2) -> (BLOCK_M, BLOCK_N)."""
+    even, odd = halves(values, BLOCK_M, BLOCK_N)
+    return tl.interleave(even * cos - odd * sin, odd * cos + even * sin)
 
 
 @triton.jit
@@ -142,11 +110,12 @@ def mix(h):
 
 @triton.jit
 def dropout_factors(m, i, key, dropped, scale, BLOCK_M: tl.constexpr, PAIRS: tl.constexpr):
-    """What dropout multiplies by, 0 or `scale`: (BLOCK_M, PAIRS) float32 of the even neurons, and of the odd ones.
+    """What dropout multiplies by, 0 or `scale`: (BLOCK_M, 2 * PAIRS) float32, of tokens m and pairs i and on.
 
     A pair's 32 random bits are 16 for each neuron, and those below `dropped` are dropped.
     """
     token = mix((m + tl.arange(0, BLOCK_M)).to(tl.uint32) ^ key.to(tl.uint32))  # (BLOCK_M)
     pair = mix((i + tl.arange(0, PAIRS)).to(tl.uint32) + 0x9E3779B9)  # (PAIRS)
     bits = mix(token[:, None] ^ pair[None, :])  # (BLOCK_M, PAIRS)
-    return tl.where((bits & 0xFFFF) >= dropped, scale, 0.0), tl.where((bits >> 16) >= dropped, scale, 0.0)
+    even, odd = (bits & 0xFFFF) >= dropped, (bits >> 16) >= dropped  # (BLOCK_M, PAIRS)
+    return tl.interleave(tl.where(even, scale, 0.0), tl.where(odd, scale, 0.0))  # (BLOCK_M, 2 * PAIRS)

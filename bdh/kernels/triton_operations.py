@@ -21,11 +21,11 @@ class Tiles:
 
     Attributes:
         rows: Tokens of a tile.
-        columns: Of a tile: pairs of neurons; tokens in `scores`; values (D) in the scans.
-        depth: Terms of the sums taken at a time. Where no less than D, `excite` and `gate` read their tokens once.
+        columns: Of a tile: neurons; tokens in `scores`; values (D) in the scans, whose rows are pairs of neurons.
+        depth: Terms of the sums taken at a time.
         warps: Of a program.
         stages: Steps of a loop that are loaded ahead.
-        tiles: Tiles one after another that a program of `excite` or `gate` does with the same tokens.
+        group: Rows of tiles that are done before the next, to share the cache.
         registers: That a thread may have at most; None leaves it to the compiler.
     """
 
@@ -34,25 +34,20 @@ class Tiles:
     depth: int
     warps: int
     stages: int
-    tiles: int = 1
+    group: int = 8
     registers: int | None = None
 
 
 # By kernel, for bfloat16 and for float32; `benchmarks/kernel_speed.py --tune` measures others.
 TILES: dict[str, dict[torch.dtype, Tiles]] = {
-    "excite": {torch.bfloat16: Tiles(128, 64, 64, 8, 3), torch.float32: Tiles(64, 32, 32, 4, 2)},
-    "scores": {torch.bfloat16: Tiles(128, 128, 64, 8, 4), torch.float32: Tiles(64, 64, 32, 4, 2)},
-    "gate": {torch.bfloat16: Tiles(128, 64, 64, 8, 3, registers=128), torch.float32: Tiles(64, 32, 32, 4, 2)},
-    "gate_backward": {torch.bfloat16: Tiles(128, 64, 64, 8, 3), torch.float32: Tiles(64, 32, 32, 4, 2)},
-    "excite_backward": {
-        torch.bfloat16: Tiles(128, 64, 64, 8, 3, registers=128),
-        torch.float32: Tiles(64, 32, 32, 4, 2),
-    },
+    "excite": {torch.bfloat16: Tiles(128, 128, 64, 8, 3, 1), torch.float32: Tiles(64, 64, 32, 4, 2)},
+    "scores": {torch.bfloat16: Tiles(128, 128, 128, 8, 3), torch.float32: Tiles(64, 64, 32, 4, 2)},
+    "gate": {torch.bfloat16: Tiles(128, 128, 64, 8, 3, 1), torch.float32: Tiles(64, 64, 32, 4, 2)},
+    "gate_backward": {torch.bfloat16: Tiles(64, 128, 64, 4, 3, 64), torch.float32: Tiles(64, 64, 32, 4, 2)},
+    "excite_backward": {torch.bfloat16: Tiles(128, 128, 64, 8, 3, 4), torch.float32: Tiles(64, 64, 32, 4, 2)},
     "scan": {torch.bfloat16: Tiles(4, 256, 0, 4, 2), torch.float32: Tiles(4, 256, 0, 4, 2)},
 }
-GROUP = 8  # rows of tiles that share the cache
 SMALLEST = 16  # side of a tile that the matrix units take
-WORDS = {torch.bfloat16: torch.int32, torch.float32: torch.int64}  # two numbers each
 
 
 def dropout_numbers(dropout: Dropout) -> tuple[int, int, float]:
@@ -78,7 +73,8 @@ class TritonOperations:
         Args:
             x: (G, C, D).
             E: (N, D).
-            cos: (C, N/2), of the phases of a chunk's tokens; `sin` likewise.
+            cos: (C, N/2), of the phases of a chunk's tokens; `sin` likewise. Fastest where both are views of one tensor
+                (C, N/2, 2).
 
         Returns:
             X and R, (G, C, N).
@@ -86,13 +82,12 @@ class TritonOperations:
         G, C, D = x.shape
         N = E.shape[0]
         X, R = x.new_empty(G, C, N), x.new_empty(G, C, N)  # (G, C, N)
-        tiles = fitted("excite", x.dtype, G * C, N // 2, D)
-        columns = tiles.columns * tiles.tiles
+        tiles = fitted("excite", x.dtype, G * C, N, D)
         launch(
-            train.excite, (triton.cdiv(G * C, tiles.rows) * triton.cdiv(N // 2, columns),), tiles,
-            x, E, cos, sin, words(X), words(R), G * C, C, N // 2, D,
-            BLOCK_M=tiles.rows, PAIRS=tiles.columns, BLOCK_K=tiles.depth, TILES=tiles.tiles, GROUP=GROUP,
-            EVEN=divide((G * C, tiles.rows), (N // 2, columns), (D, tiles.depth)),
+            train.excite, (triton.cdiv(G * C, tiles.rows) * triton.cdiv(N, tiles.columns),), tiles,
+            x, E, side_by_side(cos, sin), X, R, G * C, C, N, D,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
+            EVEN=divide((G * C, tiles.rows), (N, tiles.columns), (D, tiles.depth)),
         )  # fmt: skip
         return X, R
 
@@ -131,13 +126,12 @@ class TritonOperations:
         G, C, N = X.shape
         D = A.shape[2]
         Z = torch.empty_like(X)  # (G, C, N)
-        tiles = fitted("gate", A.dtype, G * C, N // 2, D)
-        columns = tiles.columns * tiles.tiles
+        tiles = fitted("gate", A.dtype, G * C, N, D)
         launch(
-            train.gate, (triton.cdiv(G * C, tiles.rows) * triton.cdiv(N // 2, columns),), tiles,
-            A, Ev, words(X), words(Z), *dropout_numbers(dropout), G * C, N // 2, D, DROPOUT=dropout.p > 0,
-            BLOCK_M=tiles.rows, PAIRS=tiles.columns, BLOCK_K=tiles.depth, TILES=tiles.tiles, GROUP=GROUP,
-            EVEN=divide((G * C, tiles.rows), (N // 2, columns), (D, tiles.depth)),
+            train.gate, (triton.cdiv(G * C, tiles.rows) * triton.cdiv(N, tiles.columns),), tiles,
+            A, Ev, X, Z, *dropout_numbers(dropout), G * C, N, D, DROPOUT=dropout.p > 0,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
+            EVEN=divide((G * C, tiles.rows), (N, tiles.columns), (D, tiles.depth)),
         )  # fmt: skip
         return Z
 
@@ -160,13 +154,13 @@ class TritonOperations:
         G, C, N = X.shape
         D = A.shape[2]
         Z, dY, dX = torch.empty_like(X), torch.empty_like(X), torch.empty_like(X)  # (G, C, N)
-        tiles = fitted("gate_backward", A.dtype, G * C, N // 2, D)
+        tiles = fitted("gate_backward", A.dtype, G * C, N, D)
         launch(
-            train.gate_backward, (triton.cdiv(G * C, tiles.rows) * triton.cdiv(N // 2, tiles.columns),), tiles,
-            dy, Dec.mT.contiguous(), A, Ev, words(X), words(Z), words(dY), words(dX), *dropout_numbers(dropout),
-            G * C, N // 2, D, DROPOUT=dropout.p > 0,
-            BLOCK_M=tiles.rows, PAIRS=tiles.columns, BLOCK_K=tiles.depth, GROUP=GROUP,
-            EVEN=divide((G * C, tiles.rows), (N // 2, tiles.columns), (D, tiles.depth)),
+            train.gate_backward, (triton.cdiv(G * C, tiles.rows) * triton.cdiv(N, tiles.columns),), tiles,
+            dy, Dec.mT.contiguous(), A, Ev, X, Z, dY, dX, *dropout_numbers(dropout),
+            G * C, N, D, DROPOUT=dropout.p > 0,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
+            EVEN=divide((G * C, tiles.rows), (N, tiles.columns), (D, tiles.depth)),
         )  # fmt: skip
         return Z, dY, dX
 
@@ -190,12 +184,12 @@ class TritonOperations:
         G, C, N = X.shape
         dA, S, values, dS = past or (None, None, None, None)
         D = 0 if dA is None else dA.shape[2]
-        tiles = fitted("excite_backward", X.dtype, C, N // 2, max(C, D))
+        tiles = fitted("excite_backward", X.dtype, C, N, max(C, D))
         launch(
-            train.excite_backward, (triton.cdiv(C, tiles.rows) * triton.cdiv(N // 2, tiles.columns), G), tiles,
-            dP, R, words(X), words(dX), cos, sin, dA, S, values, dS, C, N // 2, D,
-            BLOCK_M=tiles.rows, PAIRS=tiles.columns, BLOCK_K=tiles.depth, GROUP=GROUP,
-            EVEN=divide((C, tiles.rows), (N // 2, tiles.columns), (C, tiles.depth), (D, tiles.depth)),
+            train.excite_backward, (triton.cdiv(C, tiles.rows) * triton.cdiv(N, tiles.columns), G), tiles,
+            dP, R, X, dX, side_by_side(cos, sin), dA, S, values, dS, C, N, D,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
+            EVEN=divide((C, tiles.rows), (N, tiles.columns), (C, tiles.depth), (D, tiles.depth)),
         )  # fmt: skip
         return dX
 
@@ -241,17 +235,19 @@ class TritonOperations:
         return end
 
 
-def words(values: Tensor) -> Tensor:
-    """The same memory, two neighbouring numbers a word: (…, N) -> (…, N/2) integers."""
-    return values.view(WORDS[values.dtype])
+def side_by_side(cos: Tensor, sin: Tensor) -> Tensor:
+    """cos and sin of each pair next to each other, (C, N/2, 2); not copied if they lie so."""
+    C, pairs = cos.shape
+    if cos.stride() == sin.stride() == (2 * pairs, 2) and sin.data_ptr() == cos.data_ptr() + cos.itemsize:
+        return cos.as_strided((C, pairs, 2), (2 * pairs, 2, 1))  # (C, N/2, 2)
+    return torch.stack((cos, sin), -1)  # (C, N/2, 2)
 
 
 def fitted(kernel: str, dtype: torch.dtype, rows: int, columns: int, depth: int) -> Tiles:
     """A kernel's tiles, no larger than what there is to do."""
     tiles = TILES[kernel][dtype]
     side, across, deep = (max(SMALLEST, triton.next_power_of_2(size)) for size in (rows, columns, depth))
-    fits = replace(tiles, rows=min(tiles.rows, side), columns=min(tiles.columns, across), depth=min(tiles.depth, deep))
-    return replace(fits, tiles=max(1, min(tiles.tiles, triton.cdiv(columns, fits.columns))))
+    return replace(tiles, rows=min(tiles.rows, side), columns=min(tiles.columns, across), depth=min(tiles.depth, deep))
 
 
 def divide(*sizes: tuple[int, int]) -> bool:

@@ -252,6 +252,6 @@ def test_how_the_work_is_cut_up_does_not_matter(
 ) -> None:
     monkeypatch.undo()  # the tiles of the table
     expected = all_results(*sizes, dtype)
-    use(Tiles(64, 64, 64, 4, 2, tiles=2), monkeypatch)  # tokens are read once for two tiles
+    use(Tiles(64, 64, 64, 4, 2), monkeypatch)  # tokens are read once for two tiles
     for result, wanted in zip(all_results(*sizes, dtype), expected, strict=True):
         assert close(result, wanted, dtype)
