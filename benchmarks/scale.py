@@ -3,13 +3,14 @@
     python -m benchmarks.scale --gpus 2
 
 Starts torchrun with one process and with several, in turn, each measurement in processes of their own, on tokens made
-from a seed. Writes benchmarks/results/scale_copies.json, scale_shards.json and scale_heads.json:
+from a seed. Writes benchmarks/results/scale_copies.json, scale_shards.json, scale_heads.json and scale_warmup.json:
 
 * copies (DDP), default model, compiled, 32 x 512 tokens a GPU: tokens/s;
 * shards (FSDP2), a model of 1 B parameters, layers recomputed, 1 x 512 tokens a GPU: peak memory a GPU, and tokens/s;
 * heads (tensor parallel), the same model, 2 x 512 tokens, dropout off: losses of 20 steps in bfloat16, float32 and
   float64, with the usual warm-up: their differences by step, and tokens/s; beside them, in float32, one GPU whose heads
   lie in another order, which is the same function summed otherwise: what rounding alone does;
+* warmup: the same in float32 at rates as large models are begun with, a peak of 3e-4 after 2000 steps of warm-up;
 * checkpoints of the default model: how long the training waits, and how long the writing takes.
 """
 
@@ -64,7 +65,8 @@ def worker(args: argparse.Namespace) -> None:
         del model
         if given["recompute"]:
             recompute_layers(spread.model)
-        optimizer = build_optimizer(spread.model, TrainingConfig())
+        settings = TrainingConfig(**given["training"])
+        optimizer = build_optimizer(spread.model, settings)
         spread.model.train()
         autocast = torch.autocast(processes.device.type, torch.bfloat16) if in_bfloat16 else nullcontext()
         B, T = given["rows"], given["length"]
@@ -85,7 +87,7 @@ def worker(args: argparse.Namespace) -> None:
                 loss.backward()
             spread.clip(1.0)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, TrainingConfig())
+                group["lr"] = learning_rate_at(step, settings)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
@@ -146,6 +148,7 @@ def measure(processes: int, **given: Any) -> dict[str, Any]:
         "recompute": False,
         "precision": "bfloat16",
         "reverse_heads": False,
+        "training": {},
         "warm": 8,
         "steps": 40,
     }
@@ -220,10 +223,23 @@ def heads(gpus: int, sizes: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def warmup(gpus: int, sizes: dict[str, Any]) -> dict[str, Any]:
+    given = {"rows": 2, "length": sizes["length"], "model": {**sizes["large"], "dropout": 0.0}, "recompute": True}
+    given |= {"precision": "float32", "warm": 3, "steps": 17}
+    given |= {"training": {"learning_rate": 3e-4, "warmup_steps": 2000}}
+    alone = measure(1, **given)
+    together = measure(gpus, **given, distributed={"tensor_parallel": gpus})
+    return {
+        "largest_difference_of_losses": max(differences(alone, together)),
+        "differences_by_step": differences(alone, together),
+        "losses_of_one_gpu": alone["losses"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--only", choices=["copies", "shards", "heads"], help="one of the measurements")
+    parser.add_argument("--only", choices=["copies", "shards", "heads", "warmup"], help="one of the measurements")
     parser.add_argument(
         "--small", action="store_true", help="tiny models, to try it where there is no GPU; saves nothing"
     )
@@ -235,7 +251,7 @@ def main() -> None:
     sizes: dict[str, Any] = {"usual": DEFAULT, "large": LARGE, "rows": 32, "length": 512, "compile": True}
     if args.small:
         sizes = {"usual": SMALL, "large": SMALL, "rows": 2, "length": 32, "compile": False}
-    parts = {"copies": copies, "shards": shards, "heads": heads}
+    parts = {"copies": copies, "shards": shards, "heads": heads, "warmup": warmup}
     for name in [args.only] if args.only else list(parts):
         result = {"gpus": args.gpus, **parts[name](args.gpus, sizes)}
         print(json.dumps(result, indent=1), flush=True)

@@ -161,10 +161,10 @@ class Spread:
         """The norm of all these together, over the whole model: parameters or their gradients, by name."""
         square = sum(
             (
-                local(tensor).float().square().sum().to(self.processes.device) / self.copies(name, tensor)
+                square_sum(local(tensor)).to(self.processes.device) / self.copies(name, tensor)
                 for name, tensor in tensors.items()
             ),
-            start=torch.zeros((), device=self.processes.device),
+            start=torch.zeros((), dtype=torch.float64, device=self.processes.device),
         )
         if not self.processes.alone:
             dist.all_reduce(square)
@@ -216,6 +216,11 @@ def let_go(module: nn.Module, inputs: object, output: object) -> None:
 
 def columns(weight: nn.Parameter) -> Shard:
     return Shard(1)
+
+
+def square_sum(tensor: Tensor) -> Tensor:
+    """The sum of the squares, added up in float32 at least; float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().sum().double()
 
 
 def local(tensor: Tensor) -> Tensor:
