@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from bdh.training.config import DistributedConfig
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)  # for what only one process does, as to tokenize a text
+FIRST_WORD = timedelta(minutes=1)  # to reach torchrun, which is there already
 OTHERS_FIRST = 2.0  # seconds: whoever failed by itself says so before those that it takes with it
 LAST_SECONDS = 5.0  # after SIGTERM, for a process that waits for others and does not come back
 
@@ -186,6 +188,28 @@ def meeting_place(timeout: timedelta) -> dict[str, Any]:
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": size}
+
+
+def first_finds(what: str, search: Callable[[], Path | None]) -> Path | None:
+    """What a search finds that takes long, before the processes have found each other. Raises as the search does.
+
+    Of the processes that torchrun has started on one machine the first one searches, and its word reaches the others
+    by torchrun's own store, under the name `what`; if it fails, torchrun ends them. On several machines, and
+    elsewhere, each searches.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("WORLD_SIZE", "1") == "1":
+        return search()
+    store = meeting_place(FIRST_WORD).get("store")
+    if store is None:
+        return search()
+    if os.environ["RANK"] == "0":
+        found = search()
+        store.set(what, "" if found is None else str(found))
+        return found
+    while not store.check([what]):  # which a signal can end, as it cannot a wait
+        time.sleep(0.1)
+    said = store.get(what).decode()
+    return Path(said) if said else None
 
 
 def mesh_shape(config: DistributedConfig, size: int) -> tuple[int, int, int]:
