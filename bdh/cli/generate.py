@@ -2,19 +2,21 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bdh.cli.parsing import Parser
 from bdh.cli.prompts import SEED_STRIDE, answer_prompts
-from bdh.cli.settings import add_model, add_settings, given_settings, open_model
+from bdh.cli.settings import add_model, add_settings, given_settings
 from bdh.cli.terminal import show
+from bdh.cli.together import first_speaks, open_shared, together
 from bdh.errors import BDHError
 
 if TYPE_CHECKING:
     from bdh.inference.llm import LLM, TokenLogprob
     from bdh.inference.params import SamplingParams
+    from bdh.training.processes import Processes
 
 PROMPTS_HELP = (
     'answer a file of prompts: .txt, one a line; or .jsonl, objects with "prompt" or "messages" and settings of their '
@@ -28,11 +30,24 @@ OUTPUT_HELP = (
 
 
 def run(argv: list[str]) -> int:
+    with first_speaks():
+        args = asked_for(argv)
+        given = given_settings(args)
+        check(args, given)
+    with together(args) as processes:
+        code = answer_prompts(args, given, processes) if args.prompts is not None else answer(args, given, processes)
+        if code == 0:
+            processes.gather(None)  # nobody ends before the first one has shown everything
+    return code
+
+
+def asked_for(argv: list[str]) -> Any:
+    """The parsed command line. Raises BDHError."""
     parser = Parser(
         prog="bdh generate",
         allow_abbrev=False,
         description="Continue a prompt, or each prompt of a file. A token costs the same, however long the text has "
-        "become.",
+        "become. Several processes share the heads of a model: torchrun --nproc-per-node=N -m bdh generate …",
     )
     add_model(parser)
     asked = parser.add_mutually_exclusive_group(required=True)
@@ -44,25 +59,33 @@ def run(argv: list[str]) -> int:
         "--batch_size", metavar="N", type=int, help="texts in work at once; without it, what the device is good for"
     )
     add_settings(parser)
-    args = parser.parse_args(argv)
-    given = given_settings(args)
+    return parser.parse_args(argv)
+
+
+def check(args: Any, given: Mapping[str, Any]) -> None:
+    """Raises BDHError for flags that do not go together, and for settings that are wrong whatever the model."""
+    from bdh.inference.params import SamplingParams
+
     if args.batch_size is not None and args.batch_size < 1:
         raise BDHError(f"batch_size is {args.batch_size}; it must be at least 1")
     if args.prompts is not None:
         if args.stream:
             raise BDHError("--stream is for one --prompt; the lines for --prompts come as they are ready anyway")
-        return answer_prompts(args, given)
+        return
     if args.output is not None:
         raise BDHError("--output is for --prompts; the text for one --prompt goes to stdout")
-
-    from bdh.inference.params import SamplingParams
-
     params = SamplingParams(**given)
     if args.stream and params.n > 1:
         raise BDHError(f"n is {params.n}; --stream shows one text, leave one of them out")
-    llm = open_model(args, args.batch_size)
-    prompt = read_stdin() if args.prompt == "-" else args.prompt
-    (stream if args.stream else write)(llm, prompt, params)
+
+
+def answer(args: Any, given: Mapping[str, Any], processes: "Processes") -> int:
+    """Continues one prompt; returns the command's exit code. Raises BDHError."""
+    from bdh.inference.params import SamplingParams
+
+    llm = open_shared(args, processes)
+    prompt = processes.on_main(read_stdin) if args.prompt == "-" else args.prompt
+    (stream if args.stream else write)(llm, prompt, SamplingParams(**given))
     return 0
 
 

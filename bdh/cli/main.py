@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{prog}: error: {which}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, all of which are interrupted
+            print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `bdh ... | head` does
         return 141

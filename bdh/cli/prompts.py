@@ -7,18 +7,21 @@ there can be held to what would be written now byte by byte, and so can the begi
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from bdh.cli.settings import SETTINGS, nearest, open_model, read_text, with_token_ids
+from bdh.cli.settings import SETTINGS, nearest, read_text, with_token_ids
 from bdh.cli.terminal import show
+from bdh.cli.together import fingerprint, open_shared
 from bdh.errors import BDHError
 
 if TYPE_CHECKING:
     from bdh.inference.answer import Completion, TextRequest
     from bdh.inference.llm import LLM
     from bdh.inference.params import SamplingParams
+    from bdh.training.processes import Processes
 
 SEED_STRIDE = 1 << 16  # prompt i has the seed S + i · this: its n continuations, S, S + 1 …, are not those of the next
 CHOICES, ERROR = '"choices": ', '"error": '  # what follows the head
@@ -39,49 +42,73 @@ class Prompt:
     params: "SamplingParams"
 
 
-def answer_prompts(args: Any, given: Mapping[str, Any]) -> int:
-    """The command, with its parsed flags and the settings among them; returns its exit code. Raises BDHError."""
+def answer_prompts(args: Any, given: Mapping[str, Any], processes: "Processes") -> int:
+    """The command, with its parsed flags and the settings among them; returns its exit code. Raises BDHError.
+
+    All processes that share the model call it; the first one reads and writes files.
+    """
     from bdh.inference.params import SamplingParams
 
     path: Path | None = args.output
     if path is not None and (path.suffix != ".jsonl" or (path.exists() and not path.is_file())):
         raise BDHError(f"--output {path} must be a file that ends in .jsonl")
     SamplingParams(seed=given.get("seed"))  # before others are made of it
-    prompts = read_prompts(args.prompts, given)
-    llm = open_model(args, args.batch_size)
+    prompts = processes.on_main(lambda: read_prompts(args.prompts, given))
+    llm = open_shared(args, processes)
     requests = [as_request(llm, prompt, args.prompts) for prompt in prompts]
     runs_as = {"dtype": args.dtype, "quantization": args.quantization}
-    model = {"model": llm.fingerprint[:16], **{k: v for k, v in runs_as.items() if v not in (None, "auto")}}
+    runs_as = {name: value for name, value in runs_as.items() if value not in (None, "auto")}
+    model = {"model": fingerprint(llm, args, processes)[:16], **runs_as}
     heads = [head_of(number, prompt, model) for number, prompt in enumerate(prompts)]
     if path is None:
-        failed = write_answers(llm, requests, heads, 0, lambda line: show(line, sys.stdout), not sys.stdout.isatty())
+        bar_fits = processes.is_main and not sys.stdout.isatty()
+        failed = write_answers(llm, requests, heads, 0, lambda line: show(line, sys.stdout), bar_fits)
         tell_failed(failed, len(heads))
         return 0
     try:
-        with path.open("a+b") as file:
-            lock(file, path)
-            return add_answers(llm, requests, heads, file, path)
+        with ExitStack() as files:
+            return add_answers(llm, requests, heads, path, processes, files)
     except OSError as error:
         raise BDHError(f"--output {path} cannot be written: {error.strerror}") from error
 
 
-def add_answers(llm: "LLM", requests: "Sequence[TextRequest]", heads: Sequence[str], file: BinaryIO, path: Path) -> int:
-    """Writes those answers that a file has not; returns the command's exit code. Raises BDHError."""
-    done, failed = count_answers(file, path, heads)
+def add_answers(
+    llm: "LLM",
+    requests: "Sequence[TextRequest]",
+    heads: Sequence[str],
+    path: Path,
+    processes: "Processes",
+    files: ExitStack,
+) -> int:
+    """Writes those answers that a file has not; returns the command's exit code. Raises BDHError.
+
+    The file stays open, and others out of it, as long as `files`; it is in the first process only.
+    """
+    file: BinaryIO | None = None
+
+    def begin() -> tuple[int, int]:
+        nonlocal file
+        file = files.enter_context(path.open("a+b"))
+        lock(file, path)
+        return count_answers(file, path, heads)
+
+    done, failed = processes.on_main(begin)
     if 0 < done < len(heads):
         print(f"notice: {path} has {done} of {len(heads)} answers; going on from there")
 
     def write(line: str) -> None:
         nonlocal done
-        file.write(line.encode())
-        file.flush()
+        if file is not None:
+            file.write(line.encode())
+            file.flush()
         done += 1
 
     try:
-        failed += write_answers(llm, requests, heads, done, write, True)
+        failed += write_answers(llm, requests, heads, done, write, processes.is_main)
     except KeyboardInterrupt:
         words = f"{path} has {done} of {len(heads)} answers; the same command goes on from there"
-        print(f"interrupted: {words}", file=sys.stderr)
+        if processes.is_main:
+            print(f"interrupted: {words}", file=sys.stderr)
         return 130
     tell_failed(failed, len(heads))
     print(f"{path} has the answers to all {len(heads)} prompts")

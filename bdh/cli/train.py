@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,18 @@ def run(argv: list[str]) -> int:
         help="go on from the latest checkpoint of run_dir, or from PATH: a run or one of its checkpoints; auto: if any",
     )
     parsed = parser.parse_args(without_print_config(argv))
-    if parsed.resume == "auto" or (parsed.resume is None and started_again()):
-        parsed.resume = "" if has_checkpoint(Path(parsed.run_dir)) else None
-    elif parsed.resume and started_again() and parsed.run_dir != TrainConfig().run_dir:
-        # It went on from elsewhere, and may have come further by now.
-        parsed.resume = "" if has_checkpoint(Path(parsed.run_dir)) else parsed.resume
-    if parsed.resume is not None:
-        return resume(parser, parsed, argv)
+    elsewhere = bool(parsed.resume) and parsed.resume != "auto" and parsed.run_dir != TrainConfig().run_dir
+    newest = None
+    if parsed.resume == "auto" or (started_again() and (parsed.resume is None or elsewhere)):
+        # A run that has gone on from elsewhere may have come further by now.
+        newest = find("newest", lambda: newest_in(Path(parsed.run_dir)))
+    if newest is not None:
+        return resume(parser, argv, newest, stays=True)
+    if parsed.resume is not None and parsed.resume != "auto":
+        asked = Path(parsed.resume or parsed.run_dir)
+        where = find("asked", lambda: checkpoint_of(asked, stays=not elsewhere))
+        assert where is not None
+        return resume(parser, argv, where, stays=not elsewhere)
     if parsed.init_from:
         argv = after(parsed, argv)
     return finish(build_config(parser, parser.parse_args(argv)), None)
@@ -56,23 +62,57 @@ def started_again() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def has_checkpoint(run: Path) -> bool:
+def find(what: str, search: Callable[[], Path | None]) -> Path | None:
+    """What a search for a checkpoint finds, which reads all of it; of several processes one does, where it can."""
+    from bdh.training.processes import first_finds
+
+    return first_finds(what, search)
+
+
+def newest_in(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole; None if there is none. Raises BDHError if the run is in use."""
     from bdh.training.checkpoint import CheckpointStore
-
-    return CheckpointStore(run / "checkpoints", keep=1).latest()[0] is not None
-
-
-def resume(parser: Parser, parsed: Any, argv: list[str]) -> int:
-    """Parses once more with the checkpoint's configuration underneath what the command line says."""
-    from bdh.training.checkpoint import find_checkpoint, read_state
     from bdh.training.folder import refuse_if_in_use
 
-    asked = Path(parsed.resume or parsed.run_dir)
-    stays = not parsed.resume or parsed.run_dir == TrainConfig().run_dir  # no other folder is named
-    is_main = os.environ.get("RANK", "0") == "0"
-    if stays and is_main:
+    store = CheckpointStore(run / "checkpoints", keep=1)
+    if store.paths() and is_main():
+        refuse_if_in_use(run)
+    newest, complaints = store.latest()
+    for line in complaints if newest else ():
+        notice(line)
+    return newest
+
+
+def checkpoint_of(asked: Path, stays: bool) -> Path:
+    """The checkpoint that a path means. Raises BDHError, also if the run is in use in which the new one would be."""
+    from bdh.training.checkpoint import find_checkpoint
+    from bdh.training.folder import refuse_if_in_use
+
+    if stays and is_main():
         refuse_if_in_use(asked)
-    where = find_checkpoint(asked, report=lambda line: print(f"notice: {line}") if is_main else None)
+    return find_checkpoint(asked, report=notice)
+
+
+def is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def notice(line: str) -> None:
+    if is_main():
+        print(f"notice: {line}")
+
+
+def resume(parser: Parser, argv: list[str], where: Path, stays: bool) -> int:
+    """Parses once more with a checkpoint's configuration underneath what the command line says.
+
+    Args:
+        parser: Of the command line.
+        argv: That line.
+        where: The checkpoint.
+        stays: Whether the run goes on in its own folder.
+    """
+    from bdh.training.checkpoint import read_state
+
     given = ["--config", json.dumps(read_state(where)["config"]), *argv]
     if stays:
         given += ["--run_dir", str(run_of(where))]

@@ -105,6 +105,15 @@ class ModelRunner:
         self.states[slot] = state.to(self.device, torch.float32).clone()
 
 
+def choose_dtype(dtype: str, device: str, quantization: str | None = None) -> str:
+    """The name of a dtype; of "auto", what is fast on a kind of device. Raises BDHError if there is no such dtype."""
+    if dtype == "auto":
+        return "bfloat16" if device == "cuda" or quantization else "float32"
+    if dtype not in DTYPES:
+        raise BDHError(f"dtype is {dtype}; it must be one of auto, {', '.join(DTYPES)}")
+    return dtype
+
+
 def make_runner(model: BDHForCausalLM, n_slots: int, dtype: str = "auto", quantization: str | None = None) -> Runner:
     """The fastest runner for the device the model is on.
 
@@ -118,10 +127,7 @@ def make_runner(model: BDHForCausalLM, n_slots: int, dtype: str = "auto", quanti
         BDHError: The device cannot do what is asked.
     """
     device = model.device.type
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" or quantization else "float32"
-    if dtype not in DTYPES:
-        raise BDHError(f"dtype is {dtype}; it must be one of auto, {', '.join(DTYPES)}")
+    dtype = choose_dtype(dtype, device, quantization)
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise BDHError(f"quantization is {quantization}; it must be one of {', '.join(QUANTIZATIONS)}")
     if quantization is not None and device != "cpu":

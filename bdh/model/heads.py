@@ -12,6 +12,7 @@ by their whole shapes; `encoder_v` is one matrix a head, which its process alone
 import re
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -75,7 +76,10 @@ class HereLinear(nn.Linear):
 def check_heads(n_head: int, processes: int) -> None:
     """Raises BDHError unless heads can be shared by so many processes."""
     if n_head % processes:
-        raise BDHError(f"distributed.tensor_parallel is {processes}; it must divide the {n_head} heads (model.n_head)")
+        raise BDHError(
+            f"{processes} processes are to share the {n_head} heads of the model (model.n_head); their number, in "
+            "training distributed.tensor_parallel, must divide that of the heads"
+        )
 
 
 def part_config(config: BDHConfig, processes: int) -> BDHConfig:
@@ -83,7 +87,8 @@ def part_config(config: BDHConfig, processes: int) -> BDHConfig:
     check_heads(config.n_head, processes)
     if config.mlp_internal_dim_multiplier % processes:
         raise BDHError(
-            f"distributed.tensor_parallel is {processes}; it must divide model.mlp_internal_dim_multiplier "
+            f"{processes} processes are to share the heads of the model; their number, in training "
+            "distributed.tensor_parallel, must divide model.mlp_internal_dim_multiplier "
             f"{config.mlp_internal_dim_multiplier}"
         )
     settings = config.to_dict()
@@ -119,7 +124,8 @@ def part_of(model: BDHForCausalLM, mesh: DeviceMesh) -> tuple[BDHForCausalLM, He
 
 def here_linear(whole: nn.Linear, mesh: DeviceMesh, dim: int) -> HereLinear:
     """A linear map with this process's slice of a weight along a dimension, kept as a `DTensor` of the whole."""
-    piece = whole.weight.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()].contiguous()
+    piece = whole.weight.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()]
+    piece = piece.clone(memory_format=torch.contiguous_format)  # or the whole would stay in memory
     linear = HereLinear(piece.shape[1], piece.shape[0], bias=False, device="meta")
     weight = DTensor.from_local(piece, mesh, [Shard(dim)], run_check=False)
     linear.weight = nn.Parameter(weight, requires_grad=whole.weight.requires_grad)

@@ -34,6 +34,16 @@ class Evaluation:
     accuracy: float
     tokens: int
 
+    def figures(self) -> dict[str, float]:
+        """What is logged of it, by the names it has there."""
+        return {
+            "validation_loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "perplexity_per_byte": self.perplexity_per_byte,
+            "accuracy": self.accuracy,
+        }
+
 
 @torch.no_grad()
 def evaluate(

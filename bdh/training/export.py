@@ -1,5 +1,6 @@
 """From a checkpoint to an export."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,27 @@ def export_checkpoint(path: Path, directory: Path, base: Path | None = None) -> 
     model, state = load_model(path, base)
     card = model_card(_title(state), model.config, training_sections(state))
     save_export(model, checkpoint.tokenizer_of(path), directory, card)
+
+
+def export_run(run: Path, best: str | None, base: Path | None, report: Callable[[str], None]) -> None:
+    """Writes the export of a run's best checkpoint to its folder `model`.
+
+    Args:
+        run: Its folder.
+        best: The name of the checkpoint with the least validation loss, where there is one.
+        base: As for `load_model`.
+        report: Told a line about what was done, and about each damaged checkpoint passed over.
+
+    Raises:
+        BDHError: The export cannot be written; the line says how to make it later.
+    """
+    path = checkpoint.find_checkpoint(run, prefer="best", report=report)
+    try:
+        export_checkpoint(path, run / "model", base)
+    except BDHError as error:
+        raise BDHError(f"{path} is saved, but {error}; make room, then: bdh export {path} {run / 'model'}") from error
+    which = ", the best by validation loss" if path.name == best else ""
+    report(f"done: {run / 'model'} is the export of {path.name}{which}")
 
 
 def export_adapter(path: Path, directory: Path, base: Path | None = None) -> None:

@@ -60,6 +60,12 @@ class RunFolder:
             drop_lock(self.lock)
             self.lock = None
 
+    def way_on(self) -> str:
+        """How to take this run up again."""
+        if self.store.latest()[0] is None:
+            return f"begin again (no checkpoint was written): bdh train --config {self.path / 'config.yaml'}"
+        return f"go on with: bdh train --resume {self.path}"
+
 
 _held: set[int] = set()  # descriptors of locks that this process has taken
 

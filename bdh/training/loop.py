@@ -4,7 +4,6 @@ Everything it does is decided by the TrainConfig and the checkpoint it starts fr
 same bits. Random numbers are drawn by dropout alone: data and samples have generators of their own.
 """
 
-import platform
 import signal
 import time
 from contextlib import suppress
@@ -14,39 +13,35 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
-from bdh import __version__
-from bdh.data.blocks import ValidationWindows, document_ids, inputs_and_targets
-from bdh.data.loader import Batch, open_data
+from bdh.data.loader import TrainingData, open_data
 from bdh.data.tokenizer import vocabulary_size
-from bdh.errors import BDHError, one_line
-from bdh.inference.llm import sample_answers, sample_texts
-from bdh.inference.params import SamplingParams
+from bdh.errors import BDHError
 from bdh.kernels.dispatch import use_kernels
-from bdh.model import BDHConfig, BDHForCausalLM, state_of
+from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.card import parameter_count
 from bdh.model.device import choose_device
 from bdh.training import checkpoint
-from bdh.training.activity import observe_activity
 from bdh.training.config import TrainConfig, compare, validate, with_vocabulary, with_whole_path
 from bdh.training.device import autocast, hardware, recompute_layers, seed_everything
-from bdh.training.evaluation import Evaluation, evaluate
-from bdh.training.export import export_checkpoint
+from bdh.training.evaluation import Evaluation
+from bdh.training.export import export_run
 from bdh.training.folder import RunFolder
-from bdh.training.init_from import check_start, load_start
-from bdh.training.lora import add_adapters, check_peft, load_base
+from bdh.training.init_from import check_start
+from bdh.training.lora import begin_with, check_peft
 from bdh.training.meter import Meter
-from bdh.training.norms import parameter_figures, weight_histograms
+from bdh.training.norms import parameter_figures
 from bdh.training.optimizer import build_optimizer, learning_rate_at
+from bdh.training.passes import Passes
 from bdh.training.processes import Processes
-from bdh.training.resume import by_process, choose_tokenizer, other_place, places_of, restore_random
+from bdh.training.resume import choose_tokenizer, other_place, places_of, restore_random, state_to_save
+from bdh.training.review import Review
 from bdh.training.saver import Saver
 from bdh.training.signals import caught_signals
 from bdh.training.spread import Spread, local
-from bdh.training.state import CarriedState, Outcome, RunState
-from bdh.training.trackers import check_trackers, open_trackers, want_histograms
-from bdh.training.tracking import Tracker, draw_curves
+from bdh.training.state import Outcome, RunState
+from bdh.training.trackers import check_trackers, open_trackers
+from bdh.training.tracking import Tracker
 
 
 def train(config: TrainConfig, resume: Path | None = None) -> Outcome:
@@ -97,25 +92,13 @@ class Trainer:
         if config.lora.rank:
             check_peft()
 
-        self.data = processes.one_after_the_other(
-            lambda: open_data(
-                config.data,
-                self.tokenizer,
-                settings.batch_size,
-                settings.seed,
-                settings.carry_state,
-                processes.share,
-                self.announce,
-            )
-        )
+        self.data = processes.one_after_the_other(lambda: self.open_text(config))
         self.notices += self.data.remarks
-        self.apart = settings.carry_state or not config.data.cross_documents
-        self.config = with_whole_path(config)
-        self.windows = ValidationWindows(self.data.validation, config.data.block_size, settings.eval_windows)
+        config = self.config = with_whole_path(config)
         seed_everything(settings.seed)
         self.architecture = BDHConfig(**config.model.architecture())  # of the whole, however it is spread
         model = BDHForCausalLM(self.architecture)
-        self.base = self.begin_with(model, saved)
+        self.base = begin_with(model, config, saved)
         seed_everything(settings.seed + processes.rank)  # each drops other neurons
         in_bfloat16 = isinstance(self.precision(), torch.autocast)
         self.spread = Spread(model, processes, in_bfloat16, torch.compile if settings.compile else None)
@@ -124,15 +107,17 @@ class Trainer:
         if settings.gradient_checkpointing:
             recompute_layers(self.model)
         self.optimizer = build_optimizer(self.model, settings)
-        size = self.piece_size()
-        self.memory = (
-            CarriedState.empty(self.model.config, size, self.data.batch_size // size, self.device)
-            if settings.carry_state
-            else None
-        )
         self.meter = Meter(config, self.architecture, self.device, in_bfloat16)
+        apart = settings.carry_state or not config.data.cross_documents
+        end_of_text = self.tokenizer.eos_token_id if apart else None
+        self.passes = Passes(
+            config, self.spread, processes, self.data.batch_size, end_of_text, self.precision, self.meter
+        )
+        self.review = Review(config, self.spread, processes, self.data, self.tokenizer, end_of_text, self.precision)
         if settings.compile:
-            self.try_compiled()
+            self.passes.rehearse()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.meter.clock.read(1)  # this was none of the run's steps
 
         processes.on_main(lambda: self.folder.claim(self.config))
         self.state = RunState()
@@ -144,41 +129,24 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ setting up
 
+    def open_text(self, config: TrainConfig) -> TrainingData:
+        """The text, of which this process has its share. Raises BDHError."""
+        settings = config.training
+        return open_data(
+            config.data,
+            self.tokenizer,
+            settings.batch_size,
+            settings.seed,
+            settings.carry_state,
+            self.processes.share,
+            self.announce,
+        )
+
     def announce(self, line: str) -> None:
         """Says what is being prepared, before there is anything to log."""
         with suppress(OSError):  # what is said here is no reason to stop
             if self.processes.is_main:
                 print(line, flush=True)
-
-    def begin_with(self, model: BDHForCausalLM, saved: dict[str, Any] | None) -> str | None:
-        """Fills the model that a run begins with, if there is one, and adds adapters; returns the base's fingerprint.
-
-        A run that goes on has all weights in its checkpoint, but with adapters, which are all that is saved there.
-        """
-        start, lora = self.config.init_from, self.config.lora
-        if start is None or (saved is not None and not lora.rank):
-            return None
-        if not lora.rank:
-            load_start(model, Path(start))
-            return None
-        base = load_base(model, Path(start), None if saved is None else saved["base"])
-        add_adapters(model, lora)
-        return base
-
-    def try_compiled(self) -> None:
-        """Tries the compiled model on a step of the real shape. Raises BDHError where that fails."""
-        size, length = self.piece_size(), self.config.data.block_size + 1
-        try:
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                tokens = torch.zeros(size, length, dtype=torch.int64)
-                self.accumulate(Batch(tokens, torch.ones(size, dtype=torch.bool)))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            words = "training.compile is true, but torch.compile does not work here"
-            raise BDHError(f"{words}: {one_line(error)}") from error
-        self.optimizer.zero_grad(set_to_none=True)
-        self.meter.clock.read(1)  # this was none of the run's steps
 
     def restore(self, path: Path) -> None:
         """Takes everything up as the checkpoint left it, and notes what is not as it was."""
@@ -187,29 +155,36 @@ class Trainer:
         places = places_of(before)
         if different is None and len(places) > 1 and len(places) != self.processes.share.world:
             different = f"the stream of text was read by {len(places)} processes"
-        carried = None if self.memory is None or different else self.memory.tensors(self.processes.mesh)
+        memory = self.passes.memory
+        carried = None if memory is None or different else memory.tensors(self.processes.mesh)
         saved = checkpoint.load(path, self.model, self.optimizer, carried, self.spread.names)
         restore_random(saved, self.processes)
         if different is None:
             self.data.source.load_state_dict(places[self.processes.share.rank % len(places)])
         else:
             self.notices.append(f"{different}; the text is read from its beginning")
-        if self.memory is not None and carried is not None:
-            self.memory.load(carried)
+        if memory is not None and carried is not None:
+            memory.load(carried)
         state = self.state = RunState(**{name: saved[name] for name in RunState.__dataclass_fields__ if name in saved})
         if saved["evaluation"] is not None:
             state.evaluation = Evaluation(**saved["evaluation"])
         if saved["hardware"] != self.hardware():
             self.notices.append(f"the run began on {saved['hardware']}: results agree within rounding, not bit for bit")
-        if not self.folder.goes_on_here:  # a new run, which has no best checkpoint of its own yet
+        if self.folder.goes_on_here:
+            self.keep_checkpoints(path, same_text=saved["text"] == self.data.identity)
+        else:  # a new run, which has no best checkpoint of its own yet
             state.best_checkpoint = state.best_validation_loss = None
-            return
+
+    def keep_checkpoints(self, path: Path, same_text: bool) -> None:
+        """Makes the run's checkpoints those up to the one at `path`, and the best the best of these on this text."""
+        state = self.state
         state.saved_at = state.step
         for moved in self.processes.on_main(lambda: self.store.set_aside_after(state.step)):
             self.notices.append(f"the later checkpoint is now {moved}")
-        best = state.best_checkpoint
-        lost = best is not None and checkpoint.damage(self.store.directory / best) is not None
-        if lost or saved["text"] != self.data.identity:
+        best, lost = state.best_checkpoint, False
+        if best not in (None, path.name):  # that one is whole, or nobody would go on from it
+            lost = self.processes.on_main(lambda: checkpoint.damage(self.store.directory / str(best)) is not None)
+        if lost or not same_text:
             known = state.evaluation if state.evaluated_at == state.step else None
             state.best_checkpoint, state.best_validation_loss = (path.name, known.loss) if known else (None, None)
         self.processes.on_main(lambda: self.store.link(path.name, state.best_checkpoint))
@@ -217,22 +192,9 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- the loop
 
     def run(self) -> Outcome:
-        settings, state, said = self.config.training, self.state, self.tracker.say
-        sequences = f"{settings.batch_size} x {self.config.data.block_size} tokens a step"
-        parameters = parameter_count(self.architecture)
-        precision = "bfloat16" if isinstance(self.precision(), torch.autocast) else "float32"
-        text = "a stream of text" if self.data.train_tokens is None else f"{self.data.train_tokens:,} tokens of text"
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        share = f", {trained:,} of them trained" if self.config.lora.rank else ""
-        said(f"{parameters:,} parameters{share}, {text}, {sequences}")
-        said(f"on {self.hardware()} in {precision}, into {self.run_dir}")
-        for notice in self.notices:
-            said(f"notice: {notice}")
-        if self.processes.is_main:
-            self.tracker.others = open_trackers(self.config, self.run_dir, state.step, self.tracker.last_step, said)
-        if state.step:
-            done = "; training.max_steps is reached" if state.step >= settings.max_steps else ""
-            said(f"going on from step {state.step} of {settings.max_steps}{done}")
+        """Trains until the last step, or until all processes are asked to stop. Raises BDHError."""
+        settings, state = self.config.training, self.state
+        self.introduce()
         try:
             with self.tracker, caught_signals() as caught:
                 self.model.train()
@@ -250,19 +212,62 @@ class Trainer:
             self.folder.release()
         return Outcome(self.run_dir, state.step, None, state.evaluation, state.seconds)
 
+    def introduce(self) -> None:
+        """Says what is trained, on what and where, and opens the trackers."""
+        settings, state, said = self.config.training, self.state, self.tracker.say
+        sequences = f"{settings.batch_size} x {self.config.data.block_size} tokens a step"
+        parameters = parameter_count(self.architecture)
+        precision = "bfloat16" if isinstance(self.precision(), torch.autocast) else "float32"
+        text = "a stream of text" if self.data.train_tokens is None else f"{self.data.train_tokens:,} tokens of text"
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        share = f", {trained:,} of them trained" if self.config.lora.rank else ""
+        said(f"{parameters:,} parameters{share}, {text}, {sequences}")
+        said(f"on {self.hardware()} in {precision}, into {self.run_dir}")
+        for notice in self.notices:
+            said(f"notice: {notice}")
+        if self.processes.is_main:
+            self.tracker.others = open_trackers(self.config, self.run_dir, state.step, self.tracker.last_step, said)
+        if state.step:
+            done = "; training.max_steps is reached" if state.step >= settings.max_steps else ""
+            said(f"going on from step {state.step} of {settings.max_steps}{done}")
+
     def step(self) -> None:
         """One optimizer step and whatever is due after it."""
         state, settings, logging = self.state, self.config.training, self.config.logging
         started = time.perf_counter()
+        figures, by_parameter = self.learn()
+        state.step += 1
+        state.tokens += settings.batch_size * self.config.data.block_size
+        state.seconds += time.perf_counter() - started
+        last = state.step == settings.max_steps
+        if state.step % logging.interval == 0 or last or state.step == 1 or by_parameter:
+            progress = {"step": state.step, "tokens": state.tokens}
+            self.tracker.step({**progress, **figures, **self.speed(), "seconds": state.seconds, **by_parameter})
+        sample_due = logging.sample_interval and (state.step % logging.sample_interval == 0 or last)
+        save_due = state.step % self.config.checkpoint.interval == 0 and not last
+        if state.step % settings.eval_interval == 0 or sample_due or save_due:
+            self.evaluate()
+        if sample_due:
+            self.tracker.samples(state.step, self.review.samples(state.step))
+        if save_due:
+            with self.meter.clock("checkpoint"):
+                self.save()
+
+    def learn(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Takes the gradient of the next batch and follows it; figures of that, and those by parameter if they are due.
+
+        Raises BDHError where the loss or the gradient is not finite; weights and optimizer are then as they were.
+        """
+        state, settings, interval = self.state, self.config.training, self.config.logging.parameter_interval
         learning_rate = learning_rate_at(state.step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         with self.meter.clock("data"):
             batch = self.data.next_batch()
-        predicted = self.predicted(batch)
-        loss = self.accumulate(batch, predicted)
+        predicted = self.passes.predicted(batch)
+        loss = self.passes.accumulate(batch, predicted)
         by_parameter: dict[str, float] = {}
-        if self.due(logging.parameter_interval, state.step + 1):
+        if interval and (state.step + 1) % interval == 0:
             by_parameter = self.spread.together(parameter_figures(self.model))
         norm = self.spread.clip(settings.gradient_clip or float("inf"))
         if not np.isfinite(loss) or not np.isfinite(norm):
@@ -270,39 +275,8 @@ class Trainer:
         with self.meter.clock("optimizer"):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        elapsed = time.perf_counter() - started
-
-        state.step += 1
-        state.tokens += settings.batch_size * self.config.data.block_size
-        state.seconds += elapsed
-        last = state.step == settings.max_steps
-        if state.step % logging.interval == 0 or last or state.step == 1 or by_parameter:
-            self.tracker.step(
-                {
-                    "step": state.step,
-                    "tokens": state.tokens,
-                    "loss": loss,
-                    "learning_rate": learning_rate,
-                    "gradient_norm": norm,
-                    **({"answer_tokens": predicted} if self.config.data.has_chats() else {}),
-                    **self.speed(),
-                    "seconds": state.seconds,
-                    **by_parameter,
-                }
-            )
-        sample_due = logging.sample_interval and (state.step % logging.sample_interval == 0 or last)
-        save_due = state.step % self.config.checkpoint.interval == 0 and not last
-        if state.step % settings.eval_interval == 0 or sample_due or save_due:
-            self.evaluate()
-        if sample_due:
-            self.sample()
-        if save_due:
-            with self.meter.clock("checkpoint"):
-                self.save()
-
-    def due(self, interval: int, step: int) -> bool:
-        """Whether something of this interval is due at a step; of an interval of 0 nothing ever is."""
-        return interval > 0 and step % interval == 0
+        figures = {"loss": loss, "learning_rate": learning_rate, "gradient_norm": norm}
+        return {**figures, **({"answer_tokens": predicted} if self.config.data.has_chats() else {})}, by_parameter
 
     def speed(self) -> dict[str, float]:
         """Figures of a step's work, averaged since this was last asked; evaluation and saving not counted as steps."""
@@ -312,116 +286,29 @@ class Trainer:
         rate = steps * tokens / seconds
         return {"tokens_per_second": rate, "seconds_per_step": seconds / steps, **self.meter.read(steps, rate)}
 
-    def accumulate(self, batch: Batch, predicted: int | None = None) -> float:
-        """Forward and backward over this process's rows of a batch (B, T + 1), in pieces.
-
-        Leaves the gradient of the mean loss, and returns that. The mean is over the tokens to predict of all rows of
-        all processes, `predicted`, however they fall into pieces: each piece gives its sum, divided by their number.
-        Copies of a model take the mean of their gradients, so each counts as many times as there are copies.
-        """
-        predicted = self.predicted(batch) if predicted is None else predicted
-        number_of_all = torch.tensor(max(predicted, 1), device=self.device)
-        copies = self.processes.share.world
-        total = torch.zeros((), dtype=torch.float64)
-        size, end_of_text = self.piece_size(), self.tokenizer.eos_token_id
-        pieces = batch.tokens.split(size)
-        for number, part in enumerate(pieces):
-            part = part.to(self.device, non_blocking=True)  # (b, T + 1)
-            inputs, targets = inputs_and_targets(part)  # (b, T) each
-            given: dict[str, Any] = {"use_cache": False, "num_items_in_batch": number_of_all}
-            if self.apart:
-                given["document_ids"] = document_ids(inputs, end_of_text)  # (b, T)
-            if self.memory is not None:
-                fresh = batch.fresh[number * size : (number + 1) * size].to(self.device)  # (b,)
-                given |= {"use_cache": True, "past_key_values": self.memory.before(number, fresh)}
-            with self.spread.piece(is_last=number == len(pieces) - 1):
-                with self.meter.clock("forward"), self.precision():
-                    outputs = self.spread.forward(inputs, labels=targets, shift_labels=targets, **given)
-                if self.memory is not None:
-                    state = state_of(outputs)
-                    assert state is not None
-                    self.memory.after(number, state)
-                with self.meter.clock("backward"):
-                    (outputs.loss * copies if copies > 1 else outputs.loss).backward()
-            total += outputs.loss.item()
-        return self.processes.sum(total).item()
-
-    def predicted(self, batch: Batch) -> int:
-        """How many tokens the rows of all processes have to predict."""
-        if self.processes.alone or not self.config.data.has_chats():
-            return batch.predicted * self.processes.share.world
-        return round(self.processes.sum(torch.tensor(batch.predicted, dtype=torch.float64)).item())
-
-    def piece_size(self) -> int:
-        """Sequences of one forward pass of this process."""
-        return self.config.training.micro_batch_size or self.data.batch_size
-
     def evaluate(self) -> None:
         """Validates, unless this step has been. A loss that is not finite ends the run: BDHError."""
-        state, settings = self.state, self.config.training
+        state = self.state
         if state.evaluated_at == state.step:
             return
         started = time.perf_counter()
-        with self.spread.whole_steps():
-            state.evaluation = evaluate(
-                self.model,
-                self.windows,
-                self.data.validation_bytes_per_token,
-                settings.eval_batch_size,
-                self.precision,
-                end_of_text=self.tokenizer.eos_token_id if self.apart else None,
-                carry_state=settings.carry_state,
-                share=self.processes.share,
-                together=self.processes.sum,
-            )
+        result = state.evaluation = self.review.validate()
         state.evaluated_at = state.step
-        result = state.evaluation
         if not np.isfinite(result.loss):
             raise self.not_finite(f"step {state.step}: the validation loss is {result.loss}")
+        figures, histograms = self.review.activity()
+        if histograms:
+            self.tracker.histograms(state.step, histograms)
         self.tracker.evaluation(
             {
                 "step": state.step,
                 "tokens": state.tokens,
-                "validation_loss": result.loss,
-                "perplexity": result.perplexity,
-                "bits_per_byte": result.bits_per_byte,
-                "perplexity_per_byte": result.perplexity_per_byte,
-                "accuracy": result.accuracy,
-                **self.activity(),
+                **result.figures(),
+                **figures,
                 **({"validation_answer_tokens": result.tokens} if self.config.data.has_chats() else {}),
                 "evaluation_seconds": time.perf_counter() - started,
             }
         )
-
-    def activity(self) -> dict[str, float]:
-        """How active the neurons are on a few windows of the validation text; trackers that can get histograms too."""
-        windows = self.config.logging.activity_windows
-        detailed = want_histograms(self.config.logging)
-        histograms = weight_histograms(self.model) if detailed else {}
-        figures: dict[str, float] = {}
-        if windows:
-            few = ValidationWindows(self.data.validation, self.config.data.block_size, windows)
-            end_of_text = self.tokenizer.eos_token_id if self.apart else None
-            figures, activity = observe_activity(self.model, few, self.precision, end_of_text, detailed)
-            histograms |= activity
-        if histograms:
-            self.tracker.histograms(self.state.step, histograms)
-        return self.spread.together(figures)
-
-    def sample(self) -> None:
-        """Lets the model write on from the fixed prompts, with a seed of their own."""
-        logging = self.config.logging
-        params = SamplingParams(
-            max_new_tokens=logging.sample_tokens,
-            temperature=logging.sample_temperature,
-            seed=(self.config.training.seed + self.state.step) % 2**63,
-        )
-        chat = self.config.data.has_chats()
-        write = sample_answers if chat else sample_texts
-        with self.spread.whole_steps():  # all processes write the same
-            texts = write(self.model, self.tokenizer, logging.sample_prompts, params)
-        said = [prompt + "\n" * chat for prompt in logging.sample_prompts]
-        self.tracker.samples(self.state.step, list(zip(said, texts, strict=True)))
 
     # ----------------------------------------------------------------------------------- checkpoints and endings
 
@@ -451,58 +338,31 @@ class Trainer:
 
         self.saver.wait()
         state.saved_at = state.step
-        carried = None if self.memory is None else self.memory.tensors(self.processes.mesh)
+        memory = self.passes.memory
+        carried = None if memory is None else memory.tensors(self.processes.mesh)
         tensors = checkpoint.collect(self.model, self.optimizer, carried, self.spread.names)
-        self.saver.save(state.step, tensors, self.saved_state(), failed)
+        kept = state_to_save(state, self.config, self.data, self.processes, self.base, self.hardware())
+        self.saver.save(state.step, tensors, kept, failed)
         return True if scheduled and not last else self.saver.wait()
-
-    def saved_state(self) -> dict[str, Any]:
-        """The JSON part of a checkpoint."""
-        progress = asdict(self.state)
-        progress.pop("saved_at")
-        everywhere = self.processes.gather((self.data.source.state_dict(), checkpoint.random_state()))
-        return {
-            **progress,
-            "data": everywhere[0][0],
-            "random": everywhere[0][1],
-            **({} if self.processes.alone else by_process(everywhere, self.processes)),
-            "text": self.data.identity,
-            "config": asdict(self.config),
-            "base": self.base,
-            "hardware": self.hardware(),
-            "versions": {
-                "bdh": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-        }
 
     def finish(self) -> None:
         """The end of a run: a last validation and checkpoint, the curves, and the export of the best checkpoint."""
         if self.state.saved_at != self.state.step:
             self.evaluate()
-            if not self.save():
-                raise BDHError(f"the last checkpoint could not be written; make room, then {self.way_on()}")
-        elif not self.saver.wait():
-            raise BDHError(f"the last checkpoint could not be written; make room, then {self.way_on()}")
+            saved = self.save()
+        else:
+            saved = self.saver.wait()
+        if not saved:
+            raise BDHError(f"the last checkpoint could not be written; make room, then {self.folder.way_on()}")
         for line in self.data.source.remarks():
             self.tracker.say(f"notice: {line}")
         self.processes.on_main(self.publish)
 
     def publish(self) -> None:
         """Draws the curves, and makes the export. For the main process."""
-        self.draw()
-        best = checkpoint.find_checkpoint(self.run_dir, prefer="best", report=self.tracker.say)
-        try:
-            base = self.config.init_from
-            export_checkpoint(best, self.run_dir / "model", None if base is None else Path(base))
-        except BDHError as error:
-            raise BDHError(
-                f"{best} is saved, but {error}; make room, then: bdh export {best} {self.run_dir / 'model'}"
-            ) from error
-        which = ", the best by validation loss" if best.name == self.state.best_checkpoint else ""
-        self.tracker.say(f"done: {self.run_dir / 'model'} is the export of {best.name}{which}")
+        self.tracker.draw()
+        best, start = self.state.best_checkpoint, self.config.init_from
+        export_run(self.run_dir, best, None if start is None else Path(start), self.tracker.say)
 
     def interrupted(self, number: signal.Signals) -> Outcome:
         """Stopped by a signal: save, draw what there is, say how to go on."""
@@ -510,22 +370,11 @@ class Trainer:
         if not all(torch.isfinite(local(p)).all() for p in self.model.parameters()):
             raise self.not_finite(f"step {state.step}: weights are not finite")
         saved = self.saver.wait() if state.saved_at == state.step else self.save(scheduled=False)
-        self.processes.on_main(self.draw)
+        self.processes.on_main(self.tracker.draw)
+        way_on = self.processes.on_main(self.folder.way_on)
         where = f"saved at step {state.step} of {self.config.training.max_steps}; " if saved else "not saved; "
-        self.tracker.say(f"stopped by {number.name}, {where}{self.way_on()}")
+        self.tracker.say(f"stopped by {number.name}, {where}{way_on}")
         return Outcome(self.run_dir, state.step, number, state.evaluation, state.seconds)
-
-    def way_on(self) -> str:
-        """How to take this run up again."""
-        if self.store.latest()[0] is None:
-            return f"begin again (no checkpoint was written): bdh train --config {self.run_dir / 'config.yaml'}"
-        return f"go on with: bdh train --resume {self.run_dir}"
-
-    def draw(self) -> None:
-        try:
-            draw_curves(self.tracker.metrics_path, self.run_dir / "loss.png")
-        except OSError as error:
-            self.tracker.say(f"warning: {self.run_dir / 'loss.png'} could not be drawn ({error.strerror or error})")
 
     def not_finite(self, what: str) -> BDHError:
         """The error that stops a run whose numbers are no longer numbers."""

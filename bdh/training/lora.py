@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bdh.errors import BDHError
 from bdh.inference.state_file import checksum
 from bdh.model import BDHForCausalLM
-from bdh.training.config import ARCHITECTURE, LoraConfig
+from bdh.training.config import ARCHITECTURE, LoraConfig, TrainConfig
 from bdh.training.export import describe
 from bdh.training.init_from import find_start, load_start
 
@@ -57,6 +57,30 @@ def add_adapters(model: BDHForCausalLM, settings: LoraConfig) -> "PeftModel":
             task_type="CAUSAL_LM",
         )
         return get_peft_model(model, config)
+
+
+def begin_with(model: BDHForCausalLM, config: TrainConfig, saved: dict[str, Any] | None) -> str | None:
+    """Fills the model that a run begins with, if there is one, and adds adapters; returns the base's fingerprint.
+
+    A run that goes on has all weights in its checkpoint, but with adapters, which are all that is saved there.
+
+    Args:
+        model: Of the run's architecture, with random weights.
+        config: The run's.
+        saved: The state of the checkpoint it goes on from, None to begin.
+
+    Raises:
+        BDHError: There is no such model, or it is another than the adapters belong to.
+    """
+    if config.init_from is None or (saved is not None and not config.lora.rank):
+        return None
+    start = Path(config.init_from)
+    if not config.lora.rank:
+        load_start(model, start)
+        return None
+    base = load_base(model, start, None if saved is None else saved["base"])
+    add_adapters(model, config.lora)
+    return base
 
 
 def load_base(model: BDHForCausalLM, start: Path, expected: str | None) -> str:

@@ -9,9 +9,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -28,8 +29,9 @@ from bdh.training.config import DistributedConfig
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)  # for what only one process does, as to tokenize a text
+FIRST_WORD = timedelta(minutes=1)  # to reach torchrun, which is there already
 OTHERS_FIRST = 2.0  # seconds: whoever failed by itself says so before those that it takes with it
-LAST_SECONDS = 5.0  # after SIGTERM, for a process that waits for others and does not come back
+LAST_SECONDS = 5.0  # after such a signal, for a process that waits for others and does not come back
 
 
 class Processes:
@@ -57,8 +59,16 @@ class Processes:
 
     @classmethod
     @contextmanager
-    def open(cls, config: DistributedConfig, device: str) -> Iterator["Processes"]:
-        """Finds the others. Raises BDHError if the settings do not fit their number, or they cannot be found."""
+    def open(
+        cls, config: DistributedConfig, device: str, ends_on: Sequence[signal.Signals] = (signal.SIGTERM,)
+    ) -> Iterator["Processes"]:
+        """Finds the others. Raises BDHError if the settings do not fit their number, or they cannot be found.
+
+        Args:
+            config: How they share the work.
+            device: Where this one computes, as for `choose_device`.
+            ends_on: Signals after which this one ends within seconds, whatever it waits for, unless it has noticed.
+        """
         self = cls(config, choose_device(device))
         if self.size == 1:
             yield self
@@ -75,7 +85,7 @@ class Processes:
         except (RuntimeError, ValueError) as error:
             words = f"the {self.size} processes of this run do not find each other"
             raise BDHError(f"{words}: {one_line(error)}") from error
-        with ending_together(self._noticed), self._explained():
+        with ending_together(self._noticed, ends_on), self._explained():
             try:
                 self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicas", "shards", "heads"))
                 self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -170,8 +180,8 @@ class Processes:
             time.sleep(OTHERS_FIRST)
             raise BDHError(
                 f"the other {self.size - 1} processes are lost: one has ended, or did not answer for "
-                f"distributed.timeout_seconds {self.config.timeout_seconds:g}; what it said itself is the cause "
-                f"({one_line(error)})"
+                f"{self.config.timeout_seconds:g} seconds (in training distributed.timeout_seconds); what it said "
+                f"itself is the cause ({one_line(error)})"
             ) from error
 
 
@@ -186,6 +196,28 @@ def meeting_place(timeout: timedelta) -> dict[str, Any]:
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": size}
+
+
+def first_finds(what: str, search: Callable[[], Path | None]) -> Path | None:
+    """What a search finds that takes long, before the processes have found each other. Raises as the search does.
+
+    Of the processes that torchrun has started on one machine the first one searches, and its word reaches the others
+    by torchrun's own store, under the name `what`; if it fails, torchrun ends them. On several machines, and
+    elsewhere, each searches.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("WORLD_SIZE", "1") == "1":
+        return search()
+    store = meeting_place(FIRST_WORD).get("store")
+    if store is None:
+        return search()
+    if os.environ["RANK"] == "0":
+        found = search()
+        store.set(what, "" if found is None else str(found))
+        return found
+    while not store.check([what]):  # which a signal can end, as it cannot a wait
+        time.sleep(0.1)
+    said = store.get(what).decode()
+    return Path(said) if said else None
 
 
 def mesh_shape(config: DistributedConfig, size: int) -> tuple[int, int, int]:
@@ -228,11 +260,11 @@ def is_about_others(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def ending_together(noticed: threading.Event) -> Iterator[None]:
-    """Ends this process some seconds after SIGTERM, unless it has noticed by then.
+def ending_together(noticed: threading.Event, ends_on: Sequence[signal.Signals]) -> Iterator[None]:
+    """Ends this process some seconds after a signal, unless it has noticed by then.
 
-    torchrun sends it to all processes when one has failed. One that waits for that one, in a library, never comes to
-    what Python does about signals; but the signal's number comes through a pipe all the same.
+    torchrun sends SIGTERM to all processes when one has failed. One that waits for that one, in a library, never comes
+    to what Python does about signals; but the signal's number comes through a pipe all the same.
     """
     if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
         yield
@@ -250,8 +282,8 @@ def ending_together(noticed: threading.Event) -> Iterator[None]:
 
     def watch() -> None:
         while number := os.read(reader, 1):
-            if number[0] == signal.SIGTERM and not noticed.wait(LAST_SECONDS):
-                os._exit(128 + signal.SIGTERM)
+            if number[0] in ends_on and not noticed.wait(LAST_SECONDS):
+                os._exit(128 + number[0])
 
     threading.Thread(target=watch, name="bdh-ending", daemon=True).start()
     try:

@@ -1,15 +1,22 @@
-"""What a run that goes on must share with its checkpoint: the tokenizer, and the place in the text."""
+"""What a run leaves in its checkpoints beside tensors, and what it takes from one: tokenizer, place, random states."""
 
+import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from transformers import PreTrainedTokenizerFast
 
+from bdh import __version__
+from bdh.data.loader import TrainingData
 from bdh.data.tokenizer import load_tokenizer, same_tokenizer
 from bdh.errors import BDHError
 from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, from_dict
 from bdh.training.processes import Processes
+from bdh.training.state import RunState
 
 
 def choose_tokenizer(config: TrainConfig, resume: Path | None) -> PreTrainedTokenizerFast:
@@ -53,6 +60,40 @@ def other_place(saved: dict[str, Any], config: TrainConfig, identity: dict[str, 
         f"training.{name}" for name in names if getattr(before.training, name) != getattr(config.training, name)
     ]
     return f"{' and '.join(changed)} changed" if changed else None
+
+
+def state_to_save(
+    state: RunState, config: TrainConfig, data: TrainingData, processes: Processes, base: str | None, hardware: str
+) -> dict[str, Any]:
+    """The JSON part of a checkpoint. All processes call it together.
+
+    Args:
+        state: How far the run is.
+        config: Its settings.
+        data: Its text, as far as it was read.
+        processes: Who reads it.
+        base: The fingerprint of the model that adapters stand beside, if there are any.
+        hardware: What computes, in words.
+    """
+    progress = asdict(state)
+    progress.pop("saved_at")
+    everywhere = processes.gather((data.source.state_dict(), checkpoint.random_state()))
+    return {
+        **progress,
+        "data": everywhere[0][0],
+        "random": everywhere[0][1],
+        **({} if processes.alone else by_process(everywhere, processes)),
+        "text": data.identity,
+        "config": asdict(config),
+        "base": base,
+        "hardware": hardware,
+        "versions": {
+            "bdh": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
 
 
 def by_process(everywhere: list[tuple[dict[str, Any], dict[str, Any]]], processes: Processes) -> dict[str, Any]:

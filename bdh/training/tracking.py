@@ -156,6 +156,14 @@ class Tracker:
         if self.others:
             self.others.histograms(step, histograms)
 
+    def draw(self) -> None:
+        """The curves of all that was logged, in loss.png. For the main process."""
+        picture = self.metrics_path.with_name("loss.png")
+        try:
+            draw_curves(self.metrics_path, picture)
+        except OSError as error:
+            self.say(f"warning: {picture} could not be drawn ({error.strerror or error})")
+
     def _record(self, record: dict[str, Any]) -> None:
         self._append(self.metrics_path, json.dumps(record) + "\n")
         if self.others:

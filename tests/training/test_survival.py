@@ -1,5 +1,7 @@
 """Kills, signals, damage: a run goes on as if nothing had happened."""
 
+import hashlib
+import itertools
 import json
 import os
 import random
@@ -10,9 +12,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bdh.cli.main import main
 from bdh.data.tokenizer import save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.training.checkpoint import find_checkpoint
@@ -193,6 +197,33 @@ def copy_of(finished_run: Path, folder: Path) -> Path:
     """A run of one's own to spoil, with the text it was trained on beside it."""
     (folder / "text.txt").write_text(TEXT)
     return Path(shutil.copytree(finished_run, folder / "run", symlinks=True))
+
+
+def test_auto_begins_and_goes_on_and_reads_a_checkpoint_once_to_check_it(
+    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checked: list[str] = []
+    digest = hashlib.file_digest
+
+    def counted(file: Any, kind: str) -> Any:
+        checked.append("/".join(Path(file.name).parts[-2:]))
+        return digest(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    copy_of(finished_run, tmp_path)
+    assert main(["train", "--resume", "auto", "--run_dir", "run", "--training.max_steps", "41"]) == 0
+    assert "going on from step 40 of 41" in capfd.readouterr().out
+    before = list(itertools.takewhile(lambda name: not name.startswith(".partial"), checked))
+    assert len(before) == len({*before}) > 2 and all(name.startswith("checkpoint-0000040/") for name in before)
+    shard = next((tmp_path / "run" / "checkpoints" / "checkpoint-0000041").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    assert main(["train", "--resume", "auto", "--run_dir", "run", "--training.max_steps", "42"]) == 0
+    told = capfd.readouterr().out
+    assert "notice: run/checkpoints/checkpoint-0000041 is damaged: " in told and "going on from step 40 of 42" in told
+    begin = ["--data.path", "text.txt", *TINY, "--training.max_steps", "5", "--training.eval_interval", "5"]
+    assert main(["train", "--resume", "auto", "--run_dir", "new", *begin]) == 0
+    assert (tmp_path / "new" / "model" / "config.json").is_file()
 
 
 def test_a_moved_run_goes_on_where_it_lies_and_from_any_folder(tmp_path: Path, finished_run: Path, bdh: Run) -> None:
