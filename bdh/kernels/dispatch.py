@@ -16,6 +16,7 @@ from bdh.kernels.torch_operations import TorchOperations
 from bdh.model.heads import HereLinear
 from bdh.model.modeling_bdh import BDHLayer, BDHState, Fast
 
+CHUNKED_FROM = 1 << 18  # products X o Y of a head in a pass; with fewer, the plain form is the faster one on a CPU
 TRITON_CAPABILITY = (8, 0)  # what the kernels are made for: GPUs that multiply bfloat16
 
 
@@ -30,12 +31,13 @@ def use_kernels(layer: BDHLayer, name: str, device: torch.device) -> None:
     Raises:
         BDHError: The form is asked for by name and cannot work here.
     """
+    least = 0
     if name == "auto":
         name = choose(layer, device)
+        least = CHUNKED_FROM if name == "chunked" else 0
     elif name != "reference":
         check(layer, name, device)
-    operations = {"reference": lambda: None, "chunked": TorchOperations, "triton": triton_operations}[name]()
-    layer.kernels = None if operations is None else Kernels(operations)
+    layer.kernels = None if name == "reference" else Kernels(operations_of(name, device), least)
 
 
 def choose(layer: BDHLayer, device: torch.device) -> str:
@@ -70,7 +72,9 @@ def why_no_triton(device: torch.device) -> str | None:
     return None
 
 
-def triton_operations() -> Operations:
+def operations_of(name: str, device: torch.device) -> Operations:
+    if name == "chunked":
+        return TorchOperations(device)
     from bdh.kernels.triton_operations import TritonOperations  # type: ignore[import-untyped]
 
     operations: Operations = TritonOperations()
@@ -80,21 +84,27 @@ def triton_operations() -> Operations:
 class Kernels:
     """What stands in `BDHLayer.kernels`: finds the fast way for a forward pass, or none.
 
-    There is none for padded rows, for single tokens that go on from a state (the plain form is the faster), and while
-    the layer's linear maps are not plain: adapted, quantized, or looked into by hooks.
+    There is none for little work and for single tokens that go on from a state (the plain form is the faster), for
+    padded rows, and while the layer's linear maps are not plain: adapted, quantized, or looked into by hooks.
+
+    Args:
+        operations: The steps of a head.
+        least: Products X o Y of a head and a pass from which on it is taken.
     """
 
-    def __init__(self, operations: Operations):
-        self.operations = operations
+    def __init__(self, operations: Operations, least: int = 0):
+        self.operations, self.least = operations, least
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self, layer: BDHLayer, embeds: Tensor, mask: Tensor | None, state: BDHState | None, documents: Tensor | None
     ) -> Fast | None:
         B, T, _ = embeds.shape
-        if (state is not None and T == 1) or (mask is not None and not bool(mask.all())) or not is_plain(layer):
-            return None
         config = layer.config
+        if B * T * config.neurons_per_head < self.least or (state is not None and T == 1) or not is_plain(layer):
+            return None
+        if mask is not None and not bool(mask.all()):
+            return None
         encoder, *encoder_v, decoder = (here(linear) for linear in linear_maps(layer))
         reading = Reading.begin(
             self.operations,

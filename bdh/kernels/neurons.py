@@ -101,7 +101,7 @@ class Neurons(torch.autograd.Function):
                 A += read if documents is None else read * documents.sees_past
             A, _, rstd = torch.native_layer_norm(A, [D], None, None, reading.eps)  # (G, C, D), (G, C, 1)
             Z = op.gate(A, Ev, X, Dropout(reading.dropout, seed, head))  # (G, C, N)
-            y += Z @ Dec.mT  # (G, C, D)
+            add_product_(y, Z, Dec.mT)  # (G, C, D)
             if keep:
                 saved += [P, A, rstd, *([] if U is None else [U])]
         if keep:
@@ -147,6 +147,7 @@ class WayBack:
         self.reading, self.seed = reading, seed
         self.B, self.c, _, D = dy.shape
         self.x, self.dy, self.dS_after = xs, dy.to(xs.dtype).view(xs.shape), dS  # (G, C, D) twice
+        self.dy_t = self.dy.flatten(0, 1).mT.contiguous()  # (D, M)
         h, N = reading.weights.n_head, len(reading.weights.E[0])
         wide = synapse_dtype(xs.dtype)
         self.dx = xs.new_zeros(xs.shape, dtype=wide)  # (G, C, D)
@@ -162,14 +163,14 @@ class WayBack:
         dropout = Dropout(self.reading.dropout, self.seed, head)
         Z, dY, dX = op.gate_backward(self.dy, Dec, A, Ev, X, dropout)  # (G, C, N)
         place = slice(head * len(E), (head + 1) * len(E))
-        sum_over_tokens(self.dy, Z, self.dDec[:, place])  # (D, N)
-        sum_over_tokens(dY, A, self.dEv[head])  # (N, D)
+        product_into(self.dDec[:, place], self.dy_t, Z.flatten(0, 1))  # (D, N)
+        product_into(self.dEv[head], dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
         dA = norm_backward(dY @ Ev, A, rstd)  # (G, C, D)
-        self.dx += P.mT @ dA  # (G, C, D)
+        add_product_(self.dx, P.mT, dA)  # (G, C, D)
         past = None if S is None else self.past(R, dA, S)
         dX = op.excite_backward(self.scores(dA), R, X, dX, *phases, past)  # (G, C, N)
-        sum_over_tokens(dX, x, self.dE[head])  # (N, D)
-        self.dx += dX @ E  # (G, C, D)
+        product_into(self.dE[head], dX.flatten(0, 1).mT, x.flatten(0, 1))  # (N, D)
+        add_product_(self.dx, dX, E)  # (G, C, D)
 
     def scores(self, dA: Tensor) -> Tensor:
         """The gradient of the scores plus its transpose: (G, C, D) -> (G, C, C)."""
@@ -195,9 +196,18 @@ class WayBack:
         return dA, S, values, V
 
 
-def sum_over_tokens(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = the sum over all tokens of a_t b_t^T: (G, C, I), (G, C, J) -> (I, J), in out's dtype."""
-    a, b = a.flatten(0, 1).mT, b.flatten(0, 1)  # (I, M), (M, J)
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b: (G, C, I), (G, I, J) or (I, J) -> (G, C, J)."""
+    if a.dtype == total.dtype:
+        total.baddbmm_(a, b.expand(len(a), *b.shape[-2:]))
+        return
+    product = a @ b  # (G, C, J)
+    # A CPU is slow at adding numbers of two kinds.
+    total += product.to(total.dtype) if total.device.type == "cpu" else product
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a b, in out's dtype: (I, M), (M, J) -> (I, J)."""
     if a.device.type == "cuda" and a.dtype != out.dtype:  # there the sum can be kept as precise as it was made
         out.copy_(torch.mm(a, b, out_dtype=out.dtype))
     else:

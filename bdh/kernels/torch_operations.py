@@ -1,25 +1,34 @@
 """The operations of `bdh.kernels.operations` in PyTorch: for all devices and dtypes, and fast on a CPU.
 
 Where a CPU multiplies matrices of bfloat16 in hardware, all that is done beside the products takes as long as these. So
-tensors (G, C, N) are changed in place, and some bits are handled as the integers they are: a number of bfloat16 is
-negative when its 16 bits are.
+tensors (G, C, N) are changed in place and lie where others of their kind lay before, and some bits are handled as the
+integers they are: a number of bfloat16 is negative when its 16 bits are.
 """
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bdh.kernels.operations import Dropout, Past
 
+PIECE = 1 << 18  # numbers of a tensor (G, C, N) that are turned at once, so that a processor's cache holds them
 BLOCK = 128  # rows of scores worked out at once; what lies above their diagonal is worth leaving out
 
 
 class TorchOperations:
-    """See `Operations`."""
+    """See `Operations`. On a CPU what is returned of size (G, C, N) lasts until the next head's turn."""
+
+    def __init__(self, device: torch.device):
+        self.rooms = Rooms(device)
+        self.turning: tuple[Tensor, ...] = ()  # cos and sin, and what `phases` has made of them
 
     def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        X = relu_(F.linear(x, E))  # (G, C, N)
-        return X, turn(X, phases(cos, sin)).to(X.dtype)  # (G, C, N)
+        X = relu_(self.product("X", x, E.mT))  # (G, C, N)
+        R = self.rooms.take("R", X.shape, X.dtype)  # (G, C, N)
+        self.turn(X, self.phases(cos, sin), R)
+        return X, R
 
     def scores(self, R: Tensor, documents: Tensor | None) -> Tensor:
         G, C, _ = R.shape
@@ -36,30 +45,30 @@ class TorchOperations:
         return P
 
     def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
-        Z = relu_(F.linear(A, Ev)).mul_(X)  # (G, C, N)
-        return Z if dropout.p == 0 else drop_(Z, keeps(Z, dropout)).div_(1 - dropout.p)
+        Z = relu_(self.product("Z", A, Ev.mT)).mul_(X)  # (G, C, N)
+        return Z if dropout.p == 0 else drop_(Z, keeps(Z, dropout), dropout)
 
     def gate_backward(
         self, dy: Tensor, Dec: Tensor, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout
     ) -> tuple[Tensor, Tensor, Tensor]:
-        Y = relu_(F.linear(A, Ev))  # (G, C, N)
-        Z = X * Y  # (G, C, N)
-        dZ = dy @ Dec  # (G, C, N)
+        Y = relu_(self.product("Y", A, Ev.mT))  # (G, C, N)
+        dZ = self.product("dZ", dy, Dec)  # (G, C, N)
+        Z = torch.mul(X, Y, out=self.rooms.take("Z", X.shape, X.dtype))  # (G, C, N)
         if dropout.p > 0:
             kept = keeps(Z, dropout)  # (G, C, N)
-            drop_(Z, kept).div_(1 - dropout.p)
-            drop_(dZ, kept).div_(1 - dropout.p)
-        dX = dZ * Y  # (G, C, N)
-        return Z, where_positive_(dZ.mul_(X), Y), dX
+            drop_(Z, kept, dropout), drop_(dZ, kept, dropout)
+        dX = torch.mul(dZ, Y, out=self.rooms.take("dX", X.shape, X.dtype))  # (G, C, N)
+        return Z, self.where_positive_(dZ.mul_(X), Y), dX
 
     def excite_backward(
         self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: Past | None
     ) -> Tensor:
-        dR = dP @ R  # (G, C, N)
+        dR = torch.bmm(dP, R, out=self.rooms.take("Y", R.shape, R.dtype))  # (G, C, N)
         if past is not None:
             dA, S, values, dS = past
             dR.baddbmm_(dA, S.mT).baddbmm_(values, dS.mT)  # (G, C, N)
-        return where_positive_(dX.add_(turn(dR, phases(cos, -sin))), X)  # (G, C, N)
+        self.add_turned_(dX, dR, self.phases(cos, sin, back=True))
+        return self.where_positive_(dX, X)
 
     def scan(self, U: Tensor, S: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None) -> Tensor:
         if S is None:
@@ -80,8 +89,79 @@ class TorchOperations:
             V[:, chunk] = turned
         return g
 
+    # ---------------------------------------------------------------------------------------- neuron by neuron
 
-# ------------------------------------------------------------------------------------------------ neuron by neuron
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """a b in the room of this name: (G, C, D), (D, N) -> (G, C, N)."""
+        G, C, _ = a.shape
+        out = self.rooms.take(name, (G, C, b.shape[1]), a.dtype)  # (G, C, N)
+        torch.mm(a.flatten(0, 1), b, out=out.view(G * C, -1))
+        return out
+
+    def turn(self, X: Tensor, phases: Tensor, R: Tensor) -> None:
+        """Turns each pair of neurons by its phase, into R: (G, C, N), (C, N/2) complex."""
+        if X.dtype == phases.real.dtype:
+            torch.mul(paired(X), phases, out=paired(R))
+            return
+        for tokens in pieces(X):
+            wide = self.widened("wide", X[:, tokens], phases)  # (G, piece, N)
+            paired(wide).mul_(phases[tokens])
+            R[:, tokens] = wide
+
+    def add_turned_(self, total: Tensor, X: Tensor, phases: Tensor) -> None:
+        """Adds to `total` (G, C, N) what `turn` would give of X."""
+        if X.dtype == phases.real.dtype:
+            paired(total).addcmul_(paired(X), phases)
+            return
+        for tokens in pieces(X):
+            wide = self.widened("wide", X[:, tokens], phases)  # (G, piece, N)
+            wide_total = self.widened("total", total[:, tokens], phases)  # (G, piece, N)
+            paired(wide_total).addcmul_(paired(wide), phases[tokens])
+            total[:, tokens] = wide_total
+
+    def widened(self, name: str, X: Tensor, phases: Tensor) -> Tensor:
+        """X (G, C, N) in the precision of the phases."""
+        return self.rooms.take(name, X.shape, phases.real.dtype).copy_(X)
+
+    def where_positive_(self, gradient: Tensor, activity: Tensor) -> Tensor:
+        """The gradient, in place, of a relu that gave `activity`: 0 where that is 0. (G, C, N)."""
+        if activity.dtype != torch.bfloat16:
+            return torch.ops.aten.threshold_backward.grad_input(gradient, activity, 0, grad_input=gradient)
+        ones = self.rooms.take("ones", activity.shape, torch.int16)  # (G, C, N)
+        torch.clamp_max(activity.view(torch.int16), 1, out=ones)
+        gradient.view(torch.int16).mul_(ones)  # the bits times 0 or 1
+        return gradient
+
+    def phases(self, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+        """cos + i sin, or what turns back, (C, N/2) complex: the same for all heads and layers."""
+        if not self.turning or self.turning[0] is not cos or self.turning[1] is not sin:
+            wide = torch.promote_types(cos.dtype, torch.float32)
+            phases = torch.complex(cos.to(wide), sin.to(wide))  # (C, N/2)
+            self.turning = cos, sin, phases, phases.conj().resolve_conj()
+        return self.turning[3 if back else 2]
+
+
+class Rooms:
+    """Memory that is used again.
+
+    To a process on a CPU the system gives new memory page by page, and empties it first, which takes longer than much
+    of what is done with it here. Other devices get new memory each time: theirs is kept for them already.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.held: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor with anything in it, until the next of its name and dtype is taken."""
+        size = prod(shape)
+        if self.device.type != "cpu":
+            return torch.empty(*shape, dtype=dtype, device=self.device)
+        held = self.held.get((name, dtype))
+        if held is None or held.numel() < size:
+            with torch.inference_mode(False):  # it will serve others
+                held = self.held[name, dtype] = torch.empty(size, dtype=dtype)
+        return held[:size].view(*shape)
 
 
 def relu_(X: Tensor) -> Tensor:
@@ -92,23 +172,16 @@ def relu_(X: Tensor) -> Tensor:
     return X
 
 
-def where_positive_(gradient: Tensor, activity: Tensor) -> Tensor:
-    """The gradient, in place, of a relu that gave `activity`: 0 where that is 0."""
-    return torch.ops.aten.threshold_backward.grad_input(gradient, activity, 0, grad_input=gradient)
+def pieces(X: Tensor) -> list[slice]:
+    """The tokens of a chunk (G, C, N), a few at a time."""
+    G, C, N = X.shape
+    size = max(1, PIECE // (G * N))
+    return [slice(start, start + size) for start in range(0, C, size)]
 
 
-def phases(cos: Tensor, sin: Tensor) -> Tensor:
-    """cos + i sin: (C, N/2) -> (C, N/2) complex."""
-    wide = torch.promote_types(cos.dtype, torch.float32)
-    return torch.complex(cos.to(wide), sin.to(wide))
-
-
-def turn(X: Tensor, phases: Tensor) -> Tensor:
-    """Turns each pair of neurons by its phase: (G, C, N), (C, N/2) complex -> (G, C, N) in float32 at least."""
-    wide = phases.real.dtype
-    pairs = torch.view_as_complex(X.to(wide).unflatten(-1, (-1, 2)))  # (G, C, N/2) complex
-    pairs = pairs * phases if X.dtype == wide else pairs.mul_(phases)
-    return torch.view_as_real(pairs).flatten(-2)  # (G, C, N)
+def paired(X: Tensor) -> Tensor:
+    """Pairs of neurons as complex numbers: (G, C, N) -> (G, C, N/2)."""
+    return torch.view_as_complex(X.unflatten(-1, (-1, 2)))
 
 
 def turn_rows(S: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -141,9 +214,10 @@ def keeps(Z: Tensor, dropout: Dropout) -> Tensor:
     return halves.neg_().add_(first - 1).bitwise_right_shift_(15).view(G, C, N)
 
 
-def drop_(Z: Tensor, kept: Tensor) -> Tensor:
-    """Zeros in place of what is not kept."""
-    if Z.dtype != torch.bfloat16:
-        return Z.masked_fill_(kept == 0, 0)
-    Z.view(torch.int16).bitwise_and_(kept)
-    return Z
+def drop_(Z: Tensor, kept: Tensor, dropout: Dropout) -> Tensor:
+    """Zeros in place of what is not kept, and the rest divided by 1 - p."""
+    if Z.dtype == torch.bfloat16:
+        Z.view(torch.int16).bitwise_and_(kept)
+    else:
+        Z.masked_fill_(kept == 0, 0)
+    return Z.mul_(1 / (1 - dropout.p))

@@ -1,20 +1,30 @@
 """The neurons' work head by head against the model's plain form and its autograd."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from bdh.data.tokenizer import save_tokenizer
+from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
 from bdh.kernels.dispatch import use_kernels
 from bdh.kernels.operations import Dropout
-from bdh.kernels.torch_operations import TorchOperations, keeps
+from bdh.kernels.torch_operations import keeps
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import STATE
+from bdh.training.tracking import read_metrics
+from tests.conftest import TEXT
+from tests.training.launching import SMALL, train_all
 
 CPU = torch.device("cpu")
 
@@ -105,7 +115,7 @@ def test_silent_rows_give_no_activity_and_finite_gradients(T: int, silent: str) 
 
 
 def test_float32_and_bfloat16_are_as_close_to_the_truth_as_the_plain_form() -> None:
-    sizes = {"n_layer": 3, "n_embd": 32, "n_head": 4, "chunk_size": 16, "initializer_range": 0.2}
+    sizes: dict[str, Any] = {"n_layer": 3, "n_embd": 32, "n_head": 4, "chunk_size": 16, "initializer_range": 0.2}
     model = model_of(dtype=torch.float32, **sizes)
     x = torch.randn(4, 40, 32)
     state = state_of(model, torch.tensor([0, 5, 100, 1000]), torch.float32)
@@ -233,6 +243,16 @@ def test_padding_hooks_and_single_tokens_take_the_plain_form() -> None:
     assert len(seen) == 2 and goes(embeds)
 
 
+def test_auto_leaves_little_work_to_the_plain_form() -> None:
+    model = model_of(n_embd=8, mlp_internal_dim_multiplier=64)  # 256 neurons a head
+    use_kernels(model.model.layer, "auto", CPU)
+    kernels = model.model.layer.kernels
+    assert kernels is not None
+    small, large = (torch.zeros(8, T, 8, dtype=torch.float64) for T in (16, 128))
+    assert kernels(model.model.layer, small, None, None, None) is None
+    assert kernels(model.model.layer, large, None, None, None) is not None
+
+
 def test_adapters_take_the_plain_form_or_are_refused() -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -246,6 +266,21 @@ def test_adapters_take_the_plain_form_or_are_refused() -> None:
         use_kernels(model_of().model.layer, "triton", CPU)
 
 
+def test_weights_that_are_gathered_when_used_take_the_plain_form_or_are_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layer = model_of(n_embd=8).model.layer
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        use_kernels(layer, "auto", CPU)
+        assert layer.kernels is None
+        with pytest.raises(
+            BDHError, match=r"model\.kernels is chunked, but it does not work with distributed\.strategy"
+        ):
+            use_kernels(layer, "chunked", CPU)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_frozen_weights_leave_the_gradient_of_x() -> None:
     model = model_of(n_embd=8)
     x = torch.randn(2, 7, 8, dtype=torch.float64)
@@ -257,4 +292,43 @@ def test_frozen_weights_leave_the_gradient_of_x() -> None:
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).sum().backward()
     assert x.grad is not None
     assert_close([x.grad], [expected], 1e-10)
-    assert isinstance(model.model.layer.kernels.operations, TorchOperations)  # type: ignore[union-attr]
+
+
+# ------------------------------------------------------------------------------------------------ training runs
+
+RUN = [
+    *SMALL,
+    *("--data.path", "text.txt", "--training.max_steps", "12", "--training.eval_interval", "6"),
+    *("--training.warmup_steps", "2", "--model.chunk_size", "12", "--model.dropout", "0", "--checkpoint.interval", "6"),
+]
+
+
+def test_a_run_learns_the_same_however_it_is_computed(tmp_path: Path) -> None:
+    """With carried synapses, by heads in two processes, and going on in another form."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    save_tokenizer(train_tokenizer("bytes", (), 0), tmp_path / "words")
+    carried = ("--training.carry_state", "true", "--data.tokenizer", "words")
+
+    def argv(name: str, kernels: str, *more: object) -> list[object]:
+        return [*RUN, "--run_dir", name, "--model.kernels", kernels, *more]
+
+    jobs: list[tuple[int, list[object]]] = [
+        (1, argv("plain", "reference")),
+        (1, argv("carried", "chunked", *carried)),
+        (1, argv("plain_carried", "reference", *carried)),
+        (2, argv("heads", "chunked", "--distributed.tensor_parallel", "2")),
+        (1, argv("first", "reference", "--training.max_steps", "6", "--training.schedule", "constant")),
+        (1, ["--resume", "first", "--model.kernels", "chunked", "--training.max_steps", "12"]),
+        (1, argv("constant", "reference", "--training.schedule", "constant")),
+    ]
+    said = train_all(jobs, tmp_path)
+    assert "notice: model.kernels was reference and is now chunked" in said
+    for one, other in (("plain", "heads"), ("plain_carried", "carried"), ("constant", "first")):
+        a, b = (losses(tmp_path / name) for name in (one, other))
+        assert len(a) >= 12 and a == pytest.approx(b, abs=1e-4)
+    assert "kernels" not in json.loads((tmp_path / "carried" / "model" / "config.json").read_text())
+
+
+def losses(run: Path) -> list[float]:
+    records = read_metrics(run / "metrics.jsonl")
+    return [record[name] for record in records for name in ("loss", "validation_loss") if name in record]
