@@ -7,7 +7,6 @@ same bits. Random numbers are drawn by dropout alone: data and samples have gene
 import signal
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
