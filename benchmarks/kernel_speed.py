@@ -222,7 +222,7 @@ def compare(name: str, case: Case, p: float) -> None:
 # ------------------------------------------------------------------------------------------------ tuning
 
 
-def candidates(kernel: str, width: int) -> Iterator[Tiles]:
+def candidates(kernel: str) -> Iterator[Tiles]:
     """Tiles worth a try, for bfloat16: those of which sums and tiles may fit into registers and shared memory."""
     if kernel == "scan":
         for rows, columns, warps in itertools.product((1, 2, 4, 8), (128, 256), (2, 4, 8)):
@@ -231,21 +231,12 @@ def candidates(kernel: str, width: int) -> Iterator[Tiles]:
     loops = ((32, 4), (64, 2), (64, 3), (64, 4), (128, 2), (128, 3))  # depth and stages
     if kernel == "scores":
         for side, warps, (depth, stages) in itertools.product((64, 128), (4, 8), loops):
-            if side * side >= 32 * 32 * warps:
-                yield Tiles(side, side, depth, warps, stages)
+            yield Tiles(side, side, depth, warps, stages)
         return
-    shapes = ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 32, 8), (128, 64, 4), (128, 64, 8))  # rows, columns, warps
-    large = ((128, 128, 8), (256, 64, 8), (256, 32, 8), (64, 128, 4))
-    for (rows, columns, warps), (depth, stages) in itertools.product(shapes + large, loops):
-        if (rows + 2 * columns) * depth * stages * 2 <= 200_000:
-            yield Tiles(rows, columns, depth, warps, stages)
-            if warps == 8 and rows * columns == 128 * 64:  # two programs to a multiprocessor
-                yield Tiles(rows, columns, depth, warps, stages, registers=128)
-    if kernel in ("excite", "gate"):
-        depth = triton.next_power_of_2(width)
-        for (rows, columns, warps), tiles, stages in itertools.product(shapes, (4, 16), (2, 3)):
-            if (rows + 2 * columns * stages) * depth * 2 <= 220_000:
-                yield Tiles(rows, columns, depth, warps, stages, tiles)
+    shapes = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8))
+    for (rows, columns, warps), (depth, stages), group in itertools.product(shapes, loops, (1, 8, 128)):
+        if (rows + columns) * depth * stages * 2 <= 200_000:
+            yield Tiles(rows, columns, depth, warps, stages, group)
 
 
 def tune(name: str, case: Case, args: argparse.Namespace) -> None:
@@ -253,7 +244,7 @@ def tune(name: str, case: Case, args: argparse.Namespace) -> None:
     table = triton_operations.TILES[case.kernel]
     dtype, dropout = getattr(torch, args.dtype), Dropout(args.p, 1, 0)
     before, took = table[dtype], {}
-    for tiles in (before, *candidates(case.kernel, args.width)):
+    for tiles in (before, *candidates(case.kernel)):
         table[dtype] = tiles
         try:
             case.ours(dropout)
@@ -264,8 +255,8 @@ def tune(name: str, case: Case, args: argparse.Namespace) -> None:
     table[dtype] = before
     print(f"{name}: {took.get(before, float('nan')):.3f} ms as it is; best:")
     for tiles, ms in sorted(took.items(), key=lambda pair: pair[1])[:6]:
-        numbers = f"{tiles.rows}, {tiles.columns}, {tiles.depth}, {tiles.warps}, {tiles.stages}"
-        print(f"  {ms:8.3f} ms  Tiles({numbers}, tiles={tiles.tiles}, registers={tiles.registers})", flush=True)
+        numbers = f"{tiles.rows}, {tiles.columns}, {tiles.depth}, {tiles.warps}, {tiles.stages}, {tiles.group}"
+        print(f"  {ms:8.3f} ms  Tiles({numbers}, registers={tiles.registers})", flush=True)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ SMALL = [
     *("--training.batch_size", "8", "--training.warmup_steps", "5", "--training.max_steps", "50"),
     *("--training.eval_interval", "20", "--training.eval_windows", "9", "--checkpoint.interval", "20"),
     *("--checkpoint.keep", "5", "--logging.interval", "1", "--logging.sample_interval", "25"),
-    *("--logging.sample_tokens", "8", "--training.learning_rate", "3e-3"),
+    *("--logging.sample_tokens", "8", "--training.learning_rate", "3e-3", "--training.seed", "1"),
 ]
 
 # Forks the processes of one run after another, so that libraries are loaded once and not by each of them.
