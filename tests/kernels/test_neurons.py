@@ -304,9 +304,10 @@ RUN = [
 
 
 def test_a_run_learns_the_same_however_it_is_computed(tmp_path: Path) -> None:
-    """With carried synapses, by heads in two processes, and going on in another form."""
+    """With carried synapses, by heads in two processes, going on from a checkpoint, and in another form."""
     (tmp_path / "text.txt").write_text(TEXT)
     save_tokenizer(train_tokenizer("bytes", (), 0), tmp_path / "words")
+    dropping = ("--model.dropout", "0.2", "--training.schedule", "constant")
     carried = ("--training.carry_state", "true", "--data.tokenizer", "words")
 
     def argv(name: str, kernels: str, *more: object) -> list[object]:
@@ -317,15 +318,18 @@ def test_a_run_learns_the_same_however_it_is_computed(tmp_path: Path) -> None:
         (1, argv("carried", "chunked", *carried)),
         (1, argv("plain_carried", "reference", *carried)),
         (2, argv("heads", "chunked", "--distributed.tensor_parallel", "2")),
-        (1, argv("first", "reference", "--training.max_steps", "6", "--training.schedule", "constant")),
-        (1, ["--resume", "first", "--model.kernels", "chunked", "--training.max_steps", "12"]),
-        (1, argv("constant", "reference", "--training.schedule", "constant")),
+        (1, argv("whole", "chunked", *dropping)),
+        (1, argv("half", "chunked", *dropping, "--training.max_steps", "6")),
+        (1, ["--resume", "half", "--training.max_steps", "12"]),
+        (1, ["--resume", "plain", "--model.kernels", "chunked", "--training.max_steps", "14"]),
     ]
     said = train_all(jobs, tmp_path)
     assert "notice: model.kernels was reference and is now chunked" in said
-    for one, other in (("plain", "heads"), ("plain_carried", "carried"), ("constant", "first")):
-        a, b = (losses(tmp_path / name) for name in (one, other))
-        assert len(a) >= 12 and a == pytest.approx(b, abs=1e-4)
+    found = {run.name: losses(run) for run in tmp_path.iterdir() if (run / "metrics.jsonl").exists()}
+    assert found["plain"][14:] and len(found["whole"]) == 14
+    assert found["carried"] == pytest.approx(found["plain_carried"], abs=1e-4)
+    assert found["heads"] == pytest.approx(found["plain"][:14], abs=1e-4)
+    assert found["half"] == found["whole"] != pytest.approx(found["heads"], abs=1e-4)
     assert "kernels" not in json.loads((tmp_path / "carried" / "model" / "config.json").read_text())
 
 

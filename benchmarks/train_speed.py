@@ -1,0 +1,188 @@
+"""How fast a model trains, by form of the neurons' work and by length of the sequences, and how much memory it takes.
+
+    python -m benchmarks.train_speed --device cpu
+    python -m benchmarks.train_speed --device cuda --lengths 512 2048 8192 32768
+
+Forms: `published`, the model written as its equations are, all heads at once and all pairs of tokens at once, with one
+tensor a weight; then what `model.kernels` names: `reference`, `chunked`, `triton`. Each measurement is a process of its
+own, which trains on tokens made from a seed; forms take turns, over and over, so that whatever else the machine does
+falls on all alike. `+compile` after a form's name compiles it with torch.compile. A form that runs out of memory is
+said to have. Writes results/train_speed_DEVICE.json: tokens/s of the median step and how many times the first form's
+that is, turn by turn; peak memory (of a CPU: of the process, without what it took before there was a model).
+
+On a CPU the model is the quickstart's, 8 rows of 128 tokens a step unless told otherwise; on a GPU it is the default
+model, of as many rows as make 16384 tokens.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bdh.kernels.dispatch import use_kernels
+from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.training.config import TrainingConfig
+from bdh.training.optimizer import build_optimizer
+from benchmarks.record import save
+
+QUICKSTART = {"n_layer": 3, "n_embd": 256, "n_head": 4, "mlp_internal_dim_multiplier": 16, "dropout": 0.0}
+USUAL: dict[str, dict[str, Any]] = {
+    "cpu": {"model": QUICKSTART, "tokens": 1024, "lengths": [128], "forms": ["published", "reference", "chunked"]},
+    "cuda": {"model": {}, "tokens": 16384, "lengths": [512], "forms": ["published+compile", "reference", "triton"]},
+}
+
+
+class Published(nn.Module):
+    """The model as its equations are written; see the module's docstring."""
+
+    def __init__(self, config: BDHConfig):
+        super().__init__()
+        D, h, N = config.n_embd, config.n_head, config.neurons_per_head
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, D)
+        self.encoder = nn.Parameter(torch.empty(h, D, N))
+        self.encoder_v = nn.Parameter(torch.empty(h, D, N))
+        self.decoder = nn.Parameter(torch.empty(h * N, D))
+        self.lm_head = nn.Parameter(torch.empty(D, config.vocab_size))
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=config.initializer_range)
+        pair = torch.arange(N) // 2 * 2  # (N)
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", config.rope_theta ** (-pair / N) / (2 * torch.pi))  # (N), turns a token
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> logits (B, T, V)."""
+        T, D = tokens.shape[1], self.config.n_embd
+        x = F.layer_norm(self.embed(tokens), (D,))[:, None]  # (B, 1, T, D)
+        for _ in range(self.config.n_layer):
+            X = F.relu(x @ self.encoder)  # (B, h, T, N)
+            R = self.rotated(X)  # (B, h, T, N)
+            A = F.layer_norm((R @ R.mT).tril(-1) @ x, (D,))  # (B, h, T, D)
+            Z = F.dropout(X * F.relu(A @ self.encoder_v), self.config.dropout, self.training)  # (B, h, T, N)
+            y = Z.transpose(1, 2).reshape(-1, 1, T, self.config.n_neurons) @ self.decoder  # (B, 1, T, D)
+            x = F.layer_norm(x + F.layer_norm(y, (D,)), (D,))  # (B, 1, T, D)
+        return x[:, 0] @ self.lm_head
+
+    def rotated(self, X: Tensor) -> Tensor:
+        """(B, h, T, N) -> (B, h, T, N)."""
+        turns = torch.arange(X.shape[2], device=X.device)[:, None] * self.frequencies % 1  # (T, N)
+        angle = turns * (2 * torch.pi)  # (T, N)
+        partner = torch.stack((-X[..., 1::2], X[..., ::2]), dim=-1).view(X.shape)  # (B, h, T, N)
+        return (X * angle.cos() + partner * angle.sin()).to(X.dtype)
+
+
+def worker(given: dict[str, Any]) -> None:
+    """One measurement, in this process; prints what was found."""
+    device, form = torch.device(given["device"]), given["form"].removesuffix("+compile")
+    before = resident()
+    torch.manual_seed(0)
+    config = BDHConfig(**given["model"])
+    model: nn.Module = Published(config) if form == "published" else BDHForCausalLM(config)
+    model.to(device).train()
+    if isinstance(model, BDHForCausalLM):
+        use_kernels(model.model.layer, form, device)
+    optimizer = build_optimizer(model, TrainingConfig())
+    forward: Any = torch.compile(model) if given["form"].endswith("+compile") else model
+    precision = torch.autocast(device.type, torch.bfloat16) if given["precision"] == "bfloat16" else nullcontext()
+    T, seconds, losses = given["length"], [], []
+    B = max(1, given["tokens"] // T)
+    for step in range(given["warm"] + given["steps"]):
+        draw = torch.Generator().manual_seed(step)
+        # Bytes that depend on the one before, so that there is something to learn.
+        tokens = torch.randint(0, 16, (B, T + 1), generator=draw).cumsum(1).remainder(256).to(device)
+        began = time.perf_counter()
+        with precision:
+            logits = forward(tokens[:, :-1]) if form == "published" else forward(tokens[:, :-1], use_cache=False).logits
+            loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())  # waits for the device
+        if step >= given["warm"]:
+            seconds.append(time.perf_counter() - began)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident() - before
+    speed = B * T / statistics.median(seconds)
+    print("FOUND", json.dumps({"tokens_per_second": speed, "peak_memory_bytes": memory, "last_loss": losses[-1]}))
+
+
+def resident() -> int:
+    """The most bytes of memory that this process has ever had."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def measure(given: dict[str, Any]) -> dict[str, Any] | None:
+    """A measurement in a process of its own; None where memory did not do."""
+    command = [sys.executable, "-m", "benchmarks.train_speed", "--worker", json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    found: dict[str, Any] | None = json.loads(lines[0].removeprefix("FOUND ")) if lines else None
+    if found is None and "OutOfMemoryError" not in done.stderr and done.returncode != -9:
+        raise SystemExit(f"{given}: {done.stderr[-4000:]}")
+    print(given["form"], given["length"], found or "out of memory", flush=True)
+    return found
+
+
+def summary(forms: list[str], turns: list[dict[str, dict[str, Any] | None]]) -> dict[str, Any]:
+    """What the turns came to, by form."""
+    first = forms[0]
+    result: dict[str, Any] = {}
+    for form in forms:
+        found = [(turn[form], turn[first]) for turn in turns]
+        own = [one for one, _ in found if one is not None]
+        if not own:
+            result[form] = "out of memory"
+            continue
+        ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in found if a is not None and b is not None]
+        result[form] = {
+            "tokens_per_second": round(statistics.median(one["tokens_per_second"] for one in own), 1),
+            "peak_memory_bytes": max(one["peak_memory_bytes"] for one in own),
+            "last_loss": own[-1]["last_loss"],
+            f"times_{first}": [round(ratio, 3) for ratio in ratios],
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--forms", nargs="+", help="the first is what the others are compared with")
+    parser.add_argument("--lengths", nargs="+", type=int, help="tokens of a sequence")
+    parser.add_argument("--tokens", type=int, help="of a step, in as many rows as that makes")
+    parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--model", type=json.loads, help="sizes other than the usual, as JSON")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--warm", type=int, default=5, help="steps before those that count")
+    parser.add_argument("--worker", type=json.loads, help="for this script's own use")
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker)
+        return
+    usual = USUAL[args.device]
+    forms = args.forms or usual["forms"]
+    given = {name: getattr(args, name) or usual.get(name) for name in ("device", "tokens", "precision", "steps")}
+    given |= {"warm": args.warm, "model": {**usual["model"], **(args.model or {})}}
+    figures: dict[str, Any] = {"device": args.device, "precision": args.precision, "model": given["model"]}
+    figures |= {"tokens_a_step": given["tokens"], "by_length": {}}
+    for length in args.lengths or usual["lengths"]:
+        turns = []
+        for _ in range(args.turns):
+            turns.append({form: measure({**given, "form": form, "length": length}) for form in forms})
+        figures["by_length"][length] = summary(forms, turns)
+        print(json.dumps({length: figures["by_length"][length]}, indent=1), flush=True)
+    print(save(f"train_speed_{args.device}", figures))
+
+
+if __name__ == "__main__":
+    main()
