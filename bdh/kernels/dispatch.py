@@ -1,5 +1,6 @@
 """Which form of the neurons' work a training run takes: plain ("reference"), PyTorch ("chunked"), or "triton"."""
 
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 
@@ -31,13 +32,14 @@ def use_kernels(layer: BDHLayer, name: str, device: torch.device) -> None:
     Raises:
         BDHError: The form is asked for by name and cannot work here.
     """
-    least = 0
+    least, dtypes = 0, None
     if name == "auto":
         name = choose(layer, device)
         least = CHUNKED_FROM if name == "chunked" else 0
+        dtypes = [torch.bfloat16] if name == "triton" else None  # cuBLAS is the faster one in float32
     elif name != "reference":
         check(layer, name, device)
-    layer.kernels = None if name == "reference" else Kernels(operations_of(name, device), least)
+    layer.kernels = None if name == "reference" else Kernels(operations_of(name, device), least, dtypes)
 
 
 def choose(layer: BDHLayer, device: torch.device) -> str:
@@ -75,10 +77,9 @@ def why_no_triton(device: torch.device) -> str | None:
 def operations_of(name: str, device: torch.device) -> Operations:
     if name == "chunked":
         return TorchOperations(device)
-    from bdh.kernels.triton_operations import TritonOperations  # type: ignore[import-untyped]
+    from bdh.kernels.triton_operations import TritonOperations
 
-    operations: Operations = TritonOperations()
-    return operations
+    return TritonOperations()
 
 
 class Kernels:
@@ -90,10 +91,11 @@ class Kernels:
     Args:
         operations: The steps of a head.
         least: Products X o Y of a head and a pass from which on it is taken.
+        dtypes: To compute in, for which it is taken; None for all.
     """
 
-    def __init__(self, operations: Operations, least: int = 0):
-        self.operations, self.least = operations, least
+    def __init__(self, operations: Operations, least: int = 0, dtypes: Sequence[torch.dtype] | None = None):
+        self.operations, self.least, self.dtypes = operations, least, dtypes
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
@@ -103,12 +105,13 @@ class Kernels:
         config = layer.config
         if B * T * config.neurons_per_head < self.least or (state is not None and T == 1) or not is_plain(layer):
             return None
-        if mask is not None and not bool(mask.all()):
+        dtype = computing_dtype(embeds)
+        if (self.dtypes is not None and dtype not in self.dtypes) or (mask is not None and not bool(mask.all())):
             return None
         encoder, *encoder_v, decoder = (here(linear) for linear in linear_maps(layer))
         reading = Reading.begin(
             self.operations,
-            Weights.of(encoder, encoder_v, decoder, computing_dtype(embeds)),
+            Weights.of(encoder, encoder_v, decoder, dtype),
             (B, T),
             theta=config.rope_theta,
             eps=config.layer_norm_eps,

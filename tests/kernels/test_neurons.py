@@ -20,6 +20,7 @@ from bdh.errors import BDHError
 from bdh.kernels.dispatch import use_kernels
 from bdh.kernels.operations import Dropout
 from bdh.kernels.torch_operations import keeps
+from bdh.kernels.triton_operations import TILES, Tiles, TritonOperations
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import STATE
 from bdh.training.tracking import read_metrics
@@ -60,6 +61,21 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert (a - b).norm() <= tolerance * (1 + b.norm())
+
+
+@pytest.mark.parametrize(("T", "chunk"), [(1, 8), (13, 16), (21, 8)])
+@pytest.mark.parametrize("carried", [False, True])
+def test_so_do_they_in_triton(T: int, chunk: int, carried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in TILES:  # so that small sizes take several
+        monkeypatch.setitem(TILES[kernel], torch.float32, Tiles(16, 16, 16, 4, 2))
+    model = model_of(dtype=torch.float32, n_embd=20, mlp_internal_dim_multiplier=3, n_layer=2, chunk_size=chunk)
+    x = torch.randn(2, T, 20)
+    given: dict[str, Any] = {"document_ids": torch.arange(T).expand(2, T) // 5}
+    if carried:
+        given["state"] = state_of(model, torch.tensor([3, 10**6]), torch.float32)
+    expected = passed(model, "reference", x, **given)
+    monkeypatch.setattr("bdh.kernels.dispatch.operations_of", lambda name, device: TritonOperations())
+    assert_close(passed(model, "chunked", x, **given), expected, 1e-5)
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,0 +1,79 @@
+"""On an NVIDIA GPU: the training kernels in Triton against the plain form, at the sizes that they are made for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdh.kernels.dispatch import use_kernels
+from bdh.model import BDHConfig, BDHForCausalLM, BDHState, state_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+CUDA = torch.device("cuda")
+Result = tuple[float, dict[str, Tensor], list[Tensor]]
+
+
+def trained(
+    kernels: str, B: int, T: int, bfloat16: bool = False, carried: bool = False, seed: int = 1, **sizes: object
+) -> Result:
+    """The loss, the gradients, and the synapses after a forward and backward pass."""
+    torch.manual_seed(0)
+    model = BDHForCausalLM(BDHConfig(**{"dropout": 0.0, **sizes})).to(CUDA).train()
+    use_kernels(model.model.layer, kernels, CUDA)
+    tokens = torch.randint(0, 256, (B, T + 1), device=CUDA)  # (B, T + 1)
+    torch.manual_seed(seed)
+    state = BDHState.zeros(model.config, B, CUDA) if carried else None
+    if state is not None:
+        state.synapses = [torch.randn_like(S).requires_grad_() for S in state.synapses]
+        state.position += 10**6
+    before = [] if state is None else state.synapses.copy()
+    with torch.autocast("cuda", torch.bfloat16, enabled=bfloat16):
+        output = model(tokens[:, :-1], past_key_values=state, use_cache=carried)
+        loss = F.cross_entropy(output.logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    after = state_of(output)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients |= {f"synapses.{i}": S.grad for i, S in enumerate(before) if S.grad is not None}
+    return loss.item(), gradients, [] if after is None else [S.detach() for S in after.synapses]
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+SIZES = [
+    pytest.param(3, 96, {"n_embd": 64, "n_head": 2, "mlp_internal_dim_multiplier": 16, "chunk_size": 32}, id="small"),
+    pytest.param(2, 77, {"n_embd": 48, "n_head": 3, "mlp_internal_dim_multiplier": 10, "chunk_size": 33}, id="odd"),
+    pytest.param(1, 1100, {"n_layer": 2}, id="several chunks"),
+    pytest.param(2, 512, {"n_layer": 2}, id="usual"),
+]
+
+
+@pytest.mark.parametrize(("B", "T", "sizes"), SIZES)
+@pytest.mark.parametrize("carried", [False, True])
+def test_float32_is_exact(B: int, T: int, sizes: dict[str, object], carried: bool) -> None:
+    (one, gradients, states), (other, expected, others) = (
+        trained(kernels, B, T, carried=carried, **sizes) for kernels in ("triton", "reference")
+    )
+    assert abs(one - other) < 1e-4
+    assert all(off(gradients[name], wanted) < 2e-3 for name, wanted in expected.items())  # neurons at their edge
+    assert all(off(S, wanted) < 1e-4 for S, wanted in zip(states, others, strict=True))
+
+
+@pytest.mark.parametrize(("B", "T", "sizes"), SIZES)
+def test_bfloat16_is_as_near_to_float32_as_the_plain_form_is(B: int, T: int, sizes: dict[str, object]) -> None:
+    _, exact, _ = trained("reference", B, T, **sizes)
+    (one, ours, _), (other, plain, _) = (
+        trained(kernels, B, T, bfloat16=True, **sizes) for kernels in ("triton", "reference")
+    )
+    assert abs(one - other) < 1e-2
+    for name, wanted in exact.items():
+        assert off(ours[name], wanted) < 1.5 * off(plain[name], wanted) + 1e-3
+
+
+def test_dropout_is_reproducible_and_of_the_right_share() -> None:
+    same = [trained("triton", 2, 512, bfloat16=True, n_layer=1, dropout=0.3, seed=seed)[0] for seed in (1, 1, 2)]
+    assert same[0] == same[1] != same[2]
