@@ -1,5 +1,7 @@
 """On an NVIDIA GPU: the training kernels in Triton against the plain form, at the sizes that they are made for."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ Result = tuple[float, dict[str, Tensor], list[Tensor]]
 
 
 def trained(
-    kernels: str, B: int, T: int, bfloat16: bool = False, carried: bool = False, seed: int = 1, **sizes: object
+    kernels: str, B: int, T: int, bfloat16: bool = False, carried: bool = False, seed: int = 1, **sizes: Any
 ) -> Result:
     """The loss, the gradients, and the synapses after a forward and backward pass."""
     torch.manual_seed(0)
@@ -54,7 +56,7 @@ SIZES = [
 
 @pytest.mark.parametrize(("B", "T", "sizes"), SIZES)
 @pytest.mark.parametrize("carried", [False, True])
-def test_float32_is_exact(B: int, T: int, sizes: dict[str, object], carried: bool) -> None:
+def test_float32_is_exact(B: int, T: int, sizes: dict[str, Any], carried: bool) -> None:
     (one, gradients, states), (other, expected, others) = (
         trained(kernels, B, T, carried=carried, **sizes) for kernels in ("triton", "reference")
     )
@@ -64,7 +66,7 @@ def test_float32_is_exact(B: int, T: int, sizes: dict[str, object], carried: boo
 
 
 @pytest.mark.parametrize(("B", "T", "sizes"), SIZES)
-def test_bfloat16_is_as_near_to_float32_as_the_plain_form_is(B: int, T: int, sizes: dict[str, object]) -> None:
+def test_bfloat16_is_as_near_to_float32_as_the_plain_form_is(B: int, T: int, sizes: dict[str, Any]) -> None:
     _, exact, _ = trained("reference", B, T, **sizes)
     (one, ours, _), (other, plain, _) = (
         trained(kernels, B, T, bfloat16=True, **sizes) for kernels in ("triton", "reference")
