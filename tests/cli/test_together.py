@@ -124,6 +124,7 @@ def test_the_text_is_what_one_process_writes_and_mistakes_are_said_once(folder: 
         assert said(f"{name}.2.0.out") == said(f"{name}.2.1.out") == said(f"{name}.2.1.err") == b""
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_both_and_says_so_once(folder: Path) -> None:
     (folder / "many.txt").write_text("".join(f"The {n} small\n" for n in range(99)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
