@@ -1,6 +1,5 @@
 """Which form of the neurons' work a training run takes: plain ("reference"), PyTorch ("chunked"), or "triton"."""
 
-from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 
@@ -32,23 +31,18 @@ def use_kernels(layer: BDHLayer, name: str, device: torch.device) -> None:
     Raises:
         BDHError: The form is asked for by name and cannot work here.
     """
-    least, dtypes = 0, None
+    least = 0
     if name == "auto":
-        name = choose(layer, device)
-        least = CHUNKED_FROM if name == "chunked" else 0
-        dtypes = [torch.bfloat16] if name == "triton" else None  # cuBLAS is the faster one in float32
+        name, least = choose(layer, device), CHUNKED_FROM
     elif name != "reference":
         check(layer, name, device)
-    layer.kernels = None if name == "reference" else Kernels(operations_of(name, device), least, dtypes)
+    layer.kernels = None if name == "reference" else Kernels(operations_of(name, device), least)
 
 
 def choose(layer: BDHLayer, device: torch.device) -> str:
-    """The fastest form that works here."""
-    if isinstance(layer, FSDPModule) or not is_plain(layer):
-        return "reference"
-    if device.type == "cuda":
-        return "reference" if why_no_triton(device) else "triton"
-    return "chunked" if device.type == "cpu" else "reference"
+    """The fastest form that works here, of those that are proven: "triton" is to be asked for by name."""
+    plain = is_plain(layer) and not isinstance(layer, FSDPModule)
+    return "chunked" if plain and device.type == "cpu" else "reference"
 
 
 def check(layer: BDHLayer, name: str, device: torch.device) -> None:
@@ -91,11 +85,10 @@ class Kernels:
     Args:
         operations: The steps of a head.
         least: Products X o Y of a head and a pass from which on it is taken.
-        dtypes: To compute in, for which it is taken; None for all.
     """
 
-    def __init__(self, operations: Operations, least: int = 0, dtypes: Sequence[torch.dtype] | None = None):
-        self.operations, self.least, self.dtypes = operations, least, dtypes
+    def __init__(self, operations: Operations, least: int = 0):
+        self.operations, self.least = operations, least
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
@@ -105,13 +98,12 @@ class Kernels:
         config = layer.config
         if B * T * config.neurons_per_head < self.least or (state is not None and T == 1) or not is_plain(layer):
             return None
-        dtype = computing_dtype(embeds)
-        if (self.dtypes is not None and dtype not in self.dtypes) or (mask is not None and not bool(mask.all())):
+        if mask is not None and not bool(mask.all()):
             return None
         encoder, *encoder_v, decoder = (here(linear) for linear in linear_maps(layer))
         reading = Reading.begin(
             self.operations,
-            Weights.of(encoder, encoder_v, decoder, dtype),
+            Weights.of(encoder, encoder_v, decoder, computing_dtype(embeds)),
             (B, T),
             theta=config.rope_theta,
             eps=config.layer_norm_eps,
