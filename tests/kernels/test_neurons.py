@@ -319,6 +319,7 @@ RUN = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_same_however_it_is_computed(tmp_path: Path) -> None:
     """With carried synapses, by heads in two processes, going on from a checkpoint, and in another form."""
     (tmp_path / "text.txt").write_text(TEXT)
