@@ -32,12 +32,13 @@ from bdh.training.meter import Meter
 from bdh.training.norms import parameter_figures
 from bdh.training.optimizer import build_optimizer, learning_rate_at
 from bdh.training.passes import Passes
+from bdh.training.pieces import local
 from bdh.training.processes import Processes
 from bdh.training.resume import choose_tokenizer, other_place, places_of, restore_random, state_to_save
 from bdh.training.review import Review
 from bdh.training.saver import Saver
 from bdh.training.signals import caught_signals
-from bdh.training.spread import Spread, local
+from bdh.training.spread import Spread
 from bdh.training.state import Outcome, RunState
 from bdh.training.trackers import check_trackers, open_trackers
 from bdh.training.tracking import Tracker

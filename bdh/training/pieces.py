@@ -51,10 +51,7 @@ def linear(weight: Tensor, like: nn.Linear) -> nn.Linear:
 
 def joined(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Parameters, or what belongs to them, by name, as they lie in the whole model: pieces put together, one by one."""
-    groups: dict[str, list[Tensor]] = {}
-    for name, tensor in tensors:
-        groups.setdefault(PIECE.sub(r"\1.weight", name), []).append(tensor)
-    for name, pieces in groups.items():
+    for name, pieces in by_matrix(tensors).items():
         whole = pieces[0].detach()
         if len(pieces) > 1 and whole.ndim == 2:
             whole = torch.cat([piece.detach() for piece in pieces], along(name))
@@ -64,17 +61,25 @@ def joined(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
 @torch.no_grad()
 def parted(whole: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     """Puts what `joined(tensors.items())` has put together, and someone has written to, back into the pieces."""
-    counts: dict[str, list[Tensor]] = {}
-    for name, tensor in tensors.items():
-        if PIECE.search(name):
-            counts.setdefault(PIECE.sub(r"\1.weight", name), []).append(tensor)
-    for name, pieces in counts.items():
+    for name, pieces in by_matrix((name, tensor) for name, tensor in tensors.items() if PIECE.search(name)).items():
         parts = whole[name].chunk(len(pieces), along(name)) if pieces[0].ndim == 2 else [whole[name]] * len(pieces)
         for piece, part in zip(pieces, parts, strict=True):
-            here, there = (t.to_local() if isinstance(t, DTensor) else t for t in (piece, part))
-            here.copy_(there)
+            local(piece).copy_(local(part))
+
+
+def by_matrix(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """Tensors by their names in the whole model: the pieces of one matrix together, in order."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors:
+        groups.setdefault(PIECE.sub(r"\1.weight", name), []).append(tensor)
+    return groups
 
 
 def along(name: str) -> int:
     """The dimension along which the matrix of this name is cut."""
     return next(dim for matrix, dim in ALONG.items() if f"{matrix}.weight" in name)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

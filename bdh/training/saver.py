@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from bdh.training.checkpoint import CheckpointStore
+from bdh.training.pieces import local
 from bdh.training.processes import Processes
-from bdh.training.spread import local
 
 
 class Copies:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bdh.model import BDHForCausalLM
 from bdh.model.heads import HeadNames, part_of
 from bdh.model.modeling_bdh import BDHLayer
-from bdh.training.pieces import LinearInPieces
+from bdh.training.pieces import ALONG, LinearInPieces, local
 from bdh.training.processes import Processes
 
 LARGE = 2**24  # parameters of a matrix that is sharded head by head; for smaller ones, fewer messages count more
@@ -104,7 +104,7 @@ class Spread:
         mesh = policy["mesh"]
         shards = mesh.size(mesh.ndim - 1)
         whole: list[nn.Module] = [*layer.encoder_v]
-        for name, along in (("encoder", 0), ("decoder", 1)):
+        for name, along in ALONG.items():
             linear = getattr(layer, name)
             # A piece is sharded along D, as the decoder's rows are; FSDP cuts columns, the encoder's, evenly only.
             even = along == 1 or layer.config.n_embd % shards == 0
@@ -157,12 +157,14 @@ class Spread:
 
     def norm(self, tensors: dict[str, Tensor]) -> float:
         """The norm of all these together, over the whole model: parameters or their gradients, by name."""
+        device = self.processes.device
+        wide = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         square = sum(
             (
-                square_sum(local(tensor)).to(self.processes.device) / self.copies(name, tensor)
+                square_sum(local(tensor)).to(device, wide) / self.copies(name, tensor)
                 for name, tensor in tensors.items()
             ),
-            start=torch.zeros((), dtype=torch.float64, device=self.processes.device),
+            start=torch.zeros((), dtype=wide, device=device),
         )
         if not self.processes.alone:
             dist.all_reduce(square)
@@ -217,10 +219,5 @@ def columns(weight: nn.Parameter) -> Shard:
 
 
 def square_sum(tensor: Tensor) -> Tensor:
-    """The sum of the squares, added up in float32 at least; float64."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().sum().double()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is here."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """The sum of the squares, in float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().sum()
