@@ -60,7 +60,7 @@ def why_no_triton(device: torch.device) -> str | None:
     """What keeps the Triton kernels from working on a device; None if nothing does."""
     if device.type != "cuda":
         return f"Triton needs an NVIDIA GPU, and the device is {device.type}"
-    if find_spec("triton") is None or find_spec("bdh.kernels.triton_operations") is None:
+    if find_spec("triton") is None:
         return "Triton is not installed"
     capability = torch.cuda.get_device_capability(device)
     if capability < TRITON_CAPABILITY:

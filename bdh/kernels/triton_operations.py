@@ -40,11 +40,11 @@ class Tiles:
 
 # By kernel, for bfloat16 and for float32; `benchmarks/kernel_speed.py --tune` measures others.
 TILES: dict[str, dict[torch.dtype, Tiles]] = {
-    "excite": {torch.bfloat16: Tiles(128, 128, 64, 8, 3, 1), torch.float32: Tiles(64, 64, 32, 4, 2)},
+    "excite": {torch.bfloat16: Tiles(128, 128, 64, 8, 3, 128), torch.float32: Tiles(64, 64, 32, 4, 2)},
     "scores": {torch.bfloat16: Tiles(128, 128, 128, 8, 3), torch.float32: Tiles(64, 64, 32, 4, 2)},
     "gate": {torch.bfloat16: Tiles(128, 128, 64, 8, 3, 1), torch.float32: Tiles(64, 64, 32, 4, 2)},
-    "gate_backward": {torch.bfloat16: Tiles(64, 128, 64, 4, 3, 64), torch.float32: Tiles(64, 64, 32, 4, 2)},
-    "excite_backward": {torch.bfloat16: Tiles(128, 128, 64, 8, 3, 4), torch.float32: Tiles(64, 64, 32, 4, 2)},
+    "gate_backward": {torch.bfloat16: Tiles(64, 64, 64, 4, 3, 1), torch.float32: Tiles(64, 64, 32, 4, 2)},
+    "excite_backward": {torch.bfloat16: Tiles(128, 128, 64, 8, 4, 4), torch.float32: Tiles(64, 64, 32, 4, 2)},
     "scan": {torch.bfloat16: Tiles(4, 256, 0, 4, 2), torch.float32: Tiles(4, 256, 0, 4, 2)},
 }
 SMALLEST = 16  # side of a tile that the matrix units take
