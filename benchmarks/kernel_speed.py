@@ -4,8 +4,9 @@
 
 Prints, by operation, milliseconds of both, how many times faster ours is, TFLOP/s of the products that have to be done,
 GB/s of what has to be read and written, and the largest difference from the plain form, relative to the largest number.
-With --tune it measures other tiles for each kernel instead and prints the fastest, as `TILES` wants them; those that do
-not compile, or take more registers or shared memory than there are, are named and left out.
+The clone that `excite_backward` is given, as it overwrites what it gets, is measured with it. With --tune it measures
+other tiles for each kernel instead and prints the fastest, as `TILES` wants them; those that do not compile, or take
+more registers or shared memory than there are, are named and left out.
 Needs torch and Triton only.
 """
 
@@ -62,6 +63,11 @@ def plain_excite(x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> Results:
 
 def plain_scores(R: Tensor) -> Results:
     return ((R @ R.mT).tril(-1),)  # (G, C, C)
+
+
+def plain_scores_backward(dA: Tensor, x: Tensor) -> Results:
+    dP = (dA @ x.mT).tril(-1)  # (G, C, C)
+    return (dP + dP.mT,)
 
 
 def plain_gate(A: Tensor, Ev: Tensor, X: Tensor, p: float) -> Results:
@@ -147,42 +153,56 @@ def make_cases(args: argparse.Namespace) -> dict[str, Case]:
         ),
         "gate": Case(
             "gate",
-            lambda dropout: (op.gate(A, Ev, X, dropout),),
+            lambda dropout: (op.gated(A, Ev, X, dropout),),
             lambda p: plain_gate(A, Ev, X, p),
             products * D,
             2 * tensor,
         ),
         "gate_backward": Case(
             "gate_backward",
-            lambda dropout: op.gate_backward(dy, Dec, A, Ev, X, dropout),
+            lambda dropout: op.gated_backward(dy, Dec, A, Ev, X, dropout),
             lambda p: plain_gate_backward(dy, Dec, A, Ev, X, p),
             2 * products * D,
             4 * tensor,
         ),
+        "scores_backward": Case(
+            "scores_backward",
+            lambda _: (op.scores_backward(A, x, None),),
+            lambda _: plain_scores_backward(A, x),
+            2.0 * M * C * D,
+            (2 * M * D + M * C) * dtype.itemsize,
+        ),
+        "norm": Case(
+            "norm",
+            lambda _: op.norm(A, 1e-5)[:1],
+            lambda _: (F.layer_norm(A, (D,)),),
+            0,
+            2 * M * D * dtype.itemsize,
+        ),
         "excite_backward": Case(
             "excite_backward",
-            lambda _: (op.excite_backward(dP, R, X, dX, cos, sin, None),),
+            lambda _: (op.excite_backward(dP, R, X, dX.clone(), cos, sin, None),),
             lambda _: plain_excite_backward(dP, R, X, dX, cos, sin, None),
             products * C,
             4 * tensor,
         ),
         "excite_backward_carried": Case(
             "excite_backward",
-            lambda _: (op.excite_backward(dP, R, X, dX, cos, sin, past),),
+            lambda _: (op.excite_backward(dP, R, X, dX.clone(), cos, sin, past),),
             lambda _: plain_excite_backward(dP, R, X, dX, cos, sin, past),
             products * (C + 2 * D),
             4 * tensor + 2 * chunks,
         ),
         "scan": Case(
             "scan",
-            lambda _: (U, op.scan(U, None, *ends, None)),
+            lambda _: op.scan(U, None, *ends, None),
             lambda _: plain_scan(U, *ends),
             0,
             scan_bytes,
         ),
         "scan_backward": Case(
             "scan",
-            lambda _: (U, op.scan_backward(U, None, *ends, None)),
+            lambda _: op.scan_backward(U, None, *ends, None),
             lambda _: plain_scan_backward(U, *ends),
             0,
             scan_bytes,
@@ -228,8 +248,16 @@ def candidates(kernel: str) -> Iterator[Tiles]:
         for rows, columns, warps in itertools.product((1, 2, 4, 8), (128, 256), (2, 4, 8)):
             yield Tiles(rows, columns, 0, warps, 2)
         return
+    if kernel == "norm":
+        for rows, warps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8)):
+            yield Tiles(rows, 0, 0, warps, 1)
+        return
+    if kernel == "excite_backward":
+        for rows, columns, warps in itertools.product((4, 8, 16, 32), (128, 256, 512), (4, 8)):
+            yield Tiles(rows, columns, 0, warps, 1)
+        return
     loops = ((32, 4), (64, 2), (64, 3), (64, 4), (128, 2), (128, 3))  # depth and stages
-    if kernel == "scores":
+    if kernel in ("scores", "scores_backward"):
         for side, warps, (depth, stages) in itertools.product((64, 128), (4, 8), loops):
             yield Tiles(side, side, depth, warps, stages)
         return

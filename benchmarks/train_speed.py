@@ -1,27 +1,32 @@
 """How fast a model trains, by form of the neurons' work and by length of the sequences, and how much memory it takes.
 
     python -m benchmarks.train_speed --device cpu
-    python -m benchmarks.train_speed --device cuda --lengths 512 2048 8192 32768
+    python -m benchmarks.train_speed --device cuda --gpus 2
 
 Forms: `published`, the model written as its equations are, all heads at once and all pairs of tokens at once, with one
 tensor a weight; then what `model.kernels` names: `reference`, `chunked`, `triton`. Each measurement is a process of its
 own, which trains on tokens made from a seed; forms take turns, over and over, so that whatever else the machine does
 falls on all alike. `+compile` after a form's name compiles it with torch.compile. A form that runs out of memory is
-said to have. Writes results/train_speed_DEVICE.json: tokens/s of the median step and how many times the first form's
-that is, turn by turn; peak memory (of a CPU: of the process, without what it took before there was a model).
+said to have. Writes results/train_speed_DEVICE.json and a picture beside it: tokens/s of the median step and how many
+times the first form's that is, turn by turn; peak memory (of a CPU: of the process, without what it took before there
+was a model); on a GPU the share of what its matrix units did when nothing but a large product was asked of them, the
+model's own products counted once (what is worked out again counts for nothing).
 
-On a CPU the model is the quickstart's, 8 rows of 128 tokens a step unless told otherwise; on a GPU it is the default
-model, of as many rows as make 16384 tokens.
+A case is ROWSxLENGTH, or ROWSxLENGTH@WIDTH for another n_embd. On a CPU the model is the quickstart's; on a GPU it is
+the default one. With several GPUs each takes another case, and all forms of a case go to the same.
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -32,13 +37,17 @@ from bdh.kernels.dispatch import use_kernels
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.training.config import TrainingConfig
 from bdh.training.optimizer import build_optimizer
-from benchmarks.record import save
+from bdh.training.throughput import flops_per_token
+from benchmarks.record import RESULTS, save
 
 QUICKSTART = {"n_layer": 3, "n_embd": 256, "n_head": 4, "mlp_internal_dim_multiplier": 16, "dropout": 0.0}
-USUAL: dict[str, dict[str, Any]] = {
-    "cpu": {"model": QUICKSTART, "tokens": 1024, "lengths": [128], "forms": ["published", "reference", "chunked"]},
-    "cuda": {"model": {}, "tokens": 16384, "lengths": [512], "forms": ["published+compile", "reference", "triton"]},
+CASES = {
+    "cpu": ["8x128"],
+    "cuda": ["32x512", "2x8192", "16x512@512", "8x2048", "1x32768", "1x131072"],
 }
+FORMS = {"cpu": ["published", "reference", "chunked"], "cuda": ["published+compile", "triton"]}
+SIZES: dict[str, dict[str, Any]] = {"cpu": QUICKSTART, "cuda": {}}
+LONGEST = {"published": 8192, "reference": 8192}  # tokens; the memory that they take grows with the square of that
 
 
 class Published(nn.Module):
@@ -93,8 +102,8 @@ def worker(given: dict[str, Any]) -> None:
     optimizer = build_optimizer(model, TrainingConfig())
     forward: Any = torch.compile(model) if given["form"].endswith("+compile") else model
     precision = torch.autocast(device.type, torch.bfloat16) if given["precision"] == "bfloat16" else nullcontext()
-    T, seconds, losses = given["length"], [], []
-    B = max(1, given["tokens"] // T)
+    B, T = given["rows"], given["length"]
+    seconds, losses = [], []
     for step in range(given["warm"] + given["steps"]):
         draw = torch.Generator().manual_seed(step)
         # Bytes that depend on the one before, so that there is something to learn.
@@ -112,7 +121,29 @@ def worker(given: dict[str, Any]) -> None:
             seconds.append(time.perf_counter() - began)
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident() - before
     speed = B * T / statistics.median(seconds)
-    print("FOUND", json.dumps({"tokens_per_second": speed, "peak_memory_bytes": memory, "last_loss": losses[-1]}))
+    found = {"tokens_per_second": speed, "peak_memory_bytes": memory, "last_loss": losses[-1]}
+    if device.type == "cuda":
+        del model, optimizer, forward
+        found["share_of_ceiling"] = speed * flops_per_token(config, T) / ceiling()
+        found["gpu"] = torch.cuda.get_device_name()
+    print("FOUND", json.dumps(found))
+
+
+def ceiling() -> float:
+    """FLOP/s of this GPU in a product of two matrices of bfloat16, 8192 on each side, over a second."""
+    torch.cuda.empty_cache()
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    times = []
+    until = time.perf_counter() + 1
+    while time.perf_counter() < until:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(10):
+            a @ b
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e4)  # seconds of one
+    return 2 * 8192**3 / statistics.median(times)
 
 
 def resident() -> int:
@@ -121,16 +152,28 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def measure(given: dict[str, Any]) -> dict[str, Any] | None:
+def measure(given: dict[str, Any], gpu: int | None) -> dict[str, Any] | None:
     """A measurement in a process of its own; None where memory did not do."""
     command = [sys.executable, "-m", "benchmarks.train_speed", "--worker", json.dumps(given)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     found: dict[str, Any] | None = json.loads(lines[0].removeprefix("FOUND ")) if lines else None
     if found is None and "OutOfMemoryError" not in done.stderr and done.returncode != -9:
         raise SystemExit(f"{given}: {done.stderr[-4000:]}")
-    print(given["form"], given["length"], found or "out of memory", flush=True)
+    print(given["form"], given["rows"], given["length"], given["model"], found or "out of memory", flush=True)
     return found
+
+
+def measure_case(case: str, forms: list[str], given: dict[str, Any], turns: int, gpu: int | None) -> dict[str, Any]:
+    """All forms of a case, in turn."""
+    shape, _, width = case.partition("@")
+    rows, length = (int(size) for size in shape.split("x"))
+    sizes = {**given["model"], **({"n_embd": int(width)} if width else {})}
+    able = [form for form in forms if length <= LONGEST.get(form.removesuffix("+compile"), length)]
+    given = {**given, "rows": rows, "length": length, "model": sizes}
+    found = [{form: measure({**given, "form": form}, gpu) for form in able} for _ in range(turns)]
+    return {"rows": rows, "length": length, **summary(able, found)}
 
 
 def summary(forms: list[str], turns: list[dict[str, dict[str, Any] | None]]) -> dict[str, Any]:
@@ -150,17 +193,39 @@ def summary(forms: list[str], turns: list[dict[str, dict[str, Any] | None]]) -> 
             "last_loss": own[-1]["last_loss"],
             f"times_{first}": [round(ratio, 3) for ratio in ratios],
         }
+        if "gpu" in own[0]:
+            result[form]["share_of_ceiling"] = round(statistics.median(one["share_of_ceiling"] for one in own), 3)
+            result[form]["gpu"] = own[0]["gpu"]
     return result
+
+
+def draw(cases: dict[str, dict[str, Any]], device: str) -> None:
+    """Microseconds and memory of a token against the length of a sequence, by form: those of the usual width."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    cost, memory = figure.subplots(1, 2)
+    usual = sorted((one for case, one in cases.items() if "@" not in case), key=lambda one: one["length"])
+    for form in dict.fromkeys(form for one in usual for form in one if isinstance(one[form], dict)):
+        having = [one for one in usual if isinstance(one.get(form), dict)]
+        lengths = [one["length"] for one in having]
+        cost.plot(lengths, [1e6 / one[form]["tokens_per_second"] for one in having], "o-", label=form)
+        each = [one[form]["peak_memory_bytes"] / (one["rows"] * one["length"]) / 2**20 for one in having]
+        memory.plot(lengths, each, "o-", label=form)
+    for axes, name in ((cost, "microseconds a token"), (memory, "peak memory a token of a step, MiB")):
+        axes.set(xscale="log", ylim=(0, None), xlabel="tokens of a sequence", ylabel=name)
+        axes.set_xscale("log", base=2)
+        axes.legend()
+    figure.savefig(RESULTS / f"train_speed_{device}.png", dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gpus", type=int, default=1, help="how many cases there may be at a time")
     parser.add_argument("--forms", nargs="+", help="the first is what the others are compared with")
-    parser.add_argument("--lengths", nargs="+", type=int, help="tokens of a sequence")
-    parser.add_argument("--tokens", type=int, help="of a step, in as many rows as that makes")
+    parser.add_argument("--cases", nargs="+", metavar="ROWSxLENGTH[@WIDTH]")
     parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--model", type=json.loads, help="sizes other than the usual, as JSON")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warm", type=int, default=5, help="steps before those that count")
@@ -169,19 +234,27 @@ def main() -> None:
     if args.worker:
         worker(args.worker)
         return
-    usual = USUAL[args.device]
-    forms = args.forms or usual["forms"]
-    given = {name: getattr(args, name) or usual.get(name) for name in ("device", "tokens", "precision", "steps")}
-    given |= {"warm": args.warm, "model": {**usual["model"], **(args.model or {})}}
-    figures: dict[str, Any] = {"device": args.device, "precision": args.precision, "model": given["model"]}
-    figures |= {"tokens_a_step": given["tokens"], "by_length": {}}
-    for length in args.lengths or usual["lengths"]:
-        turns = []
-        for _ in range(args.turns):
-            turns.append({form: measure({**given, "form": form, "length": length}) for form in forms})
-        figures["by_length"][length] = summary(forms, turns)
-        print(json.dumps({length: figures["by_length"][length]}, indent=1), flush=True)
-    print(save(f"train_speed_{args.device}", figures))
+    forms = args.forms or FORMS[args.device]
+    given = {name: getattr(args, name) for name in ("device", "precision", "steps", "warm")}
+    given["model"] = SIZES[args.device]
+    free: SimpleQueue[int | None] = SimpleQueue()
+    for gpu in range(args.gpus) if args.device == "cuda" else [None]:
+        free.put(gpu)
+
+    def work(case: str) -> dict[str, Any]:
+        gpu = free.get()
+        try:
+            return measure_case(case, forms, given, args.turns, gpu)
+        finally:
+            free.put(gpu)
+
+    names = args.cases or CASES[args.device]
+    with ThreadPoolExecutor(args.gpus) as pool:
+        cases = dict(zip(names, pool.map(work, names), strict=True))
+    print(json.dumps(cases, indent=1))
+    figures = {"device": args.device, "precision": args.precision, "model": given["model"], "steps": args.steps}
+    print(save(f"train_speed_{args.device}", {**figures, "cases": cases}))
+    draw(cases, args.device)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bdh.kernels.operations import Dropout, Past
+from bdh.kernels.products import add_product_, product_into
 from bdh.kernels.reading import Reading
 from bdh.kernels.torch_operations import turn_rows
 from bdh.model.modeling_bdh import synapse_dtype
@@ -95,18 +96,19 @@ class Neurons(torch.autograd.Function):
                 U = (R.mT @ values).unflatten(0, (B, c))  # (B, c, N, D)
                 before = None if S is None else S[:, head].contiguous()  # (B, N, D)
                 kept = None if documents is None else documents.kept  # (B, c)
-                ends.append(op.scan(U, before, *reading.chunk_phases, kept))  # (B, N, D)
+                U, end = op.scan(U, before, *reading.chunk_phases, kept)  # (B, c, N, D), (B, N, D)
+                ends.append(end)
                 U = U.flatten(0, 1)  # (G, N, D)  S before each chunk
                 read = R @ U  # (G, C, D)
                 A += read if documents is None else read * documents.sees_past
-            A, _, rstd = torch.native_layer_norm(A, [D], None, None, reading.eps)  # (G, C, D), (G, C, 1)
-            Z = op.gate(A, Ev, X, Dropout(reading.dropout, seed, head))  # (G, C, N)
-            add_product_(y, Z, Dec.mT)  # (G, C, D)
+            A, rstd = op.norm(A, reading.eps)  # (G, C, D), (G, C, 1)
+            op.gate(A, Ev, X, Dropout(reading.dropout, seed, head), Dec, y)
             if keep:
                 saved += [P, A, rstd, *([] if U is None else [U])]
         if keep:
             ctx.reading, ctx.seed, ctx.dtypes = reading, seed, (x.dtype, encoder.dtype)
             ctx.save_for_backward(*saved)
+        y *= Dropout(reading.dropout).scale
         return y.view(x.shape).to(x.dtype), None if S is None else torch.stack(ends, 1)  # (B, h, N, D)
 
     @staticmethod
@@ -146,39 +148,31 @@ class WayBack:
     def __init__(self, reading: Reading, seed: int, xs: Tensor, dy: Tensor, dS: Tensor | None):
         self.reading, self.seed = reading, seed
         self.B, self.c, _, D = dy.shape
+        dy = dy * Dropout(reading.dropout).scale  # (B, c, C, D)
         self.x, self.dy, self.dS_after = xs, dy.to(xs.dtype).view(xs.shape), dS  # (G, C, D) twice
-        self.dy_t = self.dy.flatten(0, 1).mT.contiguous()  # (D, M)
         h, N = reading.weights.n_head, len(reading.weights.E[0])
         wide = synapse_dtype(xs.dtype)
         self.dx = xs.new_zeros(xs.shape, dtype=wide)  # (G, C, D)
         self.dE, self.dEv = (xs.new_empty(h, N, D, dtype=wide) for _ in range(2))  # (h, N, D)
-        self.dDec = xs.new_empty(D, h * N, dtype=wide)  # (D, n)
+        # (D, n), by columns on a GPU, where the sum over tokens is then one of rows
+        self.dDec = xs.new_empty(h * N, D, dtype=wide).mT if xs.is_cuda else xs.new_empty(D, h * N, dtype=wide)
         self.dS: list[Tensor] = []
 
     def through(self, head: int, P: Tensor, A: Tensor, rstd: Tensor, S: Tensor | None = None) -> None:
         """One head: scores (G, C, C), LN(A) (G, C, D) and its 1 / deviation (G, C, 1), synapses (G, N, D) or None."""
-        op, phases, x = self.reading.operations, self.reading.token_phases, self.x
+        op, phases, x, documents = self.reading.operations, self.reading.token_phases, self.x, self.reading.documents
         E, Ev, Dec = self.reading.weights.head(head)
         X, R = op.excite(x, E, *phases)  # (G, C, N)
         dropout = Dropout(self.reading.dropout, self.seed, head)
-        Z, dY, dX = op.gate_backward(self.dy, Dec, A, Ev, X, dropout)  # (G, C, N)
-        place = slice(head * len(E), (head + 1) * len(E))
-        product_into(self.dDec[:, place], self.dy_t, Z.flatten(0, 1))  # (D, N)
-        product_into(self.dEv[head], dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
-        dA = norm_backward(dY @ Ev, A, rstd)  # (G, C, D)
+        dDec = self.dDec[:, head * len(E) : (head + 1) * len(E)]  # (D, N)
+        dY, dX = op.gate_backward(self.dy, Dec, A, Ev, X, dropout, dDec, self.dEv[head])  # (G, C, N)
+        dA = op.norm_backward(dY @ Ev, A, rstd)  # (G, C, D)
         add_product_(self.dx, P.mT, dA)  # (G, C, D)
         past = None if S is None else self.past(R, dA, S)
-        dX = op.excite_backward(self.scores(dA), R, X, dX, *phases, past)  # (G, C, N)
+        dP = op.scores_backward(dA, x, None if documents is None else documents.of)  # (G, C, C)
+        dX = op.excite_backward(dP, R, X, dX, *phases, past)  # (G, C, N)
         product_into(self.dE[head], dX.flatten(0, 1).mT, x.flatten(0, 1))  # (N, D)
         add_product_(self.dx, dX, E)  # (G, C, D)
-
-    def scores(self, dA: Tensor) -> Tensor:
-        """The gradient of the scores plus its transpose: (G, C, D) -> (G, C, C)."""
-        dP = (dA @ self.x.mT).tril_(-1)  # (G, C, C)
-        if self.reading.documents is not None:
-            of = self.reading.documents.of  # (G, C)
-            dP.masked_fill_(of[:, :, None] != of[:, None, :], 0)
-        return dP + dP.mT
 
     def past(self, R: Tensor, dA: Tensor, S: Tensor) -> Past:
         """What comes by the synapses: back through the chunks, and to what was written."""
@@ -189,35 +183,9 @@ class WayBack:
         V = (R.mT @ dA).unflatten(0, (self.B, self.c))  # (B, c, N, D)
         after = None if self.dS_after is None else self.dS_after[:, head].contiguous()  # (B, N, D)
         kept = None if documents is None else documents.kept  # (B, c)
-        self.dS.append(self.reading.operations.scan_backward(V, after, *self.reading.chunk_phases, kept))  # (B, N, D)
+        V, before = self.reading.operations.scan_backward(V, after, *self.reading.chunk_phases, kept)
+        self.dS.append(before)  # (B, N, D)
         V = V.flatten(0, 1)  # (G, N, D)  now the gradient of what each chunk wrote
         of_values = R @ V  # (G, C, D)
         self.dx += of_values if documents is None else of_values * documents.writes
         return dA, S, values, V
-
-
-def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b: (G, C, I), (G, I, J) or (I, J) -> (G, C, J)."""
-    if a.dtype == total.dtype:
-        total.baddbmm_(a, b.expand(len(a), *b.shape[-2:]))
-        return
-    product = a @ b  # (G, C, J)
-    # A CPU is slow at adding numbers of two kinds.
-    total += product.to(total.dtype) if total.device.type == "cpu" else product
-
-
-def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b, in out's dtype: (I, M), (M, J) -> (I, J)."""
-    if a.device.type == "cuda" and a.dtype != out.dtype:  # there the sum can be kept as precise as it was made
-        out.copy_(torch.mm(a, b, out_dtype=out.dtype))
-    else:
-        out.copy_(a @ b)
-
-
-def norm_backward(gradient: Tensor, A: Tensor, rstd: Tensor) -> Tensor:
-    """Back through a layer norm that gave A: (G, C, D), (G, C, D), (G, C, 1) -> (G, C, D)."""
-    zeros, ones = torch.zeros_like(rstd), torch.ones_like(rstd)  # (G, C, 1)
-    # As if what went in had been A: its mean is 0 and its deviation 1. The true deviation comes after.
-    backward = torch.ops.aten.native_layer_norm_backward
-    of_A = backward(gradient, A, A.shape[-1:], zeros, ones, None, None, [True, False, False])[0]  # (G, C, D)
-    return of_A * rstd.to(of_A.dtype)

@@ -1,4 +1,5 @@
-"""What the training kernels are made of: the steps of one head, each implemented in PyTorch and in Triton.
+"""What the training kernels are made of: the steps of one head, implemented in PyTorch, in Triton, and
+in Gluon for Hopper.
 
 Shapes: G chunks of C tokens (B sequences of c chunks each, a sequence's chunks next to each other), D `n_embd`, N
 neurons of one head. `dt` is the dtype that is computed in; sums are float32 at least. Tensors are contiguous unless
@@ -16,8 +17,10 @@ from torch import Tensor
 class Dropout:
     """Which of a head's products Z are dropped: it depends on seed, head, token (number in G * C) and neuron alone.
 
+    What is kept stays as it is: `scale` comes to the sums of it, which are smaller.
+
     Attributes:
-        p: Probability; 0 keeps all. What is kept is divided by 1 - p.
+        p: Probability; 0 keeps all.
         seed: Of this pass through a layer, 0 to 2^63 - 1.
         head: From 0.
     """
@@ -25,6 +28,11 @@ class Dropout:
     p: float = 0.0
     seed: int = 0
     head: int = 0
+
+    @property
+    def scale(self) -> float:
+        """What all that is kept has to be multiplied by, 1 / (1 - p)."""
+        return 1 / (1 - self.p)
 
 
 # How the synapses tell in the gradient of R: dA (G, C, D), of what each token read of them; S (G, N, D), before each
@@ -51,18 +59,39 @@ class Operations(Protocol):
     def scores(self, R: Tensor, documents: Tensor | None) -> Tensor:
         """tril(R R^T, -1), and 0 where `documents` (G, C), whole numbers, differ. Returns (G, C, C) dt."""
 
-    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
-        """Z = X o relu(A Ev^T), dropped. A (G, C, D), Ev (N, D), X (G, C, N) -> (G, C, N), all dt."""
+    def scores_backward(self, dA: Tensor, x: Tensor, documents: Tensor | None) -> Tensor:
+        """The gradient of the scores, tril(dA x^T, -1) and 0 where documents differ, plus its transpose.
+
+        dA (G, C, D), x (G, C, D) -> (G, C, C), all dt.
+        """
+
+    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> None:
+        """y += Z Dec^T, Z = X o relu(A Ev^T), dropped.
+
+        A (G, C, D), Ev (N, D), X (G, C, N), all dt; Dec (D, N) dt, of any strides; y (G, C, D) float32 at least.
+        """
 
     def gate_backward(
-        self, dy: Tensor, Dec: Tensor, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        dy: Tensor,
+        Dec: Tensor,
+        A: Tensor,
+        Ev: Tensor,
+        X: Tensor,
+        dropout: Dropout,
+        dDec: Tensor,
+        dEv: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """From dy (G, C, D), the gradient of Z Dec^T, and Dec (D, N), of any strides; the others as in `gate`.
 
-        With Y = relu(A Ev^T) and dZ = dy Dec, dropped like Z:
+        With Y = relu(A Ev^T) and dZ = dy Dec, dropped like Z, and sums over all tokens:
+
+        Args:
+            dDec: dy^T Z, (D, N) float32 at least, of any strides: filled.
+            dEv: dY^T A, (N, D) float32 at least: filled.
 
         Returns:
-            Z, as from `gate`; dY = dZ o X where Y > 0, the gradient before that relu; dX = dZ o Y. (G, C, N) dt.
+            dY = dZ o X where Y > 0, the gradient before that relu, and dX = dZ o Y. (G, C, N) dt.
         """
 
     def excite_backward(
@@ -74,28 +103,36 @@ class Operations(Protocol):
         transpose, added up.
         """
 
-    def scan(self, U: Tensor, S: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None) -> Tensor:
+    def scan(self, U: Tensor, S: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         """The synapses as they grow: S^(c+1) = rope_(-C)(kept_c S^c + U_c), each in the frame of its chunk.
 
         Args:
-            U: What each chunk writes, (B, c, N, D) dt; overwritten with S^c, the synapses before each chunk.
+            U: What each chunk writes, (B, c, N, D) dt; may be overwritten.
             S: S^0, (B, N, D) float32, None for none.
             cos: Of C tokens, (N/2) float32.
             sin: (N/2) float32.
             kept: (B, c) float32, 0 where a chunk forgets the synapses before it; None keeps all.
 
         Returns:
-            The synapses after the last chunk, (B, N, D) float32.
+            S^c, the synapses before each chunk, (B, c, N, D) dt, and after the last one, (B, N, D) float32.
         """
 
-    def scan_backward(self, V: Tensor, dS: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None) -> Tensor:
+    def scan_backward(
+        self, V: Tensor, dS: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The way back: G_c = rope_C(g^(c+1)); g^c = kept_c G_c + V_c, from g of the end, dS.
 
         Args:
-            V: Gradient of each S^c by what was read of it, (B, c, N, D) dt; overwritten with G_c, the gradient of U_c.
-            dS: Gradient of what `scan` returned, (B, N, D) float32, None for none.
-            The others as for `scan`.
+            V: Gradient of each S^c by what was read of it, (B, c, N, D) dt; may be overwritten.
+            dS: Gradient of the synapses after the last chunk, (B, N, D) float32, None for none.
+            cos: As for `scan`, and so `sin` and `kept`.
 
         Returns:
-            g^0, the gradient of S^0, (B, N, D) float32.
+            G_c, the gradient of each U_c, (B, c, N, D) dt, and g^0, that of S^0, (B, N, D) float32.
         """
+
+    def norm(self, A: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Layer norm: (G, C, D) dt -> (G, C, D) dt, and 1 / deviation, (G, C, 1), float32 at least."""
+
+    def norm_backward(self, gradient: Tensor, A: Tensor, rstd: Tensor) -> Tensor:
+        """Back through the `norm` that gave A and rstd: (G, C, D) dt -> (G, C, D) dt."""

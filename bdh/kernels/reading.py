@@ -38,7 +38,10 @@ class Weights:
         with torch.no_grad():
             h = len(encoder_v)
             Ev = [weight.to(dtype) for weight in encoder_v]  # h x (N, D)
-            return cls(encoder.to(dtype).chunk(h), Ev, decoder.to(dtype).chunk(h, 1))
+            decoder = decoder.to(dtype)  # (D, n)
+            if decoder.is_cuda:  # whose kernels take it by columns
+                decoder = decoder.mT.contiguous().mT  # (D, n)
+            return cls(encoder.to(dtype).chunk(h), Ev, decoder.chunk(h, 1))
 
     @property
     def n_head(self) -> int:

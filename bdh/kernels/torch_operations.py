@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bdh.kernels.operations import Dropout, Past
+from bdh.kernels.products import add_product_, product_into
 
 PIECE = 1 << 18  # numbers of a tensor (G, C, N) that are turned at once, so that a processor's cache holds them
 BLOCK = 128  # rows of scores worked out at once; what lies above their diagonal is worth leaving out
@@ -23,6 +24,7 @@ class TorchOperations:
     def __init__(self, device: torch.device):
         self.rooms = Rooms(device)
         self.turning: tuple[Tensor, ...] = ()  # cos and sin, and what `phases` has made of them
+        self.lying: tuple[Tensor, ...] = ()  # dy, and what `transposed` has made of it
 
     def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         X = relu_(self.product("X", x, E.mT))  # (G, C, N)
@@ -40,25 +42,40 @@ class TorchOperations:
                 rows, before = slice(start, start + BLOCK), slice(0, start)
                 P[:, rows, before] = R[:, rows] @ R[:, before].mT  # (G, rows, start)
                 P[:, rows, rows] = (R[:, rows] @ R[:, rows].mT).tril_(-1)  # (G, rows, rows)
-        if documents is not None:
-            P.masked_fill_(documents[:, :, None] != documents[:, None, :], 0)
-        return P
+        return apart_(P, documents)
 
-    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
+    def scores_backward(self, dA: Tensor, x: Tensor, documents: Tensor | None) -> Tensor:
+        dP = apart_((dA @ x.mT).tril_(-1), documents)  # (G, C, C)
+        return dP + dP.mT
+
+    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> None:
         Z = relu_(self.product("Z", A, Ev.mT)).mul_(X)  # (G, C, N)
-        return Z if dropout.p == 0 else drop_(Z, keeps(Z, dropout), dropout)
+        if dropout.p > 0:
+            drop_(Z, keeps(Z, dropout))
+        add_product_(y, Z, Dec.mT)  # (G, C, D)
 
     def gate_backward(
-        self, dy: Tensor, Dec: Tensor, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        dy: Tensor,
+        Dec: Tensor,
+        A: Tensor,
+        Ev: Tensor,
+        X: Tensor,
+        dropout: Dropout,
+        dDec: Tensor,
+        dEv: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         Y = relu_(self.product("Y", A, Ev.mT))  # (G, C, N)
         dZ = self.product("dZ", dy, Dec)  # (G, C, N)
         Z = torch.mul(X, Y, out=self.rooms.take("Z", X.shape, X.dtype))  # (G, C, N)
         if dropout.p > 0:
             kept = keeps(Z, dropout)  # (G, C, N)
-            drop_(Z, kept, dropout), drop_(dZ, kept, dropout)
+            drop_(Z, kept), drop_(dZ, kept)
         dX = torch.mul(dZ, Y, out=self.rooms.take("dX", X.shape, X.dtype))  # (G, C, N)
-        return Z, self.where_positive_(dZ.mul_(X), Y), dX
+        dY = self.where_positive_(dZ.mul_(X), Y)  # (G, C, N)
+        product_into(dDec, self.transposed(dy), Z.flatten(0, 1))  # (D, N)
+        product_into(dEv, dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
+        return dY, dX
 
     def excite_backward(
         self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: Past | None
@@ -70,7 +87,7 @@ class TorchOperations:
         self.add_turned_(dX, dR, self.phases(cos, sin, back=True))
         return self.where_positive_(dX, X)
 
-    def scan(self, U: Tensor, S: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None) -> Tensor:
+    def scan(self, U: Tensor, S: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         if S is None:
             S = torch.zeros_like(U[:, 0], dtype=cos.dtype)  # (B, N, D)
         for chunk in range(U.shape[1]):
@@ -78,16 +95,29 @@ class TorchOperations:
             after = turn_rows(after + U[:, chunk], cos, -sin)  # (B, N, D)
             U[:, chunk] = S
             S = after
-        return S
+        return U, S
 
-    def scan_backward(self, V: Tensor, dS: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None) -> Tensor:
+    def scan_backward(
+        self, V: Tensor, dS: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         g = torch.zeros_like(V[:, 0], dtype=cos.dtype) if dS is None else dS  # (B, N, D)
         for chunk in reversed(range(V.shape[1])):
             turned = turn_rows(g, cos, sin)  # (B, N, D)
             g = turned if kept is None else turned * kept[:, chunk, None, None]  # (B, N, D)
             g = g + V[:, chunk]  # (B, N, D)
             V[:, chunk] = turned
-        return g
+        return V, g
+
+    def norm(self, A: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        result, _, rstd = torch.native_layer_norm(A, A.shape[-1:], None, None, eps)  # (G, C, D), (G, C, 1)
+        return result, rstd
+
+    def norm_backward(self, gradient: Tensor, A: Tensor, rstd: Tensor) -> Tensor:
+        zeros, ones = torch.zeros_like(rstd), torch.ones_like(rstd)  # (G, C, 1)
+        # As if what went in had been A: its mean is 0 and its deviation 1. The true deviation comes after.
+        backward = torch.ops.aten.native_layer_norm_backward
+        of_A: Tensor = backward(gradient, A, A.shape[-1:], zeros, ones, None, None, [True, False, False])[0]
+        return of_A * rstd.to(of_A.dtype)  # (G, C, D)
 
     # ---------------------------------------------------------------------------------------- neuron by neuron
 
@@ -132,6 +162,12 @@ class TorchOperations:
         gradient.view(torch.int16).mul_(ones)  # the bits times 0 or 1
         return gradient
 
+    def transposed(self, dy: Tensor) -> Tensor:
+        """(G, C, D) -> (D, G * C), contiguous: the same for all heads."""
+        if not self.lying or self.lying[0] is not dy:
+            self.lying = dy, dy.flatten(0, 1).mT.contiguous()  # (D, M)
+        return self.lying[1]
+
     def phases(self, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
         """cos + i sin, or what turns back, (C, N/2) complex: the same for all heads and layers."""
         if not self.turning or self.turning[0] is not cos or self.turning[1] is not sin:
@@ -170,6 +206,11 @@ def relu_(X: Tensor) -> Tensor:
         return X.relu_()
     X.view(torch.int16).clamp_min_(0)
     return X
+
+
+def apart_(P: Tensor, documents: Tensor | None) -> Tensor:
+    """Zeros in P (G, C, C) where documents (G, C) differ."""
+    return P if documents is None else P.masked_fill_(documents[:, :, None] != documents[:, None, :], 0)
 
 
 def pieces(X: Tensor) -> list[slice]:
@@ -214,10 +255,9 @@ def keeps(Z: Tensor, dropout: Dropout) -> Tensor:
     return halves.neg_().add_(first - 1).bitwise_right_shift_(15).view(G, C, N)
 
 
-def drop_(Z: Tensor, kept: Tensor, dropout: Dropout) -> Tensor:
-    """Zeros in place of what is not kept, and the rest divided by 1 - p."""
+def drop_(Z: Tensor, kept: Tensor) -> Tensor:
+    """Zeros in place of what is not kept."""
     if Z.dtype == torch.bfloat16:
         Z.view(torch.int16).bitwise_and_(kept)
-    else:
-        Z.masked_fill_(kept == 0, 0)
-    return Z.mul_(1 / (1 - dropout.p))
+        return Z
+    return Z.masked_fill_(kept == 0, 0)

@@ -109,13 +109,14 @@ def mix(h):
 
 
 @triton.jit
-def dropout_factors(m, i, key, dropped, scale, BLOCK_M: tl.constexpr, PAIRS: tl.constexpr):
-    """What dropout multiplies by, 0 or `scale`: (BLOCK_M, 2 * PAIRS) float32, of tokens m and pairs i and on.
+def keeps(m, i, key, dropped, BLOCK_M: tl.constexpr, PAIRS: tl.constexpr):
+    """Which products dropout keeps: (BLOCK_M, 2 * PAIRS), of tokens m and pairs i and on.
 
-    A pair's 32 random bits are 16 for each neuron, and those below `dropped` are dropped.
+    A pair's 32 random bits are 16 for each neuron, and those below `dropped` are dropped. The upper halves of two
+    products of what token and pair have been mixed to: the second adds the lower half of the first to its upper one.
     """
     token = mix((m + tl.arange(0, BLOCK_M)).to(tl.uint32) ^ key.to(tl.uint32))  # (BLOCK_M)
     pair = mix((i + tl.arange(0, PAIRS)).to(tl.uint32) + 0x9E3779B9)  # (PAIRS)
-    bits = mix(token[:, None] ^ pair[None, :])  # (BLOCK_M, PAIRS)
-    even, odd = (bits & 0xFFFF) >= dropped, (bits >> 16) >= dropped  # (BLOCK_M, PAIRS)
-    return tl.interleave(tl.where(even, scale, 0.0), tl.where(odd, scale, 0.0))  # (BLOCK_M, 2 * PAIRS)
+    bits = (token[:, None] ^ pair[None, :]) * 0x9E3779B1  # (BLOCK_M, PAIRS)
+    least = dropped.to(tl.uint32) << 16
+    return tl.interleave(bits >= least, bits * 0x10001 >= least)  # (BLOCK_M, 2 * PAIRS)

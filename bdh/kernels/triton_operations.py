@@ -11,8 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from bdh.kernels import train
+from bdh.kernels import train, train_tokens
 from bdh.kernels.operations import Dropout, Past
+from bdh.kernels.products import add_product_, product_into
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,18 @@ TILES: dict[str, dict[torch.dtype, Tiles]] = {
     "scores": {torch.bfloat16: Tiles(128, 128, 128, 8, 3), torch.float32: Tiles(64, 64, 32, 4, 2)},
     "gate": {torch.bfloat16: Tiles(128, 128, 64, 8, 3, 1), torch.float32: Tiles(64, 64, 32, 4, 2)},
     "gate_backward": {torch.bfloat16: Tiles(64, 64, 64, 4, 3, 1), torch.float32: Tiles(64, 64, 32, 4, 2)},
-    "excite_backward": {torch.bfloat16: Tiles(128, 128, 64, 8, 4, 4), torch.float32: Tiles(64, 64, 32, 4, 2)},
-    "scan": {torch.bfloat16: Tiles(4, 256, 0, 4, 2), torch.float32: Tiles(4, 256, 0, 4, 2)},
+    "scores_backward": {torch.bfloat16: Tiles(64, 64, 64, 4, 3), torch.float32: Tiles(64, 64, 32, 4, 2)},
+    "excite_backward": {torch.bfloat16: Tiles(4, 256, 0, 8, 1), torch.float32: Tiles(16, 256, 0, 4, 1)},
+    "norm": {torch.bfloat16: Tiles(8, 0, 0, 4, 1), torch.float32: Tiles(4, 0, 0, 4, 1)},
+    "scan": {torch.bfloat16: Tiles(2, 256, 0, 1, 2), torch.float32: Tiles(2, 256, 0, 1, 2)},
 }
 SMALLEST = 16  # side of a tile that the matrix units take
 
 
-def dropout_numbers(dropout: Dropout) -> tuple[int, int, float]:
-    """What kernels need: a key of 32 bits (signed), which of 2^16 random numbers drop, and what others multiply by."""
+def dropout_numbers(dropout: Dropout) -> tuple[int, int]:
+    """What kernels need: a key of 32 bits (signed), and how many of 2^16 random numbers drop."""
     key = scramble(scramble(dropout.seed) + dropout.head) >> 32
-    return key - (1 << 31), round(dropout.p * (1 << 16)), 1 / (1 - dropout.p)
+    return key - (1 << 31), min(round(dropout.p * (1 << 16)), (1 << 16) - 1)
 
 
 def scramble(number: int) -> int:
@@ -65,20 +68,9 @@ def scramble(number: int) -> int:
 
 
 class TritonOperations:
-    """One head's operations; what each is, its shapes and its dtypes are in each method's words."""
+    """See `Operations`. Fastest where cos and sin of tokens are views of one tensor (C, N/2, 2)."""
 
     def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """X = relu(x E^T) and R = rope(X).
-
-        Args:
-            x: (G, C, D).
-            E: (N, D).
-            cos: (C, N/2), of the phases of a chunk's tokens; `sin` likewise. Fastest where both are views of one tensor
-                (C, N/2, 2).
-
-        Returns:
-            X and R, (G, C, N).
-        """
         G, C, D = x.shape
         N = E.shape[0]
         X, R = x.new_empty(G, C, N), x.new_empty(G, C, N)  # (G, C, N)
@@ -92,37 +84,16 @@ class TritonOperations:
         return X, R
 
     def scores(self, R: Tensor, documents: Tensor | None) -> Tensor:
-        """P = tril(R R^T, -1), 0 where documents differ.
+        return pairs("scores", R, R, documents)
 
-        Args:
-            R: (G, C, N).
-            documents: (G, C), integers; None: all tokens are of one.
+    def scores_backward(self, dA: Tensor, x: Tensor, documents: Tensor | None) -> Tensor:
+        return pairs("scores_backward", dA, x, documents)
 
-        Returns:
-            (G, C, C).
-        """
-        G, C, N = R.shape
-        P = R.new_empty(G, C, C)  # (G, C, C)
-        tiles = fitted("scores", R.dtype, C, C, N)
-        side = triton.cdiv(C, tiles.rows)
-        launch(
-            train.scores, (side * (side + 1) // 2, G), tiles, R, documents, P, C, N,
-            BLOCK=tiles.rows, BLOCK_K=tiles.depth, EVEN=divide((C, tiles.rows), (N, tiles.depth)),
-        )  # fmt: skip
-        return P
+    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> None:
+        add_product_(y, self.gated(A, Ev, X, dropout), Dec.mT)  # (G, C, D)
 
-    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
-        """Z = dropout(X o relu(A Ev^T)).
-
-        Args:
-            A: Normalised, (G, C, D).
-            Ev: (N, D).
-            X: (G, C, N).
-            dropout: What is dropped.
-
-        Returns:
-            (G, C, N).
-        """
+    def gated(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
+        """Z, (G, C, N)."""
         G, C, N = X.shape
         D = A.shape[2]
         Z = torch.empty_like(X)  # (G, C, N)
@@ -136,21 +107,25 @@ class TritonOperations:
         return Z
 
     def gate_backward(
+        self,
+        dy: Tensor,
+        Dec: Tensor,
+        A: Tensor,
+        Ev: Tensor,
+        X: Tensor,
+        dropout: Dropout,
+        dDec: Tensor,
+        dEv: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        Z, dY, dX = self.gated_backward(dy, Dec, A, Ev, X, dropout)  # (G, C, N)
+        product_into(dDec.mT, Z.flatten(0, 1).mT, dy.flatten(0, 1))  # (N, D)
+        product_into(dEv, dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
+        return dY, dX
+
+    def gated_backward(
         self, dy: Tensor, Dec: Tensor, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Z again, the gradient before relu(A Ev^T), and the gradient of X, from that of Z Dec^T.
-
-        Args:
-            dy: (G, C, D).
-            Dec: (D, N); fastest where its transpose is contiguous, else it is copied so.
-            A: Normalised, (G, C, D).
-            Ev: (N, D).
-            X: (G, C, N).
-            dropout: As for `gate`.
-
-        Returns:
-            Z, dY, dX, (G, C, N).
-        """
+        """Z, dY, dX, (G, C, N)."""
         G, C, N = X.shape
         D = A.shape[2]
         Z, dY, dX = torch.empty_like(X), torch.empty_like(X), torch.empty_like(X)  # (G, C, N)
@@ -167,72 +142,76 @@ class TritonOperations:
     def excite_backward(
         self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: Past | None
     ) -> Tensor:
-        """The gradient before relu(x E^T): (dX + rope^-1(dR)) where X > 0, dR = dP R, and with a past
-        + dA S^T + values dS^T.
-
-        Args:
-            dP: (G, C, C), symmetric: the gradient of the scores and its transpose.
-            R: (G, C, N).
-            X: (G, C, N).
-            dX: (G, C, N); overwritten with the result.
-            cos: (C, N/2); `sin` likewise.
-            past: dA (G, C, D), S (G, N, D), values (G, C, D) and dS (G, N, D), or None where nothing is carried.
-
-        Returns:
-            (G, C, N): `dX`.
-        """
+        dR = torch.bmm(dP, R)  # (G, C, N)
+        if past is not None:
+            dA, S, values, dS = past
+            dR.baddbmm_(dA, S.mT).baddbmm_(values, dS.mT)  # (G, C, N)
         G, C, N = X.shape
-        dA, S, values, dS = past or (None, None, None, None)
-        D = 0 if dA is None else dA.shape[2]
-        tiles = fitted("excite_backward", X.dtype, C, N, max(C, D))
+        tiles = fitted("excite_backward", X.dtype, C, N, 1)
         launch(
-            train.excite_backward, (triton.cdiv(C, tiles.rows) * triton.cdiv(N, tiles.columns), G), tiles,
-            dP, R, X, dX, side_by_side(cos, sin), dA, S, values, dS, C, N, D,
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
-            EVEN=divide((C, tiles.rows), (N, tiles.columns), (C, tiles.depth), (D, tiles.depth)),
+            train.excite_backward, (triton.cdiv(N, tiles.columns), triton.cdiv(C, tiles.rows), G), tiles,
+            dR, X, dX, side_by_side(cos, sin), C, N, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
+            EVEN=divide((C, tiles.rows), (N, tiles.columns)),
         )  # fmt: skip
         return dX
 
-    def scan(self, U: Tensor, S: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None) -> Tensor:
-        """The synapses from chunk to chunk: S^{c+1} = rope_{-C}(kept_c S^c + U_c).
+    def scan(self, U: Tensor, S: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        return scan(U, S, cos, -sin, kept, back=False)
 
-        Args:
-            U: (B, c, N, D), what each chunk writes; overwritten with the synapses before it.
-            S: Before the first chunk, (B, N, D) float32, or None: zeros.
-            cos: (N/2) float32, of the phases of C tokens; `sin` likewise.
-            kept: (B, c) float32, how much of what was there stays after each chunk, or None: all.
+    def scan_backward(
+        self, V: Tensor, dS: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return scan(V, dS, cos, sin, kept, back=True)
 
-        Returns:
-            After the last chunk, (B, N, D) float32.
-        """
-        return self.scan_with(train.scan, U, S, cos, sin, kept)
+    def norm(self, A: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        result = torch.empty_like(A)  # (G, C, D)
+        rstd = A.new_empty(*A.shape[:-1], 1, dtype=torch.float32)  # (G, C, 1)
+        over_rows(train_tokens.norm, A.dtype, A.shape, A, result, rstd, eps)
+        return result, rstd
 
-    def scan_backward(self, V: Tensor, dS_end: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None) -> Tensor:
-        """The gradients of `scan`, from the last chunk to the first: G_c = rope_{+C}(g^{c+1}), g^c = kept_c G_c + V_c.
+    def norm_backward(self, gradient: Tensor, A: Tensor, rstd: Tensor) -> Tensor:
+        result = torch.empty_like(gradient)  # (G, C, D)
+        over_rows(train_tokens.norm_backward, A.dtype, A.shape, gradient, A, rstd, result)
+        return result
 
-        Args:
-            V: (B, c, N, D), the gradient of the synapses before each chunk by what read them there; overwritten with
-                that of what the chunk writes, G_c.
-            dS_end: Of the synapses after the last chunk, (B, N, D) float32, or None: zeros.
-            cos, sin, kept: As for `scan`.
 
-        Returns:
-            The gradient of the synapses before the first chunk, (B, N, D) float32.
-        """
-        return self.scan_with(train.scan_backward, V, dS_end, cos, sin, kept)
+def pairs(kernel: str, a: Tensor, b: Tensor, documents: Tensor | None) -> Tensor:
+    """tril(a b^T, -1), 0 where documents differ; of "scores_backward" plus its transpose. (G, C, K) -> (G, C, C)."""
+    G, C, K = a.shape
+    P = a.new_empty(G, C, C)  # (G, C, C)
+    tiles = fitted(kernel, a.dtype, C, C, K)
+    side = triton.cdiv(C, tiles.rows)
+    launch(
+        train_tokens.pairs, (side * (side + 1) // 2, G), tiles, a, b, documents, P, C, K,
+        SAME=a is b, BOTH_WAYS=kernel == "scores_backward",
+        BLOCK=tiles.rows, BLOCK_K=tiles.depth, EVEN=divide((C, tiles.rows), (K, tiles.depth)),
+    )  # fmt: skip
+    return P
 
-    def scan_with(
-        self, kernel: Any, chunks: Tensor, begin: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None
-    ) -> Tensor:
-        B, c, N, D = chunks.shape
-        end = torch.empty(B, N, D, device=chunks.device)  # (B, N, D) float32
-        tiles = TILES["scan"][chunks.dtype]
-        columns = min(tiles.columns, triton.next_power_of_2(D))
-        launch(
-            kernel, (triton.cdiv(N // 2, tiles.rows), triton.cdiv(D, columns), B), tiles,
-            chunks, begin, cos, sin, kept, end, c, N // 2, D, PAIRS=tiles.rows, BLOCK_D=columns,
-        )  # fmt: skip
-        return end
+
+def scan(
+    new: Tensor, begin: Tensor | None, cos: Tensor, sin: Tensor, kept: Tensor | None, back: bool
+) -> tuple[Tensor, Tensor]:
+    """What was there when each chunk's came in, (B, c, N, D), and what is there at the end, (B, N, D) float32."""
+    B, c, N, D = new.shape
+    there, end = torch.empty_like(new), torch.empty(B, N, D, device=new.device)  # (B, c, N, D), (B, N, D)
+    tiles = TILES["scan"][new.dtype]
+    columns = min(tiles.columns, triton.next_power_of_2(D))
+    launch(
+        train_tokens.scan, (triton.cdiv(N // 2, tiles.rows), triton.cdiv(D, columns), B), tiles,
+        new, begin, cos, sin, kept, there, end, c, N // 2, D, BACK=back, PAIRS=tiles.rows, BLOCK_D=columns,
+    )  # fmt: skip
+    return there, end
+
+
+def over_rows(kernel: Any, dtype: torch.dtype, shape: torch.Size, *arguments: object) -> None:
+    """A kernel that takes whole rows of some (…, D) numbers."""
+    M, D = shape[:-1].numel(), shape[-1]
+    tiles = TILES["norm"][dtype]
+    launch(
+        kernel, (triton.cdiv(M, tiles.rows),), tiles, *arguments, M, D,
+        ROWS=tiles.rows, WIDTH=triton.next_power_of_2(D),
+    )  # fmt: skip
 
 
 def side_by_side(cos: Tensor, sin: Tensor) -> Tensor:

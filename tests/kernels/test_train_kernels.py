@@ -72,16 +72,18 @@ def mix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def factors(M: int, N: int, dropout: Dropout) -> Tensor:
-    """What dropout multiplies by, (M, N), 0 or 1 / (1 - p)."""
-    key, dropped, scale = dropout_numbers(dropout)
+def keeps(M: int, N: int, dropout: Dropout) -> Tensor:
+    """What dropout keeps, (M, N), 0 or 1."""
+    key, dropped = dropout_numbers(dropout)
     token, pair = torch.arange(M), torch.arange(N // 2)
-    bits = mix(mix(token ^ (key & 0xFFFFFFFF))[:, None] ^ mix((pair + 0x9E3779B9) & 0xFFFFFFFF)[None, :])  # (M, N/2)
-    return (torch.stack((bits & 0xFFFF, bits >> 16), -1).flatten(-2) >= dropped) * scale
+    bits = mix(token ^ (key & 0xFFFFFFFF))[:, None] ^ mix((pair + 0x9E3779B9) & 0xFFFFFFFF)[None, :]  # (M, N/2)
+    first = bits * 0x9E3779B1 & 0xFFFFFFFF  # (M, N/2)
+    second = first * 0x10001 & 0xFFFFFFFF  # (M, N/2)
+    return (torch.stack((first, second), -1).flatten(-2) >> 16) >= dropped
 
 
 def plain_gate(A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
-    return X * F.relu(A @ Ev.mT) * factors(X.shape[0] * X.shape[1], X.shape[2], dropout).view_as(X)  # (G, C, N)
+    return X * F.relu(A @ Ev.mT) * keeps(X.shape[0] * X.shape[1], X.shape[2], dropout).view_as(X)  # (G, C, N)
 
 
 def plain_scan(U: Tensor, S: Tensor, cos: Tensor, sin: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,6 +125,22 @@ def test_scores(sizes: tuple[int, int, int, int], dtype: torch.dtype, documents:
 
 @over_sizes
 @over_dtypes
+@pytest.mark.parametrize("documents", [None, torch.int64], ids=str)
+def test_gradient_of_scores(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, documents: torch.dtype | None
+) -> None:
+    G, C, D, _ = sizes
+    dA, x = draw(G, C, D, dtype=dtype), draw(G, C, D, dtype=dtype)
+    ids = None if documents is None else torch.randint(3, (G, C), dtype=documents).sort(1).values
+    dP = (dA.float() @ x.float().mT).tril(-1)  # (G, C, C)
+    dP = dP if ids is None else dP * (ids[:, :, None] == ids[:, None, :])
+    result = op.scores_backward(dA, x, ids)
+    assert result.dtype == dtype
+    assert close(result, dP + dP.mT, dtype)
+
+
+@over_sizes
+@over_dtypes
 @pytest.mark.parametrize("dropout", [NOTHING_DROPPED, DROPPED], ids=["kept", "dropped"])
 def test_gate_and_its_gradients(sizes: tuple[int, int, int, int], dtype: torch.dtype, dropout: Dropout) -> None:
     G, C, D, N = sizes
@@ -130,13 +148,21 @@ def test_gate_and_its_gradients(sizes: tuple[int, int, int, int], dtype: torch.d
     dy, Dec = draw(G, C, D, dtype=dtype), draw(D, 3 * N, dtype=dtype)[:, N : 2 * N]  # of three heads
     Y = (A.float() @ Ev.float().mT).requires_grad_()  # (G, C, N), before relu
     fired = X.float().requires_grad_()
-    expected = fired * F.relu(Y) * factors(G * C, N, dropout).view(G, C, N)  # (G, C, N)
+    expected = fired * F.relu(Y) * keeps(G * C, N, dropout).view(G, C, N)  # (G, C, N)
     dY, dX = torch.autograd.grad(expected, (Y, fired), dy.float() @ Dec.float())
-    assert close(op.gate(A, Ev, X, dropout), expected, dtype)
-    results = op.gate_backward(dy, Dec, A, Ev, X, dropout)
-    for result, wanted in zip(results, (expected, dY, dX), strict=True):
+    assert close(op.gated(A, Ev, X, dropout), expected, dtype)
+    Z, *gradients = op.gated_backward(dy, Dec, A, Ev, X, dropout)
+    for result, wanted in zip((Z, *gradients), (expected, dY, dX), strict=True):
         assert result.dtype == dtype
         assert close(result, wanted, dtype)
+    y, dDec, dEv = draw(G, C, D), draw(D, N), draw(N, D)
+    began = y.clone()
+    op.gate(A, Ev, X, dropout, Dec, y)
+    assert close(y, began + Z.float() @ Dec.float().mT, dtype)
+    again = op.gate_backward(dy, Dec, A, Ev, X, dropout, dDec, dEv)
+    assert all(torch.equal(result, wanted) for result, wanted in zip(again, gradients, strict=True))
+    assert close(dDec, dy.float().flatten(0, 1).mT @ Z.float().flatten(0, 1), dtype)
+    assert close(dEv, again[0].float().flatten(0, 1).mT @ A.float().flatten(0, 1), dtype)
 
 
 @over_sizes
@@ -175,14 +201,28 @@ def test_scan_and_its_gradients(sizes: tuple[int, int, int, int], dtype: torch.d
     before, end = plain_scan(written, first, cos, sin, torch.ones(B, c) if kept is None else kept)
     came = dS_end if carried else torch.zeros_like(dS_end)
     dU, dS = torch.autograd.grad((before, end), (written, first), (V.float(), came))
-    result = op.scan(U, S.detach() if carried else None, cos, sin, kept)
-    assert result.dtype == torch.float32
-    assert close(U, before, dtype)
+    there, result = op.scan(U, S.detach() if carried else None, cos, sin, kept)
+    assert (there.dtype, result.dtype) == (dtype, torch.float32)
+    assert close(there, before, dtype)
     assert close(result, end, torch.float32)
-    result = op.scan_backward(V, dS_end if carried else None, cos, sin, kept)
-    assert result.dtype == torch.float32
-    assert close(V, dU, dtype)
+    there, result = op.scan_backward(V, dS_end if carried else None, cos, sin, kept)
+    assert (there.dtype, result.dtype) == (dtype, torch.float32)
+    assert close(there, dU, dtype)
     assert close(result, dS, torch.float32)
+
+
+@over_sizes
+@over_dtypes
+def test_norm_and_its_gradient(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    G, C, D, _ = sizes
+    A, gradient = draw(G, C, D, dtype=dtype), draw(G, C, D, dtype=dtype)
+    exact = A.float().requires_grad_()
+    expected = F.layer_norm(exact, (D,), eps=1e-5)
+    result, rstd = op.norm(A, 1e-5)
+    assert (result.dtype, rstd.dtype, rstd.shape) == (dtype, torch.float32, (G, C, 1))
+    assert close(result, expected, dtype)
+    wanted = torch.autograd.grad(expected, exact, gradient.float())[0]
+    assert close(op.norm_backward(gradient, result, rstd), wanted, dtype)
 
 
 def test_silent_tokens() -> None:
@@ -192,7 +232,7 @@ def test_silent_tokens() -> None:
     assert not X.any()
     assert not R.any()
     assert not op.scores(R, None).any()
-    for result in op.gate_backward(draw(G, C, D), draw(D, N), draw(G, C, D), draw(N, D), X, NOTHING_DROPPED)[:2]:
+    for result in op.gated_backward(draw(G, C, D), draw(D, N), draw(G, C, D), draw(N, D), X, NOTHING_DROPPED)[:2]:
         assert not result.any()
     assert not op.excite_backward(draw(G, C, C), R, X, draw(G, C, N), cos, sin, None).any()
 
@@ -203,7 +243,7 @@ def test_silent_tokens() -> None:
 def kept_by(dropout: Dropout, G: int, C: int, N: int) -> Tensor:
     """Which products stay, (G, C, N): those of neurons that all fire and answer."""
     ones = torch.ones(G, C, N)
-    return op.gate(ones[..., :8].contiguous(), torch.ones(N, 8), ones, dropout) > 0
+    return op.gated(ones[..., :8].contiguous(), torch.ones(N, 8), ones, dropout) > 0
 
 
 @pytest.mark.parametrize("p", [0.1, 0.9])
@@ -239,8 +279,17 @@ def all_results(G: int, C: int, D: int, N: int, dtype: torch.dtype) -> list[Tens
     x, E, dP = draw(G, C, D, dtype=dtype), draw(N, D, dtype=dtype), draw(G, C, C, dtype=dtype)
     dA, S, values, dS = (draw(G, size, D, dtype=dtype) for size in (C, N, C, N))
     X, R = op.excite(x, E, cos, sin)
-    Z, dY, dX = op.gate_backward(dA, E.mT, x, E, X, DROPPED)
-    results = [X, R, op.scores(R, None), op.gate(x, E, X, DROPPED), Z, dY, dX.clone()]
+    Z, dY, dX = op.gated_backward(dA, E.mT, x, E, X, DROPPED)
+    results = [
+        X,
+        R,
+        op.scores(R, None),
+        op.scores_backward(dA, values, None),
+        op.gated(x, E, X, DROPPED),
+        Z,
+        dY,
+        dX.clone(),
+    ]
     return [*results, op.excite_backward(dP, R, X, dX, cos, sin, (dA, S, values, dS))]
 
 

@@ -1,0 +1,27 @@
+"""Matrix products whose sums are wider than what is multiplied."""
+
+import torch
+from torch import Tensor
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b: (G, C, I), (G, I, J) or (I, J) -> (G, C, J)."""
+    if a.dtype == total.dtype:
+        total.baddbmm_(a, b.expand(len(a), *b.shape[-2:]))
+    elif total.device.type == "cuda":  # which adds as precisely as it multiplies
+        if b.dim() == 2:
+            total, a = total.flatten(0, 1), a.flatten(0, 1)  # (M, J), (M, I)
+        add = torch.addmm if b.dim() == 2 else torch.baddbmm
+        add(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        product = a @ b  # (G, C, J)
+        # A CPU is slow at adding numbers of two kinds.
+        total += product.to(total.dtype) if total.device.type == "cpu" else product
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a b, in out's dtype: (I, M), (M, J) -> (I, J)."""
+    if a.device.type == "cuda" and a.dtype != out.dtype:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(a @ b)
