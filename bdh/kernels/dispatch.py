@@ -1,6 +1,6 @@
 """Which form of the neurons' work a training run takes: plain ("reference"), PyTorch ("chunked"), or "triton"."""
 
-from functools import partial
+from contextlib import suppress
 from importlib.util import find_spec
 
 import torch
@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bdh.errors import BDHError
-from bdh.kernels.neurons import neurons
+from bdh.kernels.neurons import join, neurons
 from bdh.kernels.operations import Operations
 from bdh.kernels.reading import Reading, Weights
 from bdh.kernels.torch_operations import TorchOperations
@@ -18,6 +18,7 @@ from bdh.model.modeling_bdh import BDHLayer, BDHState, Fast
 
 CHUNKED_FROM = 1 << 18  # products X o Y of a head in a pass; with fewer, the plain form is the faster one on a CPU
 TRITON_CAPABILITY = (8, 0)  # what the kernels are made for: GPUs that multiply bfloat16
+HOPPER = (9, 0)  # which has kernels of its own
 
 
 def use_kernels(layer: BDHLayer, name: str, device: torch.device) -> None:
@@ -73,6 +74,12 @@ def operations_of(name: str, device: torch.device) -> Operations:
         return TorchOperations(device)
     from bdh.kernels.triton_operations import TritonOperations
 
+    if torch.cuda.get_device_capability(device) == HOPPER:
+        with suppress(ImportError):  # of a Triton without Gluon
+            from bdh.kernels.hopper.operations import HopperOperations, works
+
+            if works(device):
+                return HopperOperations()
     return TritonOperations()
 
 
@@ -112,14 +119,23 @@ class Kernels:
             start=None if state is None else state.position,
             documents=documents,
         )
-        return partial(through, reading, layer)
+        return Way(reading, layer)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def through(reading: Reading, layer: BDHLayer, x: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`BDHLayer.neurons`, by a reading."""
-    encoder, *encoder_v, decoder = (here(linear) for linear in linear_maps(layer))
-    return neurons(reading, x, S, encoder, encoder_v, decoder)
+class Way:
+    """`Fast`: through a layer by a reading."""
+
+    def __init__(self, reading: Reading, layer: BDHLayer):
+        self.reading, self.layer = reading, layer
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, x: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        encoder, *encoder_v, decoder = (here(linear) for linear in linear_maps(self.layer))
+        return neurons(self.reading, x, S, encoder, encoder_v, decoder)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def join(self, x: Tensor, y: Tensor) -> Tensor:
+        return join(self.reading, x, y)
 
 
 def linear_maps(layer: BDHLayer) -> list[nn.Module]:

@@ -65,6 +65,33 @@ def neurons(
     return y.view(B, c * C, D)[:, :T], S
 
 
+def join(reading: Reading, x: Tensor, y: Tensor) -> Tensor:
+    """The next x of a layer, LN(x + LN(y)), from this one and what its neurons made of it: (B, T, D)."""
+    result: Tensor = Join.apply(reading, x, y)
+    return result
+
+
+class Join(torch.autograd.Function):
+    """x and y -> LN(x + LN(y)), (B, T, D). Not differentiable twice."""
+
+    @staticmethod
+    def forward(ctx: Any, reading: Reading, x: Tensor, y: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        a, b = x.to(wide).contiguous(), y.to(wide).contiguous()  # (B, T, D)
+        result, kept = reading.operations.join(a, b, reading.eps)  # (B, T, D)
+        ctx.reading, ctx.dtypes, ctx.wide = reading, (x.dtype, y.dtype), wide
+        ctx.save_for_backward(*kept)
+        return result.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        op, gradient = ctx.reading.operations, gradient.to(ctx.wide).contiguous()
+        dx, dy = op.join_backward(gradient, ctx.saved_tensors, ctx.reading.eps)  # (B, T, D) twice
+        of_x, of_y = ctx.dtypes
+        return None, dx.to(of_x), dy.to(of_y)
+
+
 class Neurons(torch.autograd.Function):
     """x, S and weights -> y and the synapses after, both in the frames of chunks. Not differentiable twice."""
 
@@ -123,7 +150,7 @@ class Neurons(torch.autograd.Function):
         of_x, of_weights = ctx.dtypes
         dx = way_back.dx.view(dy.shape).to(of_x)  # (B, c, C, D)
         of_S = torch.stack(way_back.dS, 1) if ctx.needs_input_grad[4] else None  # (B, h, N, D)
-        gradients = (way_back.dE.flatten(0, 1), way_back.dDec, *way_back.dEv)
+        gradients = (way_back.dE.flatten(0, 1), way_back.dDec.contiguous(), *way_back.dEv)
         return None, None, None, dx, of_S, *(gradient.to(of_weights) for gradient in gradients)
 
 

@@ -136,3 +136,9 @@ class Operations(Protocol):
 
     def norm_backward(self, gradient: Tensor, A: Tensor, rstd: Tensor) -> Tensor:
         """Back through the `norm` that gave A and rstd: (G, C, D) dt -> (G, C, D) dt."""
+
+    def join(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """LN(x + LN(y)), (B, T, D) float32 at least, and what the way back needs."""
+
+    def join_backward(self, gradient: Tensor, kept: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor]:
+        """Back through the `join` that kept this: the gradients of x and y, (B, T, D)."""

@@ -119,6 +119,23 @@ class TorchOperations:
         of_A: Tensor = backward(gradient, A, A.shape[-1:], zeros, ones, None, None, [True, False, False])[0]
         return of_A * rstd.to(of_A.dtype)  # (G, C, D)
 
+    def join(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        D = x.shape[-1:]
+        normalised, *of_y = torch.native_layer_norm(y, D, None, None, eps)  # (B, T, D), 2 x (B, T, 1)
+        total = x + normalised  # (B, T, D)
+        result, *of_total = torch.native_layer_norm(total, D, None, None, eps)  # (B, T, D), 2 x (B, T, 1)
+        return result, (y, *of_y, total, *of_total)
+
+    def join_backward(self, gradient: Tensor, kept: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor]:
+        def back(gradient: Tensor, came: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+            backward = torch.ops.aten.native_layer_norm_backward
+            result: Tensor
+            result, *_ = backward(gradient, came, came.shape[-1:], mean, rstd, None, None, [True, False, False])
+            return result
+
+        of_total = back(gradient, *kept[3:])  # (B, T, D)
+        return of_total, back(of_total, *kept[:3])
+
     # ---------------------------------------------------------------------------------------- neuron by neuron
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:

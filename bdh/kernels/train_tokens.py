@@ -140,6 +140,20 @@ def scan(
 
 
 @triton.jit
+def normalised(a, inside, eps, D):
+    """Layer norm of rows (ROWS, WIDTH), and 1 / deviation (ROWS, 1)."""
+    off = tl.where(inside, a - (tl.sum(a, 1) / D)[:, None], 0.0)  # (ROWS, WIDTH)
+    inverse = tl.math.rsqrt(tl.sum(off * off, 1) / D + eps)[:, None]  # (ROWS, 1)
+    return off * inverse, inverse
+
+
+@triton.jit
+def back_through(g, a, inverse, D):
+    """The gradient before a layer norm that gave a, from that after it: (ROWS, WIDTH), of which D count."""
+    return (g - (tl.sum(g, 1) / D)[:, None] - a * (tl.sum(g * a, 1) / D)[:, None]) * inverse  # (ROWS, WIDTH)
+
+
+@triton.jit
 def norm(
     A,  # (M, D)
     result,  # (M, D), out
@@ -154,11 +168,9 @@ def norm(
     m, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     inside = (m < M)[:, None] & (d < D)[None, :]
     place = m.to(tl.int64)[:, None] * D + d[None, :]
-    a = tl.load(A + place, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
-    off = tl.where(inside, a - tl.sum(a, 1)[:, None] / D, 0.0)  # (ROWS, WIDTH)
-    inverse = tl.math.rsqrt(tl.sum(off * off, 1) / D + eps)  # (ROWS)
-    tl.store(result + place, (off * inverse[:, None]).to(result.dtype.element_ty), mask=inside)
-    tl.store(rstd + m, inverse, mask=m < M)
+    a, inverse = normalised(tl.load(A + place, mask=inside, other=0.0).to(tl.float32), inside, eps, D)  # (ROWS, WIDTH)
+    tl.store(result + place, a.to(result.dtype.element_ty), mask=inside)
+    tl.store(rstd + m[:, None], inverse, mask=(m < M)[:, None])
 
 
 @triton.jit
@@ -178,6 +190,52 @@ def norm_backward(
     place = m.to(tl.int64)[:, None] * D + d[None, :]
     g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
     a = tl.load(A + place, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
-    inverse = tl.load(rstd + m, mask=m < M, other=0.0)  # (ROWS)
-    g -= (tl.sum(g, 1) / D)[:, None] + a * (tl.sum(g * a, 1) / D)[:, None]  # (ROWS, WIDTH)
-    tl.store(result + place, (g * inverse[:, None]).to(result.dtype.element_ty), mask=inside)
+    inverse = tl.load(rstd + m, mask=m < M, other=0.0)[:, None]  # (ROWS, 1)
+    tl.store(result + place, back_through(g, a, inverse, D).to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def join(
+    x,  # (M, D)
+    y,  # (M, D)
+    result,  # (M, D), out
+    eps,
+    M,
+    D,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """LN(x + LN(y)) of ROWS tokens."""
+    m, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    inside = (m < M)[:, None] & (d < D)[None, :]
+    place = m.to(tl.int64)[:, None] * D + d[None, :]
+    before = tl.load(x + place, mask=inside, other=0.0)  # (ROWS, WIDTH)
+    made, _ = normalised(tl.load(y + place, mask=inside, other=0.0), inside, eps, D)  # (ROWS, WIDTH)
+    total, _ = normalised(before + made, inside, eps, D)  # (ROWS, WIDTH)
+    tl.store(result + place, total, mask=inside)
+
+
+@triton.jit
+def join_backward(
+    gradient,  # (M, D)
+    x,  # (M, D)
+    y,  # (M, D)
+    dx,  # (M, D), out
+    dy,  # (M, D), out
+    eps,
+    M,
+    D,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradients of x and y of ROWS tokens; both norms are worked out again."""
+    m, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    inside = (m < M)[:, None] & (d < D)[None, :]
+    place = m.to(tl.int64)[:, None] * D + d[None, :]
+    before = tl.load(x + place, mask=inside, other=0.0)  # (ROWS, WIDTH)
+    made, of_y = normalised(tl.load(y + place, mask=inside, other=0.0), inside, eps, D)  # (ROWS, WIDTH), (ROWS, 1)
+    total, of_total = normalised(before + made, inside, eps, D)  # (ROWS, WIDTH), (ROWS, 1)
+    g = back_through(tl.load(gradient + place, mask=inside, other=0.0), total, of_total, D)  # (ROWS, WIDTH)
+    g = tl.where(inside, g, 0.0)  # (ROWS, WIDTH)
+    tl.store(dx + place, g, mask=inside)
+    tl.store(dy + place, back_through(g, made, of_y, D), mask=inside)

@@ -174,6 +174,17 @@ class TritonOperations:
         over_rows(train_tokens.norm_backward, A.dtype, A.shape, gradient, A, rstd, result)
         return result
 
+    def join(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        result = torch.empty_like(x)  # (B, T, D)
+        over_rows(train_tokens.join, x.dtype, x.shape, x, y, result, eps)
+        return result, (x, y)
+
+    def join_backward(self, gradient: Tensor, kept: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor]:
+        x, y = kept
+        dx, dy = torch.empty_like(x), torch.empty_like(y)  # (B, T, D)
+        over_rows(train_tokens.join_backward, x.dtype, x.shape, gradient, x, y, dx, dy, eps)
+        return dx, dy
+
 
 def pairs(kernel: str, a: Tensor, b: Tensor, documents: Tensor | None) -> Tensor:
     """tril(a b^T, -1), 0 where documents differ; of "scores_backward" plus its transpose. (G, C, K) -> (G, C, C)."""

@@ -18,6 +18,7 @@ This file is copied into every export (`trust_remote_code=True` loads it), so it
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -277,9 +278,18 @@ def attend(
 # ------------------------------------------------------------------------------------------------- the model
 
 
-# One layer's way from x (B, T, D) and S (B, h, N, D) or None to what `BDHLayer.neurons` returns, and what finds it from
-# the layer, the embeddings (B, T, D), the mask (B, T) or None, the state or None, and the documents (B, T) or None.
-Fast = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+class Fast(Protocol):
+    """A faster way through a layer, for one forward pass."""
+
+    def __call__(self, x: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """From x (B, T, D) and S (B, h, N, D) or None to what `BDHLayer.neurons` returns."""
+
+    def join(self, x: Tensor, y: Tensor) -> Tensor:
+        """What `BDHLayer.join` returns."""
+
+
+# What finds it, if there is one, from the layer, the embeddings (B, T, D), the mask (B, T) or None, the state or None,
+# and the documents (B, T) or None.
 Kernels = Callable[["BDHLayer", Tensor, Tensor | None, BDHState | None, Tensor | None], Fast | None]
 
 
@@ -314,15 +324,19 @@ class BDHLayer(GradientCheckpointingLayer):
         """One layer: x (B, T, D), synapses S (B, h, N, D) or None -> the next x, the synapses after these tokens.
 
         `mask` (B, T, 1) is 0 at padding, whose values are then neither seen nor written; `documents` (B, T) keeps
-        documents apart. `fast` takes the place of `neurons`, and needs none of these.
+        documents apart. `fast` takes the place of `neurons` and `join`, and needs none of these.
         """
         seen = self.part(x)  # (B, T, D)
         if fast is not None:
             y, S = fast(seen, S)  # (B, T, D), (B, h, N, D)
-        else:
-            assert phases is not None
-            y, S = self.neurons(seen, phases, mask, S, documents)  # (B, T, D), (B, h, N, D)
-        return self.norm(x + self.norm(self.meet(y))), S  # (B, T, D)
+            return fast.join(x, self.meet(y)), S  # (B, T, D)
+        assert phases is not None
+        y, S = self.neurons(seen, phases, mask, S, documents)  # (B, T, D), (B, h, N, D)
+        return self.join(x, self.meet(y)), S  # (B, T, D)
+
+    def join(self, x: Tensor, y: Tensor) -> Tensor:
+        """The next x, from this one and what came of it: (B, T, D)."""
+        return self.norm(x + self.norm(y))  # (B, T, D)
 
     def neurons(
         self,

@@ -225,6 +225,18 @@ def test_norm_and_its_gradient(sizes: tuple[int, int, int, int], dtype: torch.dt
     assert close(op.norm_backward(gradient, result, rstd), wanted, dtype)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 6), (3, 7, 20), (1, 37, 24)], ids=str)
+def test_join_and_its_gradients(sizes: tuple[int, int, int]) -> None:
+    x, y, gradient = draw(*sizes).requires_grad_(), draw(*sizes).requires_grad_(), draw(*sizes)
+    D = sizes[-1:]
+    expected = F.layer_norm(x + F.layer_norm(y, D, eps=1e-5), D, eps=1e-5)
+    result, kept = op.join(x.detach(), y.detach(), 1e-5)
+    assert close(result, expected, torch.float32)
+    wanted = torch.autograd.grad(expected, (x, y), gradient)
+    for found, right in zip(op.join_backward(gradient, kept, 1e-5), wanted, strict=True):
+        assert close(found, right, torch.float32)
+
+
 def test_silent_tokens() -> None:
     G, C, D, N = 2, 9, 16, 40
     cos, sin = phases(C, N, torch.float32)

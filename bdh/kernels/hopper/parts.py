@@ -1,0 +1,89 @@
+"""What the Hopper kernels have in common: the names of two versions of Gluon, barriers, dropout, launching.
+
+Barriers are of shared memory (mbarrier): `full` ones say that a slot was filled, by the engine that copies tiles or by
+other warps, `empty` ones that those who read it have done so. A wait names the parity of the turn that it waits for;
+a barrier that nothing came through yet answers as if an odd turn had, so that a wait for an empty slot of the first
+turn, parity 1, goes through.
+"""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+NEW = hasattr(tma, "async_load")  # since Triton 3.8 or so
+load_tile = tma.async_load if NEW else tma.async_copy_global_to_shared
+store_tile = tma.async_store if NEW else tma.async_copy_shared_to_global
+together = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # waits for the other warps of the part
+NAN = gl.constexpr(tl.PropagateNan.ALL)
+
+
+@gluon.jit
+def barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    """So many barriers, each of which is passed when so many have arrived."""
+    result = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(count):
+        mbarrier.init(result.index(i), count=arrivals)
+    return result
+
+
+@gluon.jit
+def fetch(desc, place, full, buffer):
+    """Starts to load the tile at a place into a buffer; `full` is passed when it is there."""
+    mbarrier.expect(full, desc.block_type.nbytes)
+    load_tile(desc, place, full, buffer)
+
+
+@gluon.jit
+def arrive(barrier):
+    """Says for all warps of a part that they have come here."""
+    together()
+    mbarrier.arrive(barrier, count=1)
+
+
+# ------------------------------------------------------------------------------------------------ dropout
+
+
+@gluon.jit
+def mix(h):
+    """As in `bdh.kernels.train_parts`."""
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@gluon.jit
+def hash_of_neurons(n, NEURONS: gl.constexpr, LAYOUT: gl.constexpr):
+    """What dropout takes of neurons n and on, 2 x (NEURONS): their pair, mixed, and what to multiply by."""
+    j = n + gl.arange(0, NEURONS, layout=LAYOUT)
+    pair = mix((j // 2).to(gl.uint32) + 0x9E3779B9)
+    ODD: gl.constexpr = (0x9E3779B1 * 0x10001) & 0xFFFFFFFF
+    even = gl.full([NEURONS], 0x9E3779B1, gl.uint32, layout=LAYOUT)
+    return pair, gl.where(j % 2 == 0, even, gl.full([NEURONS], ODD, gl.uint32, layout=LAYOUT))
+
+
+@gluon.jit
+def hash_of_tokens(m, key, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
+    """What dropout takes of tokens m and on, (TOKENS)."""
+    return mix((m + gl.arange(0, TOKENS, layout=LAYOUT)).to(gl.uint32) ^ key.to(gl.uint32))
+
+
+# ------------------------------------------------------------------------------------------------ launching
+
+
+def tiles_of(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles (rows, columns) of a matrix of bfloat16, as the matrix units take them from shared memory."""
+    swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor.from_tensor(tensor, [rows, columns], swizzled)
+
+
+def signed(number: int) -> int:
+    """32 bits as a signed number."""
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def of_bfloat16(*tensors: Tensor) -> bool:
+    return all(tensor.dtype == torch.bfloat16 and tensor.is_contiguous() for tensor in tensors)
