@@ -16,7 +16,8 @@ from bdh.kernels.torch_operations import TorchOperations
 from bdh.model.heads import HereLinear
 from bdh.model.modeling_bdh import BDHLayer, BDHState, Fast
 
-CHUNKED_FROM = 1 << 18  # products X o Y of a head in a pass; with fewer, the plain form is the faster one on a CPU
+# What auto takes its forms from: products X o Y of a head in a pass. With fewer, the plain form is the faster one.
+LEAST = {"chunked": 1 << 18, "triton": 1 << 24}
 TRITON_CAPABILITY = (8, 0)  # what the kernels are made for: GPUs that multiply bfloat16
 HOPPER = (9, 0)  # which has kernels of its own
 
@@ -32,18 +33,28 @@ def use_kernels(layer: BDHLayer, name: str, device: torch.device) -> None:
     Raises:
         BDHError: The form is asked for by name and cannot work here.
     """
-    least = 0
+    form = name
     if name == "auto":
-        name, least = choose(layer, device), CHUNKED_FROM
+        form = choose(layer, device)
     elif name != "reference":
         check(layer, name, device)
-    layer.kernels = None if name == "reference" else Kernels(operations_of(name, device), least)
+    if form == "reference":
+        layer.kernels = None
+    elif name == "auto":  # Triton where it is much faster, which in float32 it is not
+        only = torch.bfloat16 if form == "triton" else None
+        layer.kernels = Kernels(operations_of(form, device), LEAST[form], only)
+    else:
+        layer.kernels = Kernels(operations_of(form, device))
 
 
 def choose(layer: BDHLayer, device: torch.device) -> str:
-    """The fastest form that works here, of those that are proven: "triton" is to be asked for by name."""
-    plain = is_plain(layer) and not isinstance(layer, FSDPModule)
-    return "chunked" if plain and device.type == "cpu" else "reference"
+    """The fastest form that works here, of those that were tried: of GPUs, on Hopper."""
+    if not is_plain(layer) or isinstance(layer, FSDPModule):
+        return "reference"
+    if device.type == "cpu":
+        return "chunked"
+    tried = why_no_triton(device) is None and torch.cuda.get_device_capability(device) == HOPPER
+    return "triton" if tried else "reference"
 
 
 def check(layer: BDHLayer, name: str, device: torch.device) -> None:
@@ -92,10 +103,11 @@ class Kernels:
     Args:
         operations: The steps of a head.
         least: Products X o Y of a head and a pass from which on it is taken.
+        only: What has to be computed in; None: anything.
     """
 
-    def __init__(self, operations: Operations, least: int = 0):
-        self.operations, self.least = operations, least
+    def __init__(self, operations: Operations, least: int = 0, only: torch.dtype | None = None):
+        self.operations, self.least, self.only = operations, least, only
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
@@ -104,6 +116,8 @@ class Kernels:
         B, T, _ = embeds.shape
         config = layer.config
         if B * T * config.neurons_per_head < self.least or (state is not None and T == 1) or not is_plain(layer):
+            return None
+        if self.only not in (None, computing_dtype(embeds)):
             return None
         if mask is not None and not bool(mask.all()):
             return None

@@ -129,14 +129,12 @@ def gate(
 
 @triton.jit(do_not_specialize=["key", "dropped"])
 def gate_backward(
-    dy,  # (M, D)
-    Dec,  # (N, D)
     A,  # (M, D), normalised
     Ev,  # (N, D)
     X,  # (M, N)
+    dX,  # (M, N): dZ; left as dX
     Z,  # (M, N), out
     dY,  # (M, N), out
-    dX,  # (M, N), out
     key,
     dropped,
     M,
@@ -149,25 +147,22 @@ def gate_backward(
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Z again, and the gradients before relu(A Ev^T) and of X, of BLOCK_M tokens and BLOCK_N neurons."""
+    """Z again, and from dZ the gradients before relu(A Ev^T) and of X, of BLOCK_M tokens and BLOCK_N neurons."""
     row, column = tile_of(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m, n = row.to(tl.int64) * BLOCK_M, column * BLOCK_N
     r, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     dt: tl.constexpr = Z.dtype.element_ty
-    rows, neurons = m * D, n.to(tl.int64) * D
     Y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    Y = add_products(Y, A + rows, Ev + neurons, M - m, N - n, D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN)  # (BLOCK_M, BLOCK_N)
-    Y = relu(Y).to(dt)  # (BLOCK_M, BLOCK_N), so that it takes half the registers
-    dZ = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    dZ = add_products(dZ, dy + rows, Dec + neurons, M - m, N - n, D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN)
+    Ev += n.to(tl.int64) * D
+    Y = add_products(Y, A + m * D, Ev, M - m, N - n, D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN)  # (BLOCK_M, BLOCK_N)
+    Y = relu(Y)  # (BLOCK_M, BLOCK_N)
     inside = (r < M - m)[:, None] & (j < N - n)[None, :]
     place = m * N + n
     tile = r[:, None] * N + j[None, :]
     fired = load(X + place + tile, inside, EVEN).to(tl.float32)  # (BLOCK_M, BLOCK_N)
-    answer = fired * Y.to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    dZ = load(dX + place + tile, inside, EVEN).to(tl.float32)  # (BLOCK_M, BLOCK_N)
     if DROPOUT:
-        kept = keeps(m, n // 2, key, dropped, BLOCK_M, BLOCK_N // 2)  # (BLOCK_M, BLOCK_N)
-        answer, dZ = tl.where(kept, answer, 0.0), tl.where(kept, dZ, 0.0)  # (BLOCK_M, BLOCK_N)
-    stream(Z + place + tile, answer.to(dt), inside, EVEN)
-    stream(dX + place + tile, (dZ * Y.to(tl.float32)).to(dt), inside, EVEN)
+        Y = tl.where(keeps(m, n // 2, key, dropped, BLOCK_M, BLOCK_N // 2), Y, 0.0)  # (BLOCK_M, BLOCK_N)
+    stream(Z + place + tile, (fired * Y).to(dt), inside, EVEN)
+    stream(dX + place + tile, (dZ * Y).to(dt), inside, EVEN)
     stream(dY + place + tile, tl.where(Y > 0, dZ * fired, 0.0).to(dt), inside, EVEN)

@@ -5,6 +5,7 @@ bfloat16 or float32; sums are in float32.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import triton
 from torch import Tensor
 
 from bdh.kernels import train, train_tokens
+from bdh.kernels.launching import launch
 from bdh.kernels.operations import Dropout, Past
 from bdh.kernels.products import add_product_, product_into
 
@@ -74,11 +76,11 @@ class TritonOperations:
         G, C, D = x.shape
         N = E.shape[0]
         X, R = x.new_empty(G, C, N), x.new_empty(G, C, N)  # (G, C, N)
-        tiles = fitted("excite", x.dtype, G * C, N, D)
-        launch(
+        tiles = fitted("excite", x, G * C, N, D)
+        run(
             train.excite, (triton.cdiv(G * C, tiles.rows) * triton.cdiv(N, tiles.columns),), tiles,
-            x, E, side_by_side(cos, sin), X, R, G * C, C, N, D,
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
+            x, E, side_by_side(cos, sin), X, R, G * C, C, N,
+            D=D, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
             EVEN=divide((G * C, tiles.rows), (N, tiles.columns), (D, tiles.depth)),
         )  # fmt: skip
         return X, R
@@ -97,10 +99,11 @@ class TritonOperations:
         G, C, N = X.shape
         D = A.shape[2]
         Z = torch.empty_like(X)  # (G, C, N)
-        tiles = fitted("gate", A.dtype, G * C, N, D)
-        launch(
+        tiles = fitted("gate", A, G * C, N, D)
+        run(
             train.gate, (triton.cdiv(G * C, tiles.rows) * triton.cdiv(N, tiles.columns),), tiles,
-            A, Ev, X, Z, *dropout_numbers(dropout), G * C, N, D, DROPOUT=dropout.p > 0,
+            A, Ev, X, Z, *dropout_numbers(dropout), G * C, N,
+            D=D, DROPOUT=dropout.p > 0,
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
             EVEN=divide((G * C, tiles.rows), (N, tiles.columns), (D, tiles.depth)),
         )  # fmt: skip
@@ -128,12 +131,13 @@ class TritonOperations:
         """Z, dY, dX, (G, C, N)."""
         G, C, N = X.shape
         D = A.shape[2]
-        Z, dY, dX = torch.empty_like(X), torch.empty_like(X), torch.empty_like(X)  # (G, C, N)
-        tiles = fitted("gate_backward", A.dtype, G * C, N, D)
-        launch(
+        dX = dy @ Dec  # (G, C, N)  dZ, for the time being
+        Z, dY = torch.empty_like(X), torch.empty_like(X)  # (G, C, N)
+        tiles = fitted("gate_backward", A, G * C, N, D)
+        run(
             train.gate_backward, (triton.cdiv(G * C, tiles.rows) * triton.cdiv(N, tiles.columns),), tiles,
-            dy, Dec.mT.contiguous(), A, Ev, X, Z, dY, dX, *dropout_numbers(dropout),
-            G * C, N, D, DROPOUT=dropout.p > 0,
+            A, Ev, X, dX, Z, dY, *dropout_numbers(dropout), G * C, N,
+            D=D, DROPOUT=dropout.p > 0,
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
             EVEN=divide((G * C, tiles.rows), (N, tiles.columns), (D, tiles.depth)),
         )  # fmt: skip
@@ -147,8 +151,8 @@ class TritonOperations:
             dA, S, values, dS = past
             dR.baddbmm_(dA, S.mT).baddbmm_(values, dS.mT)  # (G, C, N)
         G, C, N = X.shape
-        tiles = fitted("excite_backward", X.dtype, C, N, 1)
-        launch(
+        tiles = fitted("excite_backward", X, C, N, 1)
+        run(
             train.excite_backward, (triton.cdiv(N, tiles.columns), triton.cdiv(C, tiles.rows), G), tiles,
             dR, X, dX, side_by_side(cos, sin), C, N, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
             EVEN=divide((C, tiles.rows), (N, tiles.columns)),
@@ -190,9 +194,9 @@ def pairs(kernel: str, a: Tensor, b: Tensor, documents: Tensor | None) -> Tensor
     """tril(a b^T, -1), 0 where documents differ; of "scores_backward" plus its transpose. (G, C, K) -> (G, C, C)."""
     G, C, K = a.shape
     P = a.new_empty(G, C, C)  # (G, C, C)
-    tiles = fitted(kernel, a.dtype, C, C, K)
+    tiles = fitted(kernel, a, C, C, K)
     side = triton.cdiv(C, tiles.rows)
-    launch(
+    run(
         train_tokens.pairs, (side * (side + 1) // 2, G), tiles, a, b, documents, P, C, K,
         SAME=a is b, BOTH_WAYS=kernel == "scores_backward",
         BLOCK=tiles.rows, BLOCK_K=tiles.depth, EVEN=divide((C, tiles.rows), (K, tiles.depth)),
@@ -208,9 +212,10 @@ def scan(
     there, end = torch.empty_like(new), torch.empty(B, N, D, device=new.device)  # (B, c, N, D), (B, N, D)
     tiles = TILES["scan"][new.dtype]
     columns = min(tiles.columns, triton.next_power_of_2(D))
-    launch(
+    run(
         train_tokens.scan, (triton.cdiv(N // 2, tiles.rows), triton.cdiv(D, columns), B), tiles,
-        new, begin, cos, sin, kept, there, end, c, N // 2, D, BACK=back, PAIRS=tiles.rows, BLOCK_D=columns,
+        new, begin, cos, sin, kept, there, end, c, N // 2,
+        D=D, BACK=back, PAIRS=tiles.rows, BLOCK_D=columns,
     )  # fmt: skip
     return there, end
 
@@ -219,7 +224,7 @@ def over_rows(kernel: Any, dtype: torch.dtype, shape: torch.Size, *arguments: ob
     """A kernel that takes whole rows of some (…, D) numbers."""
     M, D = shape[:-1].numel(), shape[-1]
     tiles = TILES["norm"][dtype]
-    launch(
+    run(
         kernel, (triton.cdiv(M, tiles.rows),), tiles, *arguments, M, D,
         ROWS=tiles.rows, WIDTH=triton.next_power_of_2(D),
     )  # fmt: skip
@@ -233,11 +238,26 @@ def side_by_side(cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((cos, sin), -1)  # (C, N/2, 2)
 
 
-def fitted(kernel: str, dtype: torch.dtype, rows: int, columns: int, depth: int) -> Tiles:
-    """A kernel's tiles, no larger than what there is to do."""
-    tiles = TILES[kernel][dtype]
+def fitted(kernel: str, like: Tensor, rows: int, columns: int, depth: int) -> Tiles:
+    """A kernel's tiles, no larger than what there is to do, and what they need no more than shared memory holds."""
+    tiles = TILES[kernel][like.dtype]
     side, across, deep = (max(SMALLEST, triton.next_power_of_2(size)) for size in (rows, columns, depth))
-    return replace(tiles, rows=min(tiles.rows, side), columns=min(tiles.columns, across), depth=min(tiles.depth, deep))
+    tiles = replace(tiles, rows=min(tiles.rows, side), columns=min(tiles.columns, across), depth=min(tiles.depth, deep))
+    room = shared_memory(like.device)
+    while (tiles.rows + tiles.columns) * tiles.depth * tiles.stages * like.itemsize > room and tiles.stages > 1:
+        tiles = replace(tiles, stages=tiles.stages - 1)
+    while (tiles.rows + tiles.columns) * tiles.depth * tiles.stages * like.itemsize > room:
+        tiles = replace(tiles, depth=tiles.depth // 2)
+    return tiles
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have of it."""
+    if device.type != "cuda":  # Triton's interpreter
+        return 1 << 30
+    found = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return int(found["max_shared_mem"])
 
 
 def divide(*sizes: tuple[int, int]) -> bool:
@@ -245,9 +265,9 @@ def divide(*sizes: tuple[int, int]) -> bool:
     return all(size % block == 0 for size, block in sizes)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, *arguments: object, **constants: object) -> None:
+def run(kernel: Any, grid: tuple[int, ...], tiles: Tiles, *arguments: object, **constants: object) -> None:
     assert all(argument.is_contiguous() for argument in arguments if isinstance(argument, Tensor))
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     if tiles.registers is not None:
         options["maxnreg"] = tiles.registers
-    kernel[grid](*arguments, **constants, **options)
+    launch(kernel, grid, arguments, constants, **options)

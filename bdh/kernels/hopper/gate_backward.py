@@ -29,6 +29,7 @@ from bdh.kernels.hopper.parts import (
     fetch,
     hash_of_neurons,
     hash_of_tokens,
+    run,
     signed,
     store_tile,
     tiles_of,
@@ -153,7 +154,7 @@ def write(out, total, n, D: gl.constexpr, SUM: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["key", "first_kept", "tiles"])
-def kernel(
+def hopper_gate_backward(
     A_desc,  # (M, D), normalised
     dy_desc,  # (M, D)
     X_desc,  # (M, N)
@@ -214,12 +215,12 @@ def gate_backward(
     """
     (M, D), N = A.shape, len(Ev)
     dX, dY = torch.empty_like(X), torch.empty_like(X)  # (M, N)
-    kernel[(N // NEURONS,)](
+    arguments = (
         *(tiles_of(tensor, TOKENS, D) for tensor in (A, dy)),
         tiles_of(X, TOKENS, NEURONS),
         *(tiles_of(weight, NEURONS, D) for weight in (Ev, Dec)),
         *(tiles_of(tensor, TOKENS, NEURONS) for tensor in (dX, dY)),
         dDec, dEv, signed(key), signed(dropped << 16), M // TOKENS,
-        DROPOUT=dropped > 0, num_warps=4, maxnreg=168,
     )  # fmt: skip
+    run(hopper_gate_backward, N // NEURONS, arguments, DROPOUT=dropped > 0)
     return dY, dX

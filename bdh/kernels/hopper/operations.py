@@ -3,14 +3,30 @@
 import torch
 from torch import Tensor
 
-from bdh.kernels.hopper import gate_backward
+from bdh.kernels.hopper import excite, excite_backward, gate, gate_backward
 from bdh.kernels.hopper.parts import of_bfloat16
-from bdh.kernels.operations import Dropout
-from bdh.kernels.triton_operations import TritonOperations, dropout_numbers
+from bdh.kernels.operations import Dropout, Past
+from bdh.kernels.triton_operations import TritonOperations, dropout_numbers, side_by_side
 
 
 class HopperOperations(TritonOperations):
     """See `Operations`."""
+
+    def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        (G, C, D), N = x.shape, len(E)
+        if not (excite.fits(C, N, D) and of_bfloat16(x, E)):
+            return super().excite(x, E, cos, sin)
+        X, R = excite.excite(x.view(G * C, D), E, side_by_side(cos, sin).view(C, N), C)  # (M, N)
+        return X.view(G, C, N), R.view(G, C, N)
+
+    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> None:
+        G, C, N = X.shape
+        D = A.shape[2]
+        if not (gate.fits(G * C, N, D) and of_bfloat16(A, Ev, X, Dec.mT)):
+            super().gate(A, Ev, X, dropout, Dec, y)
+            return
+        key, dropped = dropout_numbers(dropout)
+        gate.gate(A.view(G * C, D), Ev, X.view(G * C, N), key, dropped, Dec.mT, y.view(G * C, D))
 
     def gate_backward(
         self,
@@ -27,19 +43,41 @@ class HopperOperations(TritonOperations):
         D = A.shape[2]
         if not (gate_backward.fits(G * C, N, D) and of_bfloat16(dy, Dec.mT, A, Ev, X) and dDec.mT.is_contiguous()):
             return super().gate_backward(dy, Dec, A, Ev, X, dropout, dDec, dEv)
-        rows = (tensor.view(G * C, -1) for tensor in (A, X, dy))
-        A, X, dy = rows  # (M, D), (M, N), (M, D)
+        dy, A, X = dy.view(G * C, D), A.view(G * C, D), X.view(G * C, N)  # (M, D), (M, D), (M, N)
         dY, dX = gate_backward.gate_backward(dy, Dec.mT, A, Ev, X, *dropout_numbers(dropout), dDec.mT, dEv)
         return dY.view(G, C, N), dX.view(G, C, N)
+
+    def excite_backward(
+        self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: Past | None
+    ) -> Tensor:
+        _, C, N = X.shape
+        if not (excite_backward.fits(C, N) and of_bfloat16(dP, R, X, dX)):
+            return super().excite_backward(dP, R, X, dX, cos, sin, past)
+        extra = None
+        if past is not None:
+            dA, S, values, dS = past
+            extra = (dA @ S.mT).baddbmm_(values, dS.mT)  # (G, C, N)
+        return excite_backward.excite_backward(dP, R, X, dX, side_by_side(cos, sin).view(C, N), extra)
 
 
 def works(device: torch.device) -> bool:
     """Whether the kernels work here: Gluon is new, and what it is called changes from one Triton to the next."""
-    M, N, D = 128, 128, gate_backward.WIDTH
-    wide, narrow = (torch.ones(M, size, dtype=torch.bfloat16, device=device) for size in (D, N))
-    sums = [torch.empty(N, D, device=device) for _ in range(2)]
+    C, D, N = 256, gate_backward.WIDTH, 128
+
+    def draw(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=torch.bfloat16, device=device)
+
+    x, E, X, y = draw(1, C, D), draw(N, D), draw(1, C, N), torch.ones(1, C, D, device=device)
+    phases = draw(C, N // 2, 2)
+    cos, sin = phases.unbind(-1)  # (C, N/2)
+    op, sums = HopperOperations(), torch.empty(2, N, D, device=device)  # (2, N, D)
     try:
-        gate_backward.gate_backward(wide, wide, wide, wide, narrow, 0, 0, *sums)
+        for _ in range(2):  # the first time they are compiled
+            op.excite(x, E, cos, sin)
+            op.gate(x, E, X, Dropout(), E.mT, y)
+            op.gate_backward(x, E.mT, x, E, X, Dropout(), sums[0].mT, sums[1])
+            op.excite_backward(draw(1, C, C), X, X, draw(1, C, N), cos, sin, None)
+        torch.cuda.synchronize(device)
     except Exception:  # of any kind: what a compiler says to a language that it does not know
         return False
     return True

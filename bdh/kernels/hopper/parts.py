@@ -6,6 +6,10 @@ a barrier that nothing came through yet answers as if an odd turn had, so that a
 turn, parity 1, goes through.
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -13,6 +17,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from bdh.kernels.launching import launch
 
 NEW = hasattr(tma, "async_load")  # since Triton 3.8 or so
 load_tile = tma.async_load if NEW else tma.async_copy_global_to_shared
@@ -74,10 +80,32 @@ def hash_of_tokens(m, key, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
 # ------------------------------------------------------------------------------------------------ launching
 
 
-def tiles_of(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Tiles (rows, columns) of a matrix of bfloat16, as the matrix units take them from shared memory."""
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies, without keeping it there: what a descriptor asks of one."""
+
+    dtype: torch.dtype
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def tiles_of(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles (rows, columns) of a contiguous matrix of bfloat16, as the matrix units take them from shared memory."""
+    return described(matrix.data_ptr(), *matrix.shape, rows, columns)
+
+
+@lru_cache(maxsize=1 << 14)
+def described(address: int, M: int, N: int, rows: int, columns: int) -> TensorDescriptor:
+    """The same for an address; a training step comes back to the same ones, and making one takes the CPU a while."""
     swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor.from_tensor(tensor, [rows, columns], swizzled)
+    return TensorDescriptor(Place(torch.bfloat16, address), [M, N], [N, 1], [rows, columns], swizzled)
+
+
+def run(kernel: Any, programs: int, arguments: tuple[object, ...], **constants: object) -> None:
+    """Launches a kernel of two groups of four warps that work and four more warps, whose registers go to these."""
+    launch(kernel, (programs,), arguments, constants, num_warps=4, maxnreg=168)
 
 
 def signed(number: int) -> int:
