@@ -44,3 +44,8 @@ def kind(argument: object) -> object:
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, -(1 << 31) <= argument < 1 << 31
     return argument is None
+
+
+def cdiv(size: int, block: int) -> int:
+    """How many blocks hold so many."""
+    return -(-size // block)

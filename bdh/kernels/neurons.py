@@ -126,8 +126,10 @@ class Neurons(torch.autograd.Function):
                 U, end = op.scan(U, before, *reading.chunk_phases, kept)  # (B, c, N, D), (B, N, D)
                 ends.append(end)
                 U = U.flatten(0, 1)  # (G, N, D)  S before each chunk
-                read = R @ U  # (G, C, D)
-                A += read if documents is None else read * documents.sees_past
+                if documents is None:
+                    add_product_(A, R, U)  # (G, C, D)
+                else:
+                    A += (R @ U) * documents.sees_past  # (G, C, D)
             A, rstd = op.norm(A, reading.eps)  # (G, C, D), (G, C, 1)
             op.gate(A, Ev, X, Dropout(reading.dropout, seed, head), Dec, y)
             if keep:
@@ -213,6 +215,8 @@ class WayBack:
         V, before = self.reading.operations.scan_backward(V, after, *self.reading.chunk_phases, kept)
         self.dS.append(before)  # (B, N, D)
         V = V.flatten(0, 1)  # (G, N, D)  now the gradient of what each chunk wrote
-        of_values = R @ V  # (G, C, D)
-        self.dx += of_values if documents is None else of_values * documents.writes
+        if documents is None:
+            add_product_(self.dx, R, V)  # (G, C, D)
+        else:
+            self.dx += (R @ V) * documents.writes  # (G, C, D)
         return dA, S, values, V

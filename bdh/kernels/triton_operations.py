@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from bdh.kernels import train, train_tokens
-from bdh.kernels.launching import launch
+from bdh.kernels.launching import cdiv, launch
 from bdh.kernels.operations import Dropout, Past
 from bdh.kernels.products import add_product_, product_into
 
@@ -72,14 +72,23 @@ def scramble(number: int) -> int:
 class TritonOperations:
     """See `Operations`. Fastest where cos and sin of tokens are views of one tensor (C, N/2, 2)."""
 
+    def __init__(self) -> None:
+        self.turning: tuple[Tensor, ...] = ()  # cos and sin, and what `phases` has made of them
+
+    def phases(self, cos: Tensor, sin: Tensor) -> Tensor:
+        """cos and sin of each pair next to each other, (C, N/2, 2): the same for all heads and layers."""
+        if not self.turning or self.turning[0] is not cos or self.turning[1] is not sin:
+            self.turning = cos, sin, side_by_side(cos, sin)
+        return self.turning[2]
+
     def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         G, C, D = x.shape
         N = E.shape[0]
         X, R = x.new_empty(G, C, N), x.new_empty(G, C, N)  # (G, C, N)
         tiles = fitted("excite", x, G * C, N, D)
         run(
-            train.excite, (triton.cdiv(G * C, tiles.rows) * triton.cdiv(N, tiles.columns),), tiles,
-            x, E, side_by_side(cos, sin), X, R, G * C, C, N,
+            train.excite, (cdiv(G * C, tiles.rows) * cdiv(N, tiles.columns),), tiles,
+            x, E, self.phases(cos, sin), X, R, G * C, C, N,
             D=D, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
             EVEN=divide((G * C, tiles.rows), (N, tiles.columns), (D, tiles.depth)),
         )  # fmt: skip
@@ -101,7 +110,7 @@ class TritonOperations:
         Z = torch.empty_like(X)  # (G, C, N)
         tiles = fitted("gate", A, G * C, N, D)
         run(
-            train.gate, (triton.cdiv(G * C, tiles.rows) * triton.cdiv(N, tiles.columns),), tiles,
+            train.gate, (cdiv(G * C, tiles.rows) * cdiv(N, tiles.columns),), tiles,
             A, Ev, X, Z, *dropout_numbers(dropout), G * C, N,
             D=D, DROPOUT=dropout.p > 0,
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
@@ -135,7 +144,7 @@ class TritonOperations:
         Z, dY = torch.empty_like(X), torch.empty_like(X)  # (G, C, N)
         tiles = fitted("gate_backward", A, G * C, N, D)
         run(
-            train.gate_backward, (triton.cdiv(G * C, tiles.rows) * triton.cdiv(N, tiles.columns),), tiles,
+            train.gate_backward, (cdiv(G * C, tiles.rows) * cdiv(N, tiles.columns),), tiles,
             A, Ev, X, dX, Z, dY, *dropout_numbers(dropout), G * C, N,
             D=D, DROPOUT=dropout.p > 0,
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
@@ -153,8 +162,8 @@ class TritonOperations:
         G, C, N = X.shape
         tiles = fitted("excite_backward", X, C, N, 1)
         run(
-            train.excite_backward, (triton.cdiv(N, tiles.columns), triton.cdiv(C, tiles.rows), G), tiles,
-            dR, X, dX, side_by_side(cos, sin), C, N, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
+            train.excite_backward, (cdiv(N, tiles.columns), cdiv(C, tiles.rows), G), tiles,
+            dR, X, dX, self.phases(cos, sin), C, N, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
             EVEN=divide((C, tiles.rows), (N, tiles.columns)),
         )  # fmt: skip
         return dX
@@ -195,7 +204,7 @@ def pairs(kernel: str, a: Tensor, b: Tensor, documents: Tensor | None) -> Tensor
     G, C, K = a.shape
     P = a.new_empty(G, C, C)  # (G, C, C)
     tiles = fitted(kernel, a, C, C, K)
-    side = triton.cdiv(C, tiles.rows)
+    side = cdiv(C, tiles.rows)
     run(
         train_tokens.pairs, (side * (side + 1) // 2, G), tiles, a, b, documents, P, C, K,
         SAME=a is b, BOTH_WAYS=kernel == "scores_backward",
@@ -213,7 +222,7 @@ def scan(
     tiles = TILES["scan"][new.dtype]
     columns = min(tiles.columns, triton.next_power_of_2(D))
     run(
-        train_tokens.scan, (triton.cdiv(N // 2, tiles.rows), triton.cdiv(D, columns), B), tiles,
+        train_tokens.scan, (cdiv(N // 2, tiles.rows), cdiv(D, columns), B), tiles,
         new, begin, cos, sin, kept, there, end, c, N // 2,
         D=D, BACK=back, PAIRS=tiles.rows, BLOCK_D=columns,
     )  # fmt: skip
@@ -225,7 +234,7 @@ def over_rows(kernel: Any, dtype: torch.dtype, shape: torch.Size, *arguments: ob
     M, D = shape[:-1].numel(), shape[-1]
     tiles = TILES["norm"][dtype]
     run(
-        kernel, (triton.cdiv(M, tiles.rows),), tiles, *arguments, M, D,
+        kernel, (cdiv(M, tiles.rows),), tiles, *arguments, M, D,
         ROWS=tiles.rows, WIDTH=triton.next_power_of_2(D),
     )  # fmt: skip
 
@@ -240,13 +249,16 @@ def side_by_side(cos: Tensor, sin: Tensor) -> Tensor:
 
 def fitted(kernel: str, like: Tensor, rows: int, columns: int, depth: int) -> Tiles:
     """A kernel's tiles, no larger than what there is to do, and what they need no more than shared memory holds."""
-    tiles = TILES[kernel][like.dtype]
+    return fit(TILES[kernel][like.dtype], rows, columns, depth, shared_memory(like.device) // like.itemsize)
+
+
+@lru_cache
+def fit(tiles: Tiles, rows: int, columns: int, depth: int, room: int) -> Tiles:
     side, across, deep = (max(SMALLEST, triton.next_power_of_2(size)) for size in (rows, columns, depth))
     tiles = replace(tiles, rows=min(tiles.rows, side), columns=min(tiles.columns, across), depth=min(tiles.depth, deep))
-    room = shared_memory(like.device)
-    while (tiles.rows + tiles.columns) * tiles.depth * tiles.stages * like.itemsize > room and tiles.stages > 1:
+    while (tiles.rows + tiles.columns) * tiles.depth * tiles.stages > room and tiles.stages > 1:
         tiles = replace(tiles, stages=tiles.stages - 1)
-    while (tiles.rows + tiles.columns) * tiles.depth * tiles.stages * like.itemsize > room:
+    while (tiles.rows + tiles.columns) * tiles.depth * tiles.stages > room:
         tiles = replace(tiles, depth=tiles.depth // 2)
     return tiles
 

@@ -16,7 +16,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from triton import cdiv
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -28,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from bdh.kernels.hopper.parts import NAN, arrive, barriers, fetch, run, store_tile, tiles_of, together
+from bdh.kernels.launching import cdiv
 
 TOKENS = 64  # of a group
 NEURONS = 128  # of a group

@@ -12,7 +12,6 @@ the same input gives the same numbers.
 """
 
 from torch import Tensor
-from triton import cdiv
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -33,6 +32,7 @@ from bdh.kernels.hopper.parts import (
     signed,
     tiles_of,
 )
+from bdh.kernels.launching import cdiv
 
 TOKENS = 64  # of a half; a program has two
 NEURONS = 64  # of a tile

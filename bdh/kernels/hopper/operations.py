@@ -6,7 +6,7 @@ from torch import Tensor
 from bdh.kernels.hopper import excite, excite_backward, gate, gate_backward
 from bdh.kernels.hopper.parts import of_bfloat16
 from bdh.kernels.operations import Dropout, Past
-from bdh.kernels.triton_operations import TritonOperations, dropout_numbers, side_by_side
+from bdh.kernels.triton_operations import TritonOperations, dropout_numbers
 
 
 class HopperOperations(TritonOperations):
@@ -16,7 +16,7 @@ class HopperOperations(TritonOperations):
         (G, C, D), N = x.shape, len(E)
         if not (excite.fits(C, N, D) and of_bfloat16(x, E)):
             return super().excite(x, E, cos, sin)
-        X, R = excite.excite(x.view(G * C, D), E, side_by_side(cos, sin).view(C, N), C)  # (M, N)
+        X, R = excite.excite(x.view(G * C, D), E, self.phases(cos, sin).view(C, N), C)  # (M, N)
         return X.view(G, C, N), R.view(G, C, N)
 
     def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> None:
@@ -57,7 +57,7 @@ class HopperOperations(TritonOperations):
         if past is not None:
             dA, S, values, dS = past
             extra = (dA @ S.mT).baddbmm_(values, dS.mT)  # (G, C, N)
-        return excite_backward.excite_backward(dP, R, X, dX, side_by_side(cos, sin).view(C, N), extra)
+        return excite_backward.excite_backward(dP, R, X, dX, self.phases(cos, sin).view(C, N), extra)
 
 
 def works(device: torch.device) -> bool:
