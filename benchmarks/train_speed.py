@@ -6,11 +6,13 @@
 Forms: `published`, the model written as its equations are, all heads at once and all pairs of tokens at once, with one
 tensor a weight; then what `model.kernels` names: `reference`, `chunked`, `triton`. Each measurement is a process of its
 own, which trains on tokens made from a seed; forms take turns, over and over, so that whatever else the machine does
-falls on all alike. `+compile` after a form's name compiles it with torch.compile. A form that runs out of memory is
-said to have. Writes results/train_speed_DEVICE.json and a picture beside it: tokens/s of the median step and how many
-times the first form's that is, turn by turn; peak memory (of a CPU: of the process, without what it took before there
-was a model); on a GPU the share of what its matrix units did when nothing but a large product was asked of them, the
-model's own products counted once (what is worked out again counts for nothing).
+falls on all alike. A form that runs out of memory is said to have. After a form's name, `+compile` compiles the model
+with torch.compile, `+layer` its layer alone, and `+graph` records the whole step as a CUDA graph.
+
+Writes results/train_speed_DEVICE.json and a picture beside it: tokens/s of the median step and how many times the first
+form's that is, turn by turn; peak memory (of a CPU: of the process, without what it took before there was a model); on
+a GPU the share of what its matrix units did when nothing but a large product was asked of them, the model's own
+products counted once (what is worked out again counts for nothing).
 
 A case is ROWSxLENGTH, or ROWSxLENGTH@WIDTH for another n_embd. On a CPU the model is the quickstart's; on a GPU it is
 the default one. With several GPUs each takes another case, and all forms of a case go to the same.
@@ -24,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from queue import SimpleQueue
@@ -91,7 +94,7 @@ class Published(nn.Module):
 
 def worker(given: dict[str, Any]) -> None:
     """One measurement, in this process; prints what was found."""
-    device, form = torch.device(given["device"]), given["form"].removesuffix("+compile")
+    device, (form, *ways) = torch.device(given["device"]), given["form"].split("+")
     before = resident()
     torch.manual_seed(0)
     config = BDHConfig(**given["model"])
@@ -99,16 +102,14 @@ def worker(given: dict[str, Any]) -> None:
     model.to(device).train()
     if isinstance(model, BDHForCausalLM):
         use_kernels(model.model.layer, form, device)
+        if "layer" in ways:
+            model.model.layer.compile()
     optimizer = build_optimizer(model, TrainingConfig())
-    forward: Any = torch.compile(model) if given["form"].endswith("+compile") else model
+    forward: Any = torch.compile(model) if "compile" in ways else model
     precision = torch.autocast(device.type, torch.bfloat16) if given["precision"] == "bfloat16" else nullcontext()
     B, T = given["rows"], given["length"]
-    seconds, losses = [], []
-    for step in range(given["warm"] + given["steps"]):
-        draw = torch.Generator().manual_seed(step)
-        # Bytes that depend on the one before, so that there is something to learn.
-        tokens = torch.randint(0, 16, (B, T + 1), generator=draw).cumsum(1).remainder(256).to(device)
-        began = time.perf_counter()
+
+    def learn(tokens: Tensor) -> Tensor:
         with precision:
             logits = forward(tokens[:, :-1]) if form == "published" else forward(tokens[:, :-1], use_cache=False).logits
             loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
@@ -116,17 +117,49 @@ def worker(given: dict[str, Any]) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())  # waits for the device
+        return loss.detach()
+
+    seconds, losses = [], []
+    step_of: Callable[[Tensor], Tensor] = learn
+    for step in range(given["warm"] + given["steps"]):
+        if step == given["warm"] and "graph" in ways:
+            step_of = recorded(learn, optimizer, torch.zeros(B, T + 1, dtype=torch.int64, device=device))
+        draw = torch.Generator().manual_seed(step)
+        # Bytes that depend on the one before, so that there is something to learn.
+        tokens = torch.randint(0, 16, (B, T + 1), generator=draw).cumsum(1).remainder(256).to(device)
+        began = time.perf_counter()
+        losses.append(step_of(tokens).item())  # waits for the device
         if step >= given["warm"]:
             seconds.append(time.perf_counter() - began)
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident() - before
     speed = B * T / statistics.median(seconds)
     found = {"tokens_per_second": speed, "peak_memory_bytes": memory, "last_loss": losses[-1]}
     if device.type == "cuda":
-        del model, optimizer, forward
+        del model, optimizer, forward, learn, step_of
         found["share_of_ceiling"] = speed * flops_per_token(config, T) / ceiling()
         found["gpu"] = torch.cuda.get_device_name()
     print("FOUND", json.dumps(found))
+
+
+def recorded(
+    learn: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, tokens: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """A whole step as one CUDA graph. What dropout drops is recorded with it: this is for speed alone."""
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    for state in optimizer.state.values():
+        state["step"] = state["step"].to(tokens.device)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        loss = learn(tokens)
+
+    def replay(given: Tensor) -> Tensor:
+        tokens.copy_(given)
+        graph.replay()
+        return loss
+
+    return replay
 
 
 def ceiling() -> float:
@@ -170,7 +203,7 @@ def measure_case(case: str, forms: list[str], given: dict[str, Any], turns: int,
     shape, _, width = case.partition("@")
     rows, length = (int(size) for size in shape.split("x"))
     sizes = {**given["model"], **({"n_embd": int(width)} if width else {})}
-    able = [form for form in forms if length <= LONGEST.get(form.removesuffix("+compile"), length)]
+    able = [form for form in forms if length <= LONGEST.get(form.split("+")[0], length)]
     given = {**given, "rows": rows, "length": length, "model": sizes}
     found = [{form: measure({**given, "form": form}, gpu) for form in able} for _ in range(turns)]
     return {"rows": rows, "length": length, **summary(able, found)}

@@ -152,7 +152,7 @@ class Neurons(torch.autograd.Function):
         of_x, of_weights = ctx.dtypes
         dx = way_back.dx.view(dy.shape).to(of_x)  # (B, c, C, D)
         of_S = torch.stack(way_back.dS, 1) if ctx.needs_input_grad[4] else None  # (B, h, N, D)
-        gradients = (way_back.dE.flatten(0, 1), way_back.dDec.contiguous(), *way_back.dEv)
+        gradients = (way_back.dE.flatten(0, 1), way_back.dDec, *way_back.dEv)
         return None, None, None, dx, of_S, *(gradient.to(of_weights) for gradient in gradients)
 
 

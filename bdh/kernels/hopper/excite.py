@@ -6,10 +6,8 @@ position of a chunk, and at each position chunk after chunk, so that the phases 
     loads:   one warp, which asks for x ahead, in blocks of columns.
     excites: two groups of four warps. Each multiplies 64 tokens by 128 neurons, turns the pairs and stores both.
 
-What the groups share is what shared memory has room for. WIDE (D = 256): a program has 256 neurons and tiles of 64
-tokens; both groups read the same x, each has half the neurons. Else (D = 512) it has 128 neurons and tiles of 128
-tokens; both read the same E, each has half the tokens and its own slots for x: in slots that they took turns with, one
-group could be a turn ahead of the other.
+A program has 256 neurons and tiles of 64 tokens: both groups read the same x, each has half the neurons. With D = 512
+shared memory has no room for that; `excite_512` does it the other way round.
 """
 
 from functools import cache
@@ -26,14 +24,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bdh.kernels.hopper.parts import NAN, arrive, barriers, fetch, run, store_tile, tiles_of, together
+from bdh.kernels.hopper.parts import NAN, arrive, barriers, fetch, place_of, run, store_tile, tiles_of, together
 from bdh.kernels.launching import cdiv
 
 TOKENS = 64  # of a group
 NEURONS = 128  # of a group
 COLUMNS = 128  # of a block of x or E
 STORED = 64  # neurons that are turned and stored at a time
-WIDTHS = (256, 512)  # D
+WIDTH = 256  # D
 
 TILE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NEURONS, 16]))
 HALF = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, STORED, 16]))
@@ -49,90 +47,75 @@ PAIRS = gl.constexpr(  # (TOKENS, STORED / 2): a pair is in the thread that has 
 
 
 @gluon.jit
-def place_of(tile, G, C, TOKENS: gl.constexpr):
-    """A tile's first row, and which position in its chunk that is."""
-    position = tile // G
-    return (tile - position * G) * C + position * TOKENS, position * TOKENS
-
-
-@gluon.jit
-def loads(x_desc, E_desc, buffers, bars, n, first, tiles, G, C, D: gl.constexpr, WIDE: gl.constexpr):
+def loads(x_desc, E_desc, buffers, bars, n, first, tiles, G, C, D: gl.constexpr):
     x, E = buffers
     x_full, x_empty, E_full = bars
     TOKENS: gl.constexpr = x_desc.block_type.shape[0]
     NEURONS: gl.constexpr = E_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
     BLOCKS: gl.constexpr = D // COLUMNS
-    PARTS: gl.constexpr = 1 if WIDE else 2  # of a tile's tokens
-    SLOTS: gl.constexpr = x.type.shape[0] // PARTS
-    FAMILIES: gl.constexpr = E.type.shape[0] // BLOCKS  # of NEURONS
-    for h in gl.static_range(FAMILIES):
+    SLOTS: gl.constexpr = x.type.shape[0]
+    for h in gl.static_range(2):
         for k in gl.static_range(BLOCKS):
             fetch(E_desc, [n + h * NEURONS, k * COLUMNS], E_full.index(0), E.index(h * BLOCKS + k))
     for t in range(tiles):
-        m, _ = place_of(first + t, G, C, PARTS * TOKENS)
-        for part in gl.static_range(PARTS):
-            for k in gl.static_range(BLOCKS):
-                i = t * BLOCKS + k
-                slot = part * SLOTS + i % SLOTS
-                mbarrier.wait(x_empty.index(slot), ((i // SLOTS) & 1) ^ 1)
-                fetch(x_desc, [m + part * TOKENS, k * COLUMNS], x_full.index(slot), x.index(slot))
+        m, _ = place_of(first + t, G, C, TOKENS)
+        for k in gl.static_range(BLOCKS):
+            i = t * BLOCKS + k
+            slot = i % SLOTS
+            mbarrier.wait(x_empty.index(slot), ((i // SLOTS) & 1) ^ 1)
+            fetch(x_desc, [m, k * COLUMNS], x_full.index(slot), x.index(slot))
 
 
 @gluon.jit
 def excites(
-    X_desc, R_desc, phases, buffers, stored, bars, n, first, tiles, N, G, C,
-    GROUP: gl.constexpr, D: gl.constexpr, WIDE: gl.constexpr,
-):  # fmt: skip
+    X_desc, R_desc, phases, buffers, stored, bars, n, first, tiles, N, G, C, GROUP: gl.constexpr, D: gl.constexpr
+):
     x, E = buffers
     _, _, E_full = bars
     TOKENS: gl.constexpr = X_desc.block_type.shape[0]
     STORED: gl.constexpr = X_desc.block_type.shape[1]
     NEURONS: gl.constexpr = E.type.shape[1]
     SLOTS: gl.constexpr = stored.type.shape[0]
-    PARTS: gl.constexpr = 1 if WIDE else 2  # of a tile's tokens
-    ROW: gl.constexpr = 0 if WIDE else GROUP * TOKENS  # in a tile, where the group's tokens begin
-    n += GROUP * NEURONS if WIDE else 0
-    m, position = place_of(first, G, C, PARTS * TOKENS)
-    left_phase, right_phase = phases_of(phases, position + ROW, n, N, TOKENS, NEURONS)  # 2 x (TOKENS, STORED / 2)
+    n += GROUP * NEURONS
+    m, position = place_of(first, G, C, TOKENS)
+    left_phase, right_phase = phases_of(phases, position, n, N, TOKENS, NEURONS)  # 2 x (TOKENS, STORED / 2)
     mbarrier.wait(E_full.index(0), 0)
     for t in range(tiles):
-        total = multiply(t, x, E, bars, GROUP, D, WIDE)  # (TOKENS, NEURONS)
+        total = multiply(t, x, E, bars, GROUP, D)  # (TOKENS, NEURONS)
         left, right = total.reshape([TOKENS, 2, STORED]).permute((0, 2, 1)).split()  # 2 x (TOKENS, STORED)
         for h in gl.static_range(2):
             X, R = turn(left if h == 0 else right, left_phase if h == 0 else right_phase)  # 2 x (TOKENS, STORED)
             i = 4 * t + 2 * h  # of the tiles that the group stores
-            send(X_desc, [m + ROW, n + h * STORED], X, stored.index(i % SLOTS), SLOTS)
-            send(R_desc, [m + ROW, n + h * STORED], R, stored.index((i + 1) % SLOTS), SLOTS)
-        m, following = place_of(first + gl.minimum(t + 1, tiles - 1), G, C, PARTS * TOKENS)
+            send(X_desc, [m, n + h * STORED], X, stored.index(i % SLOTS), SLOTS)
+            send(R_desc, [m, n + h * STORED], R, stored.index((i + 1) % SLOTS), SLOTS)
+        m, following = place_of(first + gl.minimum(t + 1, tiles - 1), G, C, TOKENS)
         if following != position:
-            left_phase, right_phase = phases_of(phases, following + ROW, n, N, TOKENS, NEURONS)
+            left_phase, right_phase = phases_of(phases, following, n, N, TOKENS, NEURONS)
         position = following
     tma.store_wait(0)
 
 
 @gluon.jit
-def multiply(t, x, E, bars, GROUP: gl.constexpr, D: gl.constexpr, WIDE: gl.constexpr):
+def multiply(t, x, E, bars, GROUP: gl.constexpr, D: gl.constexpr):
     """x E^T of a group's tokens in tile t and its neurons, (TOKENS, NEURONS); gives the blocks of x back."""
     x_full, x_empty, _ = bars
     BLOCKS: gl.constexpr = D // E.type.shape[2]
-    PART: gl.constexpr = 0 if WIDE else GROUP  # of a tile's tokens
-    SLOTS: gl.constexpr = x.type.shape[0] if WIDE else x.type.shape[0] // 2  # of the part
-    WEIGHTS: gl.constexpr = GROUP * BLOCKS if WIDE else 0  # where the group's blocks of E begin
+    SLOTS: gl.constexpr = x.type.shape[0]
     TOKENS: gl.constexpr = x.type.shape[1]
     NEURONS: gl.constexpr = E.type.shape[1]
     total = gl.zeros([TOKENS, NEURONS], gl.float32, layout=TILE)
     for k in gl.static_range(BLOCKS):
         i = t * BLOCKS + k
-        slot = PART * SLOTS + i % SLOTS
+        slot = i % SLOTS
         mbarrier.wait(x_full.index(slot), (i // SLOTS) & 1)
-        weights = E.index(WEIGHTS + k).permute((1, 0))  # (COLUMNS, NEURONS)
+        weights = E.index(GROUP * BLOCKS + k).permute((1, 0))  # (COLUMNS, NEURONS)
         total = warpgroup_mma(x.index(slot), weights, total, use_acc=k > 0, is_async=True)
         if k > 0:
             total = warpgroup_mma_wait(1, deps=(total,))  # all but the last
-            arrive(x_empty.index(PART * SLOTS + (i - 1) % SLOTS))
+            arrive(x_empty.index((i - 1) % SLOTS))
     total = warpgroup_mma_wait(0, deps=(total,))
-    arrive(x_empty.index(PART * SLOTS + (t * BLOCKS + BLOCKS - 1) % SLOTS))
+    arrive(x_empty.index((t * BLOCKS + BLOCKS - 1) % SLOTS))
     return total
 
 
@@ -183,49 +166,41 @@ def hopper_excite(
     G,
     C,
     D: gl.constexpr,
-    WIDE: gl.constexpr,
 ):
     TOKENS: gl.constexpr = x_desc.block_type.shape[0]
     NEURONS: gl.constexpr = E_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
     STORED: gl.constexpr = X_desc.block_type.shape[1]
-    FAMILIES: gl.constexpr = 2 if WIDE else 1  # of NEURONS
-    PARTS: gl.constexpr = 1 if WIDE else 2  # of TOKENS
-    SLOTS: gl.constexpr = 3 if WIDE else 2  # for blocks of a part of x, and for tiles that a group stores
+    SLOTS: gl.constexpr = 3  # for blocks of x, and for tiles that a group stores
     # Programs of one run are neighbours: what they write at a time is long rows.
-    blocks = gl.cdiv(N, FAMILIES * NEURONS)
+    blocks = gl.cdiv(N, 2 * NEURONS)
     run, runs = gl.program_id(0) // blocks, gl.num_programs(0) // blocks
-    n = gl.program_id(0) % blocks * FAMILIES * NEURONS
-    all_tiles = G * (C // (PARTS * TOKENS))
+    n = gl.program_id(0) % blocks * 2 * NEURONS
+    all_tiles = G * (C // TOKENS)
     first = run * all_tiles // runs
     tiles = (run + 1) * all_tiles // runs - first
     phases = phases.to(gl.pointer_type(gl.int32))
-    E = gl.allocate_shared_memory(gl.bfloat16, [FAMILIES * (D // COLUMNS), NEURONS, COLUMNS], E_desc.layout)
-    x = gl.allocate_shared_memory(gl.bfloat16, [PARTS * SLOTS, TOKENS, COLUMNS], x_desc.layout)
+    E = gl.allocate_shared_memory(gl.bfloat16, [2 * (D // COLUMNS), NEURONS, COLUMNS], E_desc.layout)
+    x = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, TOKENS, COLUMNS], x_desc.layout)
     stored = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, TOKENS, STORED], X_desc.layout)
     stored_too = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, TOKENS, STORED], X_desc.layout)
-    x_full, x_empty = barriers(PARTS * SLOTS, 1), barriers(PARTS * SLOTS, FAMILIES)  # both groups read a wide tile
-    E_full = barriers(1, FAMILIES * (D // COLUMNS))
+    x_full, x_empty = barriers(SLOTS, 1), barriers(SLOTS, 2)  # both groups read
+    E_full = barriers(1, 2 * (D // COLUMNS))
     fence_async_shared()
     buffers, bars = (x, E), (x_full, x_empty, E_full)
     gl.warp_specialize(
         [
-            (excites, (X_desc, R_desc, phases, buffers, stored, bars, n, first, tiles, N, G, C, 0, D, WIDE)),
-            (excites, (X_desc, R_desc, phases, buffers, stored_too, bars, n, first, tiles, N, G, C, 1, D, WIDE)),
-            (loads, (x_desc, E_desc, buffers, bars, n, first, tiles, G, C, D, WIDE)),
+            (excites, (X_desc, R_desc, phases, buffers, stored, bars, n, first, tiles, N, G, C, 0, D)),
+            (excites, (X_desc, R_desc, phases, buffers, stored_too, bars, n, first, tiles, N, G, C, 1, D)),
+            (loads, (x_desc, E_desc, buffers, bars, n, first, tiles, G, C, D)),
         ],
         [4, 1],
         [240, 24],
     )
 
 
-def is_wide(D: int) -> bool:
-    """Whether a program has room for the neurons of two groups."""
-    return D == WIDTHS[0]
-
-
 def fits(C: int, N: int, D: int) -> bool:
-    return D in WIDTHS and N % NEURONS == 0 and C % (TOKENS if is_wide(D) else 2 * TOKENS) == 0
+    return D == WIDTH and N % NEURONS == 0 and C % TOKENS == 0
 
 
 @cache
@@ -249,8 +224,7 @@ def excite(x: Tensor, E: Tensor, phases: Tensor, C: int) -> tuple[Tensor, Tensor
         C: Tokens of a chunk.
     """
     (M, D), N = x.shape, len(E)
-    wide = is_wide(D)
-    blocks, tiles = cdiv(N, 2 * NEURONS if wide else NEURONS), M // (TOKENS if wide else 2 * TOKENS)
+    blocks, tiles = cdiv(N, 2 * NEURONS), M // TOKENS
     X, R = (torch.empty(M, N, dtype=x.dtype, device=x.device) for _ in range(2))  # (M, N)
     arguments = (
         tiles_of(x, TOKENS, COLUMNS),
@@ -258,5 +232,5 @@ def excite(x: Tensor, E: Tensor, phases: Tensor, C: int) -> tuple[Tensor, Tensor
         *(tiles_of(tensor, TOKENS, STORED) for tensor in (X, R)),
         phases, N, M // C, C,
     )  # fmt: skip
-    run(hopper_excite, blocks * runs_of(blocks, tiles, x.device), arguments, D=D, WIDE=wide)
+    run(hopper_excite, blocks * runs_of(blocks, tiles, x.device), arguments, D=D)
     return X, R

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bdh.kernels.hopper import excite, excite_backward, gate, gate_backward
+from bdh.kernels.hopper import excite, excite_512, excite_backward, gate, gate_512, gate_backward
 from bdh.kernels.hopper.parts import of_bfloat16
 from bdh.kernels.operations import Dropout, Past
 from bdh.kernels.triton_operations import TritonOperations, dropout_numbers
@@ -14,9 +14,10 @@ class HopperOperations(TritonOperations):
 
     def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         (G, C, D), N = x.shape, len(E)
-        if not (excite.fits(C, N, D) and of_bfloat16(x, E)):
+        kernel = next((module for module in (excite, excite_512) if module.fits(C, N, D)), None)
+        if kernel is None or not of_bfloat16(x, E):
             return super().excite(x, E, cos, sin)
-        X, R = excite.excite(x.view(G * C, D), E, self.phases(cos, sin).view(C, N), C)  # (M, N)
+        X, R = kernel.excite(x.view(G * C, D), E, self.phases(cos, sin).view(C, N), C)  # (M, N)
         return X.view(G, C, N), R.view(G, C, N)
 
     def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> None:
@@ -27,6 +28,14 @@ class HopperOperations(TritonOperations):
             return
         key, dropped = dropout_numbers(dropout)
         gate.gate(A.view(G * C, D), Ev, X.view(G * C, N), key, dropped, Dec.mT, y.view(G * C, D))
+
+    def gated(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
+        G, C, N = X.shape
+        D = A.shape[2]
+        if not (gate_512.fits(G * C, N, D) and of_bfloat16(A, Ev, X)):
+            return super().gated(A, Ev, X, dropout)
+        Z = gate_512.gated(A.view(G * C, D), Ev, X.view(G * C, N), *dropout_numbers(dropout))  # (M, N)
+        return Z.view(G, C, N)
 
     def gate_backward(
         self,
@@ -46,6 +55,18 @@ class HopperOperations(TritonOperations):
         dy, A, X = dy.view(G * C, D), A.view(G * C, D), X.view(G * C, N)  # (M, D), (M, D), (M, N)
         dY, dX = gate_backward.gate_backward(dy, Dec.mT, A, Ev, X, *dropout_numbers(dropout), dDec.mT, dEv)
         return dY.view(G, C, N), dX.view(G, C, N)
+
+    def gated_backward(
+        self, dy: Tensor, Dec: Tensor, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        G, C, N = X.shape
+        D = A.shape[2]
+        if not (gate_512.fits(G * C, N, D) and of_bfloat16(A, Ev, X)):
+            return super().gated_backward(dy, Dec, A, Ev, X, dropout)
+        dX = dy @ Dec  # (G, C, N)  dZ, for the time being
+        rows = A.view(G * C, D), Ev, X.view(G * C, N), dX.view(G * C, N)
+        Z, dY = gate_512.gated_backward(*rows, *dropout_numbers(dropout))  # (M, N)
+        return Z.view(G, C, N), dY.view(G, C, N), dX
 
     def excite_backward(
         self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: Past | None

@@ -50,6 +50,13 @@ def arrive(barrier):
     mbarrier.arrive(barrier, count=1)
 
 
+@gluon.jit
+def place_of(tile, G, C, TOKENS: gl.constexpr):
+    """A tile's first row, and which position in its chunk that is."""
+    position = tile // G
+    return (tile - position * G) * C + position * TOKENS, position * TOKENS
+
+
 # ------------------------------------------------------------------------------------------------ dropout
 
 

@@ -1,0 +1,360 @@
+"""The gate for D = 512, and back through it: Z of A, Ev and X, and dX, dY of dZ. Other products are left to cuBLAS.
+
+A program has 128 tokens and goes through its part of the neurons, 128 a step. Its rows of A stay in registers, so that
+Ev is read once for every 128 tokens, out of the L2 cache. A Ev^T is never written.
+
+    multiplies: two groups of four warps with 64 tokens each: A Ev^T, of which they gate and store half at a time.
+    loads_pieces, loads_tiles: one warp for A and Ev, and one for each group's X and dZ.
+
+A and Ev come in pieces (128, 64) round one ring: first those of A, of which each group takes its half, then those of
+Ev, which both read. The groups multiply in turns, so that the matrix units have one's work while the other gates.
+Each group has slots of its own for tiles (64, 64), two of which it takes a step. What comes out takes the places of
+what went in, from where it is stored: Z that of X; backward dY that of X, dX that of dZ, and Z has a place of its own.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import cdiv
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from bdh.kernels.hopper.gate import gated as gated_tile
+from bdh.kernels.hopper.parts import (
+    arrive,
+    barriers,
+    fetch,
+    hash_of_neurons,
+    hash_of_tokens,
+    load_tile,
+    run,
+    signed,
+    store_tile,
+    tiles_of,
+    together,
+)
+
+TOKENS = 64  # of a tile: a group's
+NEURONS = 64  # of a tile
+PIECE = 128  # rows of A and Ev in a slot of the ring: a program's tokens, a step's neurons
+COLUMNS = 64  # of a piece
+WIDTH = 512  # D
+PROCESSORS = 132  # of a GPU; with another number programs only fill it less well
+
+PIECES = gl.constexpr(WIDTH // COLUMNS)  # of A, and of a step's Ev
+RING = gl.constexpr(8)  # slots for pieces
+SUM = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIECE, 16]))
+LEFT = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=SUM.value, k_width=2))
+TILE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NEURONS, 16]))
+
+
+@gluon.jit
+def loads_pieces(descs, ring, bars, m, part, parts, count):
+    A_desc, Ev_desc = descs[0], descs[1]
+    ring_full, ring_empty, _, _, _ = bars
+    PIECE: gl.constexpr = Ev_desc.block_type.shape[0]
+    COLUMNS: gl.constexpr = Ev_desc.block_type.shape[1]
+    for p in range(PIECES):  # the ring has room for all of them
+        fetch(A_desc, [m, p * COLUMNS], ring_full.index(p), ring.index(p))
+    p = PIECES
+    for i in range(count):
+        for k in range(PIECES):
+            slot = p % RING
+            mbarrier.wait(ring_empty.index(slot), ((p // RING) & 1) ^ 1)
+            fetch(Ev_desc, [(part + i * parts) * PIECE, k * COLUMNS], ring_full.index(slot), ring.index(slot))
+            p += 1
+
+
+@gluon.jit
+def loads_tiles(descs, tiles, bars, m, part, parts, count, group: gl.constexpr, BACKWARD: gl.constexpr):
+    X_desc = descs[2]
+    _, _, tiles_full, tiles_empty, _ = bars
+    NEURONS: gl.constexpr = X_desc.block_type.shape[1]
+    SLOTS: gl.constexpr = tiles[0].type.shape[0] // 2  # of the group
+    for i in range(count):
+        for h in range(2):
+            t = 2 * i + h
+            slot = group * SLOTS + t % SLOTS
+            full = tiles_full.index(slot)
+            n = (2 * (part + i * parts) + h) * NEURONS
+            mbarrier.wait(tiles_empty.index(slot), ((t // SLOTS) & 1) ^ 1)
+            mbarrier.expect(full, X_desc.block_type.nbytes * (2 if BACKWARD else 1))
+            load_tile(X_desc, [m, n], full, tiles[0].index(slot))
+            if BACKWARD:
+                load_tile(descs[4], [m, n], full, tiles[2].index(slot))  # dZ
+
+
+@gluon.jit
+def multiplies(
+    descs, ring, tiles, bars, m, part, parts, count, key, first_kept,
+    group: gl.constexpr, DROPOUT: gl.constexpr, BACKWARD: gl.constexpr,
+):  # fmt: skip
+    """Tokens m and on. Those from M on and neurons from N on are 0 in what is loaded, and not stored."""
+    ring_full, ring_empty, tiles_full, tiles_empty, turns = bars
+    TOKENS: gl.constexpr = tiles[0].type.shape[1]
+    NEURONS: gl.constexpr = tiles[0].type.shape[2]
+    PIECE: gl.constexpr = ring.type.shape[1]
+    SLOTS: gl.constexpr = tiles[0].type.shape[0] // 2  # of the group
+    A = ()  # PIECES x (TOKENS, COLUMNS)
+    for p in gl.static_range(PIECES):
+        mbarrier.wait(ring_full.index(p), 0)
+        A += (ring.index(p).slice(group * TOKENS, TOKENS, 0).load(LEFT),)  # (TOKENS, COLUMNS)
+        arrive(ring_empty.index(p))
+    token = hash_of_tokens(m, key, TOKENS, gl.SliceLayout(1, TILE))  # (TOKENS)
+    nothing = gl.zeros([TOKENS, PIECE], gl.float32, layout=SUM)
+    p = PIECES
+    for i in range(count):
+        if SLOTS == 2:  # at once: the step's tiles are loaded only then
+            release(i, tiles_empty, group, SLOTS)
+        # group 0 waits for what group 1 queued at i - 1, group 1 for what group 0 queued at i
+        mbarrier.wait(turns.index(group), (i & 1) ^ 1 ^ group)
+        product = nothing
+        for k in gl.static_range(PIECES):
+            mbarrier.wait(ring_full.index(p % RING), (p // RING) & 1)
+            weights = ring.index(p % RING).permute((1, 0))  # (COLUMNS, PIECE)
+            product = warpgroup_mma(A[k], weights, product, use_acc=k > 0, is_async=True)
+            if k == PIECES - 1:
+                mbarrier.arrive(turns.index(1 - group), count=1)
+            if k > 0:  # the piece before was read
+                product = warpgroup_mma_wait(1, deps=(product,))
+                arrive(ring_empty.index((p - 1) % RING))
+            if SLOTS > 2 and k == 1:  # late enough that the step before has stored, early enough for the next tiles
+                release(i, tiles_empty, group, SLOTS)
+            p += 1
+        product = warpgroup_mma_wait(0, deps=(product,))  # (TOKENS, PIECE)
+        arrive(ring_empty.index((p - 1) % RING))
+        left, right = product.reshape([TOKENS, 2, NEURONS]).permute((0, 2, 1)).split()  # 2 x (TOKENS, NEURONS)
+        left = gl.convert_layout(left, TILE, assert_trivial=True)
+        right = gl.convert_layout(right, TILE, assert_trivial=True)
+        if BACKWARD:
+            left, right = positive(left), positive(right)
+        n = (part + i * parts) * PIECE
+        gates(left, 2 * i, m, n, token, first_kept, descs, tiles, tiles_full, group, DROPOUT, BACKWARD)
+        gates(right, 2 * i + 1, m, n + NEURONS, token, first_kept, descs, tiles, tiles_full, group, DROPOUT, BACKWARD)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def release(i, tiles_empty, group: gl.constexpr, SLOTS: gl.constexpr):
+    """Gives back the slots of the two tiles of the step before i, when their stores have read them."""
+    tma.store_wait(0)
+    together()
+    for h in gl.static_range(2):
+        mbarrier.arrive(tiles_empty.index(group * SLOTS + (2 * i - 2 + h + SLOTS) % SLOTS), count=1, pred=i > 0)
+
+
+@gluon.jit
+def positive(Y):
+    """relu(Y) in bfloat16, (TOKENS, NEURONS). Not pure, so that it stays here: the result takes half the registers."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,f,f", [Y], dtype=gl.bfloat16, is_pure=False, pack=2
+    )
+
+
+@gluon.jit
+def gates(
+    Y, t, m, n, token, first_kept, descs, tiles, tiles_full,
+    group: gl.constexpr, DROPOUT: gl.constexpr, BACKWARD: gl.constexpr,
+):  # fmt: skip
+    """Gates a group's tile t, at tokens m and neurons n, and begins to store what comes out."""
+    X, Z = tiles[0], tiles[1]
+    SLOTS: gl.constexpr = X.type.shape[0] // 2  # of the group
+    slot = group * SLOTS + t % SLOTS
+    # unsigned: so the compiler sees that both neurons of a pair have one hash
+    pair, _ = hash_of_neurons(n.to(gl.uint32), X.type.shape[2], gl.SliceLayout(0, TILE))  # (NEURONS)
+    mbarrier.wait(tiles_full.index(slot), (t // SLOTS) & 1)
+    x = X.index(slot).load(TILE)  # (TOKENS, NEURONS)
+    if BACKWARD:
+        dX = tiles[2]
+        dz = dX.index(slot).load(TILE)  # (TOKENS, NEURONS)
+        if DROPOUT:
+            Y = kept(Y, token, pair, first_kept)  # (TOKENS, NEURONS)
+        z, dx, dy = x * Y, dz * Y, where_positive(Y, dz * x)  # 3 x (TOKENS, NEURONS)
+        Z.index(slot).store(z)
+        dX.index(slot).store(dx)
+        X.index(slot).store(dy)
+    else:
+        Z.index(slot).store(gated_tile(Y, x, token, pair, first_kept, DROPOUT, TILE))
+    fence_async_shared()
+    together()
+    store_tile(descs[3], [m, n], Z.index(slot))
+    if BACKWARD:
+        store_tile(descs[4], [m, n], dX.index(slot))
+        store_tile(descs[5], [m, n], X.index(slot))  # dY
+
+
+@gluon.jit
+def kept(y, token, pair, first_kept):
+    """y where dropout keeps it, else 0, (TOKENS, NEURONS) bfloat16.
+
+    As in `gate.gated` it is for the two neurons of a pair, which share a hash; here a thread has them in one register,
+    and a mask of two halves keeps one, both or none.
+    """
+    h = gl.expand_dims(token, 1) ^ gl.expand_dims(pair, 0)  # (TOKENS, NEURONS)
+    least = gl.full(y.type.shape, first_kept.to(gl.uint32), gl.uint32, layout=TILE)  # (TOKENS, NEURONS)
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p, q;
+        .reg .b32 h, g, u, v;
+        mul.lo.u32 h, $2, 0x9E3779B1;
+        shl.b32 g, h, 16;
+        add.u32 g, g, h;
+        setp.ge.u32 p, h, $4;
+        setp.ge.u32 q, g, $5;
+        selp.b32 u, 0x0000FFFF, 0, p;
+        selp.b32 v, 0xFFFF0000, 0, q;
+        or.b32 u, u, v;
+        and.b32 $0, $1, u;
+        }""",
+        "=r,r,r,r,r,r",
+        [y, h, least],
+        dtype=gl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def where_positive(y, tile):
+    """A tile where y > 0, else 0, (TOKENS, NEURONS) bfloat16: the two of a pair at a time, which Triton does not do."""
+    zero = gl.full(y.type.shape, 0.0, gl.bfloat16, layout=TILE)  # (TOKENS, NEURONS)
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 u; set.gt.u32.bf16x2 u, $1, $3; and.b32 $0, $2, u; }",
+        "=r,r,r,r",
+        [y, tile, zero],
+        dtype=gl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def program(descs, key, first_kept, steps, parts, SLOTS: gl.constexpr, DROPOUT: gl.constexpr, BACKWARD: gl.constexpr):
+    Ev_desc, X_desc = descs[1], descs[2]
+    PIECE: gl.constexpr = Ev_desc.block_type.shape[0]
+    COLUMNS: gl.constexpr = Ev_desc.block_type.shape[1]
+    TOKENS: gl.constexpr = X_desc.block_type.shape[0]
+    NEURONS: gl.constexpr = X_desc.block_type.shape[1]
+    part = gl.program_id(0) % parts
+    m = gl.program_id(0) // parts * PIECE
+    count = (steps - part + parts - 1) // parts  # of steps part, part + parts, …
+    ring = gl.allocate_shared_memory(gl.bfloat16, [RING, PIECE, COLUMNS], Ev_desc.layout)
+    X = gl.allocate_shared_memory(gl.bfloat16, [2 * SLOTS, TOKENS, NEURONS], X_desc.layout)  # SLOTS of each group
+    if BACKWARD:
+        Z = gl.allocate_shared_memory(gl.bfloat16, [2 * SLOTS, TOKENS, NEURONS], X_desc.layout)
+        dX = gl.allocate_shared_memory(gl.bfloat16, [2 * SLOTS, TOKENS, NEURONS], X_desc.layout)
+        tiles = (X, Z, dX)
+    else:
+        tiles = (X, X)
+    ring_full, ring_empty = barriers(RING, 1), barriers(RING, 2)  # both groups read the ring
+    tiles_full, tiles_empty = barriers(2 * SLOTS, 1), barriers(2 * SLOTS, 1)
+    turns = barriers(2, 1)
+    fence_async_shared()
+    bars = (ring_full, ring_empty, tiles_full, tiles_empty, turns)
+    other = m + TOKENS
+    gl.warp_specialize(
+        [
+            (multiplies, (descs, ring, tiles, bars, m, part, parts, count, key, first_kept, 0, DROPOUT, BACKWARD)),
+            (multiplies, (descs, ring, tiles, bars, other, part, parts, count, key, first_kept, 1, DROPOUT, BACKWARD)),
+            (loads_pieces, (descs, ring, bars, m, part, parts, count)),
+            (loads_tiles, (descs, tiles, bars, m, part, parts, count, 0, BACKWARD)),
+            (loads_tiles, (descs, tiles, bars, other, part, parts, count, 1, BACKWARD)),
+        ],
+        [4, 1, 1, 1],
+        [240, 24, 24, 24],
+    )
+
+
+@gluon.jit(do_not_specialize=["key", "first_kept", "steps", "parts"])
+def hopper_gated(
+    A_desc,  # (M, D), normalised
+    Ev_desc,  # (N, D)
+    X_desc,  # (M, N)
+    Z_desc,  # (M, N), out
+    key,
+    first_kept,
+    steps,
+    parts,  # into which the neurons are cut
+    DROPOUT: gl.constexpr,
+):
+    program((A_desc, Ev_desc, X_desc, Z_desc), key, first_kept, steps, parts, 4, DROPOUT, False)
+
+
+@gluon.jit(do_not_specialize=["key", "first_kept", "steps", "parts"])
+def hopper_gated_backward(
+    A_desc,  # (M, D), normalised
+    Ev_desc,  # (N, D)
+    X_desc,  # (M, N)
+    Z_desc,  # (M, N), out
+    dX_desc,  # (M, N), in (dZ) and out
+    dY_desc,  # (M, N), out
+    key,
+    first_kept,
+    steps,
+    parts,  # into which the neurons are cut
+    DROPOUT: gl.constexpr,
+):
+    program((A_desc, Ev_desc, X_desc, Z_desc, dX_desc, dY_desc), key, first_kept, steps, parts, 2, DROPOUT, True)
+
+
+def fits(M: int, N: int, D: int) -> bool:
+    return M > 0 and N > 0 and N % 8 == 0 and D == WIDTH  # rows of X begin at multiples of 16 bytes
+
+
+@cache
+def parts_of(blocks: int, steps: int) -> int:
+    """Into how many parts to cut the neurons, so that all is done after the fewest steps; a program's start is four."""
+    waves = {parts: cdiv(blocks * parts, PROCESSORS) for parts in range(1, min(steps, PROCESSORS) + 1)}
+    return min(waves, key=lambda parts: waves[parts] * (cdiv(steps, parts) + 4))
+
+
+def launch(kernel: Any, A: Tensor, Ev: Tensor, tensors: tuple[Tensor, ...], key: int, dropped: int) -> None:
+    """For tensors (M, N), in the kernel's order."""
+    blocks, steps = cdiv(len(A), PIECE), cdiv(len(Ev), PIECE)
+    parts = parts_of(blocks, steps)
+    arguments = (
+        *(tiles_of(tensor, PIECE, COLUMNS) for tensor in (A, Ev)),
+        *(tiles_of(tensor, TOKENS, NEURONS) for tensor in tensors),
+        signed(key), signed(dropped << 16), steps, parts,
+    )  # fmt: skip
+    run(kernel, blocks * parts, arguments, DROPOUT=dropped > 0)
+
+
+def gated(A: Tensor, Ev: Tensor, X: Tensor, key: int, dropped: int) -> Tensor:
+    """Z = X o relu(A Ev^T), dropped, (M, N).
+
+    Args:
+        A: Normalised, (M, D) bfloat16.
+        Ev: (N, D) bfloat16.
+        X: (M, N) bfloat16.
+        key: Of dropout, 32 bits.
+        dropped: How many of 2^16 random numbers drop.
+    """
+    Z = torch.empty_like(X)  # (M, N)
+    launch(hopper_gated, A, Ev, (X, Z), key, dropped)
+    return Z
+
+
+def gated_backward(A: Tensor, Ev: Tensor, X: Tensor, dX: Tensor, key: int, dropped: int) -> tuple[Tensor, Tensor]:
+    """Z and dY, (M, N); dX over dZ.
+
+    Args:
+        A: Normalised, (M, D) bfloat16.
+        Ev: (N, D) bfloat16.
+        X: (M, N) bfloat16.
+        dX: dZ, (M, N) bfloat16, overwritten with dX.
+        key: Of dropout, 32 bits.
+        dropped: How many of 2^16 random numbers drop.
+    """
+    Z, dY = torch.empty_like(X), torch.empty_like(X)  # (M, N)
+    launch(hopper_gated_backward, A, Ev, (X, Z, dX, dY), key, dropped)
+    return Z, dY
