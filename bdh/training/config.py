@@ -29,8 +29,8 @@ class ModelConfig:
         initializer_range: Standard deviation of the initial weights.
         chunk_size: Longer sequences are read in chunks of this many tokens; changes speed, not the function.
         kernels: How the work of the neurons is done in training: reference is the plain form, chunked does it head by
-            head in PyTorch, triton in kernels for NVIDIA GPUs; auto takes chunked on a CPU where it pays. Changes speed
-            and memory, not the function.
+            head in PyTorch, triton in kernels for NVIDIA GPUs; auto takes chunked on a CPU, and triton in bfloat16 on
+            an H100 or H200, where it pays. Changes speed and memory, not the function.
     """
 
     n_layer: int = 6
