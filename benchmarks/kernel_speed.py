@@ -1,4 +1,4 @@
-"""Every Triton operation of training on a GPU, beside the plain PyTorch form of it, compiled by torch.compile.
+"""The Triton operations of training on a GPU, beside the plain PyTorch form of it, compiled by torch.compile.
 
     python -m benchmarks.kernel_speed [--tokens 16384] [--chunk 512] [--width 256] [--neurons 8192] [--tune]
 
@@ -35,7 +35,7 @@ class Case:
 
     Attributes:
         kernel: Its name in `TILES`.
-        ours: By Triton, with a dropout; may overwrite its tensors.
+        ours: By Triton, with a dropout.
         plain: The same results in PyTorch, with a probability of dropping.
         flops: Of the products that have to be done.
         nbytes: What has to be read and written.

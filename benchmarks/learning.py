@@ -30,7 +30,7 @@ from bdh.kernels.dispatch import use_kernels
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.training.config import TrainingConfig
 from bdh.training.optimizer import build_optimizer
-from benchmarks.record import save
+from benchmarks.record import save, visible
 
 RUNS: dict[str, dict[str, Any]] = {
     "reference": {"kernels": "reference"},
@@ -73,7 +73,7 @@ def worker(given: dict[str, Any]) -> None:
     forward: Any = torch.compile(model) if given["kernels"] == "reference" else model
     draw = torch.Generator().manual_seed(1)
     losses: dict[int, float] = {}
-    seconds, spent = 0.0, []
+    spent: list[float] = []
     torch.manual_seed(given.get("dropping", 0))
     for step in range(given["steps"]):
         began = time.perf_counter()
@@ -89,9 +89,9 @@ def worker(given: dict[str, Any]) -> None:
         if step + 1 == 2:  # what came before was compiled for
             spent = [min(spent)] * 2
         if (step + 1) % EVERY == 0:
-            seconds = sum(spent)
             losses[step + 1] = validated(model, validation)
-            print(step + 1, round(seconds, 2), losses[step + 1], file=sys.stderr, flush=True)
+            print(step + 1, round(sum(spent), 2), losses[step + 1], file=sys.stderr, flush=True)
+    seconds = sum(spent)
     found: dict[str, Any] = {"validation_loss": losses, "training_seconds": round(seconds, 2)}
     found["tokens_per_second"] = round(given["steps"] * ROWS * T / seconds)
     if given.get("silent"):
@@ -143,7 +143,7 @@ def measure(name: str, steps: int, gpu: int) -> dict[str, Any]:
     """A run in a process of its own, on one GPU."""
     given = {**RUNS[name], "steps": steps, "silent": name == "triton"}
     command = [sys.executable, "-m", "benchmarks.learning", "--worker", json.dumps(given)]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": visible(gpu)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     if not lines:

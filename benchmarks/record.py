@@ -51,3 +51,9 @@ def save(name: str, figures: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**circumstances(), **figures}, indent=1) + "\n")
     return path
+
+
+def visible(gpu: int) -> str:
+    """What CUDA_VISIBLE_DEVICES has to be, that a process sees one of the GPUs that this one may use, and no other."""
+    here = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return here.split(",")[gpu] if here else str(gpu)

@@ -41,7 +41,7 @@ from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.training.config import TrainingConfig
 from bdh.training.optimizer import build_optimizer
 from bdh.training.throughput import flops_per_token
-from benchmarks.record import RESULTS, save
+from benchmarks.record import RESULTS, save, visible
 
 QUICKSTART = {"n_layer": 3, "n_embd": 256, "n_head": 4, "mlp_internal_dim_multiplier": 16, "dropout": 0.0}
 CASES = {
@@ -50,7 +50,7 @@ CASES = {
 }
 FORMS = {"cpu": ["published", "reference", "chunked"], "cuda": ["published+compile", "triton"]}
 SIZES: dict[str, dict[str, Any]] = {"cpu": QUICKSTART, "cuda": {}}
-LONGEST = {"published": 8192, "reference": 8192}  # tokens; the memory that they take grows with the square of that
+LONGEST = {"published": 8192}  # tokens; the memory that it takes grows with the square of that
 
 
 class Published(nn.Module):
@@ -188,7 +188,7 @@ def resident() -> int:
 def measure(given: dict[str, Any], gpu: int | None) -> dict[str, Any] | None:
     """A measurement in a process of its own; None where memory did not do."""
     command = [sys.executable, "-m", "benchmarks.train_speed", "--worker", json.dumps(given)]
-    env = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    env = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible(gpu)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     found: dict[str, Any] | None = json.loads(lines[0].removeprefix("FOUND ")) if lines else None
@@ -206,15 +206,14 @@ def measure_case(case: str, forms: list[str], given: dict[str, Any], turns: int,
     able = [form for form in forms if length <= LONGEST.get(form.split("+")[0], length)]
     given = {**given, "rows": rows, "length": length, "model": sizes}
     found = [{form: measure({**given, "form": form}, gpu) for form in able} for _ in range(turns)]
-    return {"rows": rows, "length": length, **summary(able, found)}
+    return {"rows": rows, "length": length, **summary(able, found, forms[0])}
 
 
-def summary(forms: list[str], turns: list[dict[str, dict[str, Any] | None]]) -> dict[str, Any]:
-    """What the turns came to, by form."""
-    first = forms[0]
+def summary(forms: list[str], turns: list[dict[str, dict[str, Any] | None]], first: str) -> dict[str, Any]:
+    """What the turns came to, by form, and how many times the first one's, where that was measured."""
     result: dict[str, Any] = {}
     for form in forms:
-        found = [(turn[form], turn[first]) for turn in turns]
+        found = [(turn[form], turn.get(first)) for turn in turns]
         own = [one for one, _ in found if one is not None]
         if not own:
             result[form] = "out of memory"
@@ -224,8 +223,9 @@ def summary(forms: list[str], turns: list[dict[str, dict[str, Any] | None]]) -> 
             "tokens_per_second": round(statistics.median(one["tokens_per_second"] for one in own), 1),
             "peak_memory_bytes": max(one["peak_memory_bytes"] for one in own),
             "last_loss": own[-1]["last_loss"],
-            f"times_{first}": [round(ratio, 3) for ratio in ratios],
         }
+        if ratios:
+            result[form][f"times_{first}"] = [round(ratio, 3) for ratio in ratios]
         if "gpu" in own[0]:
             result[form]["share_of_ceiling"] = round(statistics.median(one["share_of_ceiling"] for one in own), 3)
             result[form]["gpu"] = own[0]["gpu"]
@@ -246,7 +246,7 @@ def draw(cases: dict[str, dict[str, Any]], device: str) -> None:
         each = [one[form]["peak_memory_bytes"] / (one["rows"] * one["length"]) / 2**20 for one in having]
         memory.plot(lengths, each, "o-", label=form)
     for axes, name in ((cost, "microseconds a token"), (memory, "peak memory a token of a step, MiB")):
-        axes.set(xscale="log", ylim=(0, None), xlabel="tokens of a sequence", ylabel=name)
+        axes.set(ylim=(0, None), xlabel="tokens of a sequence", ylabel=name)
         axes.set_xscale("log", base=2)
         axes.legend()
     figure.savefig(RESULTS / f"train_speed_{device}.png", dpi=120)

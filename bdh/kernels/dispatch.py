@@ -86,7 +86,7 @@ def operations_of(name: str, device: torch.device) -> Operations:
     from bdh.kernels.triton_operations import TritonOperations
 
     if torch.cuda.get_device_capability(device) == HOPPER:
-        with suppress(ImportError):  # of a Triton without Gluon
+        with suppress(Exception):  # of any kind: Gluon is new, and what it is called may change with any Triton
             from bdh.kernels.hopper.operations import HopperOperations, works
 
             if works(device):
@@ -117,14 +117,15 @@ class Kernels:
         config = layer.config
         if B * T * config.neurons_per_head < self.least or (state is not None and T == 1) or not is_plain(layer):
             return None
-        if self.only not in (None, computing_dtype(embeds)):
+        dtype = computing_dtype(embeds)
+        if self.only not in (None, dtype) or not self.operations.takes(dtype):
             return None
         if mask is not None and not bool(mask.all()):
             return None
         encoder, *encoder_v, decoder = (here(linear) for linear in linear_maps(layer))
         reading = Reading.begin(
             self.operations,
-            Weights.of(encoder, encoder_v, decoder, computing_dtype(embeds)),
+            Weights.of(encoder, encoder_v, decoder, dtype),
             (B, T),
             theta=config.rope_theta,
             eps=config.layer_norm_eps,

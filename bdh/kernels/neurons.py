@@ -137,7 +137,8 @@ class Neurons(torch.autograd.Function):
         if keep:
             ctx.reading, ctx.seed, ctx.dtypes = reading, seed, (x.dtype, encoder.dtype)
             ctx.save_for_backward(*saved)
-        y *= Dropout(reading.dropout).scale
+        if reading.dropout > 0:
+            y *= Dropout(reading.dropout).scale
         return y.view(x.shape).to(x.dtype), None if S is None else torch.stack(ends, 1)  # (B, h, N, D)
 
     @staticmethod
@@ -177,7 +178,8 @@ class WayBack:
     def __init__(self, reading: Reading, seed: int, xs: Tensor, dy: Tensor, dS: Tensor | None):
         self.reading, self.seed = reading, seed
         self.B, self.c, _, D = dy.shape
-        dy = dy * Dropout(reading.dropout).scale  # (B, c, C, D)
+        if reading.dropout > 0:
+            dy = dy * Dropout(reading.dropout).scale  # (B, c, C, D)
         self.x, self.dy, self.dS_after = xs, dy.to(xs.dtype).view(xs.shape), dS  # (G, C, D) twice
         h, N = reading.weights.n_head, len(reading.weights.E[0])
         wide = synapse_dtype(xs.dtype)

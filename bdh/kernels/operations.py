@@ -10,6 +10,7 @@ of position t, as scores depend on differences only.
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -42,6 +43,9 @@ Past = tuple[Tensor, Tensor, Tensor, Tensor]
 
 class Operations(Protocol):
     """The steps of one head."""
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether it can be computed in."""
 
     def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """X = relu(x E^T) and R = rope(X).
@@ -83,6 +87,8 @@ class Operations(Protocol):
         dEv: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """From dy (G, C, D), the gradient of Z Dec^T, and Dec (D, N), of any strides; the others as in `gate`.
+
+        All heads of a layer give the same dy, unchanged: what is made of it for the first may serve the others.
 
         With Y = relu(A Ev^T) and dZ = dy Dec, dropped like Z, and sums over all tokens:
 

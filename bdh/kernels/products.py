@@ -10,7 +10,7 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.baddbmm_(a, b.expand(len(a), *b.shape[-2:]))
     elif total.device.type == "cuda":  # which adds as precisely as it multiplies
         if b.dim() == 2:
-            total, a = total.flatten(0, 1), a.flatten(0, 1)  # (M, J), (M, I)
+            total, a = total.view(-1, total.shape[-1]), a.flatten(0, 1)  # (M, J), (M, I)
         add = torch.addmm if b.dim() == 2 else torch.baddbmm
         add(total, a, b, out_dtype=total.dtype, out=total)
     else:

@@ -79,7 +79,7 @@ class Documents:
         last = by_chunk[:, :, -1:]  # (B, c, 1)
         before = F.pad(last[:, :-1], (0, 0, 1, 0))  # (B, c, 1)
         return cls(
-            by_chunk.flatten(0, 1),
+            by_chunk.flatten(0, 1).contiguous(),
             (by_chunk == before).to(dtype).view(B * c, C, 1),
             (by_chunk == last).to(dtype).view(B * c, C, 1),
             (last == before)[:, :, 0].to(synapse_dtype(dtype)),

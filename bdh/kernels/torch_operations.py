@@ -26,6 +26,9 @@ class TorchOperations:
         self.turning: tuple[Tensor, ...] = ()  # cos and sin, and what `phases` has made of them
         self.lying: tuple[Tensor, ...] = ()  # dy, and what `transposed` has made of it
 
+    def takes(self, dtype: torch.dtype) -> bool:
+        return True
+
     def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         X = relu_(self.product("X", x, E.mT))  # (G, C, N)
         R = self.rooms.take("R", X.shape, X.dtype)  # (G, C, N)

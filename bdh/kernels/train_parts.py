@@ -1,4 +1,4 @@
-"""What the kernels of `bdh.kernels.train` have in common: masks, the order of tiles, products, pairs, and dropout."""
+"""What the kernels of `bdh.kernels.train` and `train_tokens` share: masks, order of tiles, products, pairs, dropout."""
 
 import triton
 import triton.language as tl

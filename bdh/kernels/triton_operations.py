@@ -1,4 +1,5 @@
-"""The operations of `bdh.kernels.operations` on an NVIDIA GPU: what launches the Triton kernels of `bdh.kernels.train`.
+"""The operations of `bdh.kernels.operations` on an NVIDIA GPU: what launches the Triton kernels of `bdh.kernels.train`
+and `bdh.kernels.train_tokens`.
 
 Shapes: G chunks of C tokens, D `n_embd`, N neurons of the head, M = G * C. Tensors are contiguous and of one dtype,
 bfloat16 or float32; sums are in float32.
@@ -80,6 +81,9 @@ class TritonOperations:
         if not self.turning or self.turning[0] is not cos or self.turning[1] is not sin:
             self.turning = cos, sin, side_by_side(cos, sin)
         return self.turning[2]
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        return dtype in TILES["excite"]
 
     def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         G, C, D = x.shape

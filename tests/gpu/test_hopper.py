@@ -1,5 +1,7 @@
 """On an H100 or H200: each Gluon kernel against the Triton one, which Triton's interpreter holds to the plain form."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_HOPPER, reason="needs a
 
 # G, C, N: those that fit the kernels, of one tile and of many, in odd numbers; and some that fit none
 SIZES = [(1, 128, 128), (3, 128, 640), (5, 512, 384), (8, 512, 8192), (17, 256, 1024), (2, 96, 256), (1, 77, 130)]
+SIZES += [(1, 77, 136), (3, 33, 72)]  # tokens and neurons of a tile's part
 over_sizes = pytest.mark.parametrize("sizes", SIZES, ids=str)
 over_dropout = pytest.mark.parametrize("p", [0.0, 0.1, 0.6])
 D = 256
@@ -94,3 +97,22 @@ def test_what_is_not_a_number_stays_so(hopper: TritonOperations) -> None:
     y = torch.zeros(1, 128, D, device="cuda")
     hopper.gate(x, E, X, Dropout(), draw(256, D).mT, y)
     assert y[0, 5].isnan().all() and not y[0, 6].isnan().any()
+
+
+def test_sizes_of_the_default_model_and_twice_as_wide_take_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bdh.kernels.hopper import parts
+    from bdh.kernels.hopper.operations import HopperOperations, once_through
+
+    ran: list[str] = []
+    launch = parts.launch
+
+    def noted(kernel: Any, *given: Any, **more: Any) -> None:
+        ran.append(kernel.__name__)
+        launch(kernel, *given, **more)
+
+    monkeypatch.setattr(parts, "launch", noted)
+    once_through(HopperOperations(), 256, 0.1)
+    assert ran == ["hopper_excite", "hopper_gate", "hopper_gate_backward", *["hopper_excite_backward"] * 2]
+    ran.clear()
+    once_through(HopperOperations(), 512, 0.1)
+    assert ran == ["hopper_excite_512", "hopper_gated", "hopper_gated_backward", *["hopper_excite_backward"] * 2]

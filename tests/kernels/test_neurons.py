@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from bdh.data.tokenizer import save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
-from bdh.kernels.dispatch import use_kernels
+from bdh.kernels.dispatch import LEAST, use_kernels
 from bdh.kernels.operations import Dropout
 from bdh.kernels.torch_operations import keeps
 from bdh.kernels.triton_operations import TILES, Tiles, TritonOperations
@@ -267,6 +267,27 @@ def test_auto_leaves_little_work_to_the_plain_form() -> None:
     small, large = (torch.zeros(8, T, 8, dtype=torch.float64) for T in (16, 128))
     assert kernels(model.model.layer, small, None, None, None) is None
     assert kernels(model.model.layer, large, None, None, None) is not None
+
+
+def test_auto_takes_triton_on_hopper_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice alone: there is no such GPU here, and the interpreter stands in for it."""
+    monkeypatch.setattr("bdh.kernels.dispatch.why_no_triton", lambda device: None)
+    monkeypatch.setattr("bdh.kernels.dispatch.operations_of", lambda name, device: TritonOperations())
+    monkeypatch.setitem(LEAST, "triton", 0)
+    model = model_of(dtype=torch.float32, n_embd=16, mlp_internal_dim_multiplier=4)
+    layer, x = model.model.layer, torch.randn(2, 7, 16)
+    for capability, taken in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        use_kernels(layer, "auto", torch.device("cuda"))
+        assert (layer.kernels is not None) == taken
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    use_kernels(layer, "auto", torch.device("cuda"))
+    assert layer.kernels is not None and layer.kernels(layer, x, None, None, None) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.kernels(layer, x, None, None, None) is not None
+    use_kernels(layer, "triton", torch.device("cuda"))
+    assert layer.kernels(layer, x, None, None, None) is not None
+    assert layer.kernels(model.double().model.layer, x.double(), None, None, None) is None  # it knows no float64
 
 
 def test_adapters_take_the_plain_form_or_are_refused() -> None:

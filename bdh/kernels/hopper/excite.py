@@ -10,8 +10,6 @@ A program has 256 neurons and tiles of 64 tokens: both groups read the same x, e
 shared memory has no room for that; `excite_512` does it the other way round.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -24,7 +22,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bdh.kernels.hopper.parts import NAN, arrive, barriers, fetch, place_of, run, store_tile, tiles_of, together
+from bdh.kernels.hopper.parts import (
+    NAN,
+    arrive,
+    barriers,
+    cuts,
+    fetch,
+    place_of,
+    run,
+    store_tile,
+    tiles_of,
+    together,
+)
 from bdh.kernels.launching import cdiv
 
 TOKENS = 64  # of a group
@@ -203,17 +212,6 @@ def fits(C: int, N: int, D: int) -> bool:
     return D == WIDTH and N % NEURONS == 0 and C % TOKENS == 0
 
 
-@cache
-def runs_of(blocks: int, tiles: int, device: torch.device) -> int:
-    """In how many runs to cut the tiles, for each of which there are as many programs as blocks of neurons.
-
-    The fewest of those that take the least time: rounds of programs, times a program's tiles and one more to load E.
-    """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    most = min(tiles, processors)
-    return min(range(1, most + 1), key=lambda runs: cdiv(blocks * runs, processors) * (cdiv(tiles, runs) + 1))
-
-
 def excite(x: Tensor, E: Tensor, phases: Tensor, C: int) -> tuple[Tensor, Tensor]:
     """X = relu(x E^T) and R = rope(X), (G * C, N) bfloat16.
 
@@ -232,5 +230,5 @@ def excite(x: Tensor, E: Tensor, phases: Tensor, C: int) -> tuple[Tensor, Tensor
         *(tiles_of(tensor, TOKENS, STORED) for tensor in (X, R)),
         phases, N, M // C, C,
     )  # fmt: skip
-    run(hopper_excite, blocks * runs_of(blocks, tiles, x.device), arguments, D=D)
+    run(hopper_excite, blocks * cuts(blocks, tiles, 1, x.device), arguments, D=D)
     return X, R

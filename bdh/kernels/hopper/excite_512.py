@@ -12,8 +12,6 @@ Tiles of tokens are numbered position after position of a chunk, and at each pos
 two that follow each other: of an even number of chunks both are at the same position, and the groups SHARE phases.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -26,8 +24,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bdh.kernels.hopper.parts import arrive, barriers, fetch, load_tile, place_of, run, store_tile, tiles_of, together
-from bdh.kernels.launching import cdiv
+from bdh.kernels.hopper.parts import (
+    arrive,
+    barriers,
+    cuts,
+    fetch,
+    load_tile,
+    place_of,
+    run,
+    store_tile,
+    tiles_of,
+    together,
+)
 
 TOKENS = 64  # of a group
 NEURONS = 128  # of a step
@@ -199,17 +207,6 @@ def fits(C: int, N: int, D: int) -> bool:
     return D == WIDTH and N % NEURONS == 0 and C % (2 * TOKENS) == 0
 
 
-@cache
-def splits_of(blocks: int, steps: int, device: torch.device) -> int:
-    """Among how many programs the steps of a block of tokens are shared.
-
-    The fewest of those that take the least time: rounds of programs, times a program's steps and some more to begin.
-    """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    most = min(steps, processors)
-    return min(range(1, most + 1), key=lambda splits: cdiv(blocks * splits, processors) * (cdiv(steps, splits) + 4))
-
-
 def excite(x: Tensor, E: Tensor, phases: Tensor, C: int) -> tuple[Tensor, Tensor]:
     """X = relu(x E^T) and R = rope(X), (G * C, N) bfloat16.
 
@@ -222,7 +219,7 @@ def excite(x: Tensor, E: Tensor, phases: Tensor, C: int) -> tuple[Tensor, Tensor
     M, N = len(x), len(E)
     G = M // C
     blocks, steps = M // (2 * TOKENS), N // NEURONS
-    splits = splits_of(blocks, steps, x.device)
+    splits = cuts(blocks, steps, 4, x.device)
     X, R = (torch.empty(M, N, dtype=x.dtype, device=x.device) for _ in range(2))  # (M, N)
     arguments = (
         tiles_of(x, TOKENS, COLUMNS),

@@ -11,8 +11,6 @@ R. dP is symmetric: columns of it are read for rows, so that its pieces have the
 Slots 2 * group + i % 2 have the tiles of a group's step i; the result takes the place of dX, from where it is stored.
 """
 
-from functools import cache
-
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,12 +22,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bdh.kernels.hopper.parts import arrive, barriers, fetch, load_tile, run, store_tile, tiles_of, together
+from bdh.kernels.hopper.parts import (
+    arrive,
+    barriers,
+    cuts,
+    fetch,
+    load_tile,
+    run,
+    store_tile,
+    tiles_of,
+    together,
+)
 
 TOKENS = 64  # of a group's tile
 NEURONS = 64  # of a step
 PIECE = 128  # rows of dP and R in a slot of the ring
-PROCESSORS = 132  # of a GPU; with another number programs only fill it less well
 
 
 @gluon.jit
@@ -194,13 +201,6 @@ def fits(C: int, N: int) -> bool:
     return C in (256, 512) and N % NEURONS == 0
 
 
-@cache
-def parts_of(blocks: int, steps: int) -> int:
-    """Into how many parts to cut the neurons, so that all is done after the fewest steps; a program's start is two."""
-    waves = {parts: -(-blocks * parts // PROCESSORS) for parts in range(1, min(steps, PROCESSORS) + 1)}
-    return min(waves, key=lambda parts: waves[parts] * (-(-steps // parts) + 2))
-
-
 def excite_backward(dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, phases: Tensor, extra: Tensor | None) -> Tensor:
     """(dX + rope^-1(dP R + extra)) where X > 0, (G, C, N), over dX.
 
@@ -214,7 +214,7 @@ def excite_backward(dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, phases: Tensor
     """
     G, C, N = R.shape
     blocks, steps = G * C // (2 * TOKENS), N // NEURONS
-    parts = parts_of(blocks, steps)
+    parts = cuts(blocks, steps, 2, R.device)
     dX_tiles = tiles_of(dX.view(G * C, N), TOKENS, NEURONS)
     arguments = (
         tiles_of(dP.view(G * C, C), PIECE, TOKENS),

@@ -12,12 +12,10 @@ Each group has slots of its own for tiles (64, 64), two of which it takes a step
 what went in, from where it is stored: Z that of X; backward dY that of X, dX that of dZ, and Z has a place of its own.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton import cdiv
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -32,6 +30,7 @@ from bdh.kernels.hopper.gate import gated as gated_tile
 from bdh.kernels.hopper.parts import (
     arrive,
     barriers,
+    cuts,
     fetch,
     hash_of_neurons,
     hash_of_tokens,
@@ -42,13 +41,13 @@ from bdh.kernels.hopper.parts import (
     tiles_of,
     together,
 )
+from bdh.kernels.launching import cdiv
 
 TOKENS = 64  # of a tile: a group's
 NEURONS = 64  # of a tile
 PIECE = 128  # rows of A and Ev in a slot of the ring: a program's tokens, a step's neurons
 COLUMNS = 64  # of a piece
 WIDTH = 512  # D
-PROCESSORS = 132  # of a GPU; with another number programs only fill it less well
 
 PIECES = gl.constexpr(WIDTH // COLUMNS)  # of A, and of a step's Ev
 RING = gl.constexpr(8)  # slots for pieces
@@ -310,17 +309,10 @@ def fits(M: int, N: int, D: int) -> bool:
     return M > 0 and N > 0 and N % 8 == 0 and D == WIDTH  # rows of X begin at multiples of 16 bytes
 
 
-@cache
-def parts_of(blocks: int, steps: int) -> int:
-    """Into how many parts to cut the neurons, so that all is done after the fewest steps; a program's start is four."""
-    waves = {parts: cdiv(blocks * parts, PROCESSORS) for parts in range(1, min(steps, PROCESSORS) + 1)}
-    return min(waves, key=lambda parts: waves[parts] * (cdiv(steps, parts) + 4))
-
-
-def launch(kernel: Any, A: Tensor, Ev: Tensor, tensors: tuple[Tensor, ...], key: int, dropped: int) -> None:
+def start(kernel: Any, A: Tensor, Ev: Tensor, tensors: tuple[Tensor, ...], key: int, dropped: int) -> None:
     """For tensors (M, N), in the kernel's order."""
     blocks, steps = cdiv(len(A), PIECE), cdiv(len(Ev), PIECE)
-    parts = parts_of(blocks, steps)
+    parts = cuts(blocks, steps, 4, A.device)
     arguments = (
         *(tiles_of(tensor, PIECE, COLUMNS) for tensor in (A, Ev)),
         *(tiles_of(tensor, TOKENS, NEURONS) for tensor in tensors),
@@ -340,7 +332,7 @@ def gated(A: Tensor, Ev: Tensor, X: Tensor, key: int, dropped: int) -> Tensor:
         dropped: How many of 2^16 random numbers drop.
     """
     Z = torch.empty_like(X)  # (M, N)
-    launch(hopper_gated, A, Ev, (X, Z), key, dropped)
+    start(hopper_gated, A, Ev, (X, Z), key, dropped)
     return Z
 
 
@@ -356,5 +348,5 @@ def gated_backward(A: Tensor, Ev: Tensor, X: Tensor, dX: Tensor, key: int, dropp
         dropped: How many of 2^16 random numbers drop.
     """
     Z, dY = torch.empty_like(X), torch.empty_like(X)  # (M, N)
-    launch(hopper_gated_backward, A, Ev, (X, Z, dX, dY), key, dropped)
+    start(hopper_gated_backward, A, Ev, (X, Z, dX, dY), key, dropped)
     return Z, dY

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from bdh.kernels.hopper.parts import (
+    NAN,
     arrive,
     barriers,
     fetch,
@@ -81,7 +82,7 @@ def answers(buffers, bars, dDec, n, tiles, key, first_kept, D: gl.constexpr, DRO
         product = warpgroup_mma(Ev, A.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
         product = warpgroup_mma_wait(0, deps=(product,))  # (NEURONS, TOKENS)
         arrive(A_empty.index(slot))
-        y = gl.maximum(product, 0.0).to(gl.bfloat16)  # (NEURONS, TOKENS)
+        y = gl.maximum(product, 0.0, propagate_nan=NAN).to(gl.bfloat16)  # (NEURONS, TOKENS)
         if DROPOUT:
             token = hash_of_tokens(t * TOKENS, key, TOKENS, gl.SliceLayout(0, TILE))  # (TOKENS)
             bits = (gl.expand_dims(token, 0) ^ gl.expand_dims(pair, 1)) * gl.expand_dims(factor, 1)
@@ -212,6 +213,8 @@ def gate_backward(
         X: (M, N) bfloat16.
         key: Of dropout, 32 bits.
         dropped: How many of 2^16 random numbers drop.
+        dDec: (N, D) float32, filled.
+        dEv: (N, D) float32, filled.
     """
     (M, D), N = A.shape, len(Ev)
     dX, dY = torch.empty_like(X), torch.empty_like(X)  # (M, N)

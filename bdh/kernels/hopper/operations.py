@@ -82,23 +82,31 @@ class HopperOperations(TritonOperations):
 
 
 def works(device: torch.device) -> bool:
-    """Whether the kernels work here: Gluon is new, and what it is called changes from one Triton to the next."""
-    C, D, N = 256, gate_backward.WIDTH, 128
-
-    def draw(*shape: int) -> Tensor:
-        return torch.ones(shape, dtype=torch.bfloat16, device=device)
-
-    x, E, X, y = draw(1, C, D), draw(N, D), draw(1, C, N), torch.ones(1, C, D, device=device)
-    phases = draw(C, N // 2, 2)
-    cos, sin = phases.unbind(-1)  # (C, N/2)
-    op, sums = HopperOperations(), torch.empty(2, N, D, device=device)  # (2, N, D)
+    """Whether all kernels compile and run here: Gluon is new, and what it is called changes with Triton's versions."""
     try:
-        for _ in range(2):  # the first time they are compiled
-            op.excite(x, E, cos, sin)
-            op.gate(x, E, X, Dropout(), E.mT, y)
-            op.gate_backward(x, E.mT, x, E, X, Dropout(), sums[0].mT, sums[1])
-            op.excite_backward(draw(1, C, C), X, X, draw(1, C, N), cos, sin, None)
-        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):
+            for D in (256, 512):
+                for p in (0.0, 0.5):
+                    for _ in range(2):  # the first time they are compiled
+                        once_through(HopperOperations(), D, p)
+            torch.cuda.synchronize()
     except Exception:  # of any kind: what a compiler says to a language that it does not know
         return False
     return True
+
+
+def once_through(op: TritonOperations, D: int, p: float) -> None:
+    """Every operation that has kernels here, on small tensors of ones."""
+    C, N, dropout = 256, 128, Dropout(p)
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=torch.bfloat16, device="cuda")
+
+    x, E, X, y = ones(1, C, D), ones(N, D), ones(1, C, N), torch.ones(1, C, D, device="cuda")
+    cos, sin = ones(C, N // 2, 2).unbind(-1)  # (C, N/2)
+    sums = torch.empty(2, N, D, device="cuda")  # (2, N, D)
+    op.excite(x, E, cos, sin)
+    op.gate(x, E, X, dropout, E.mT, y)
+    op.gate_backward(x, E.mT, x, E, X, dropout, sums[0].mT, sums[1])
+    for past in (None, (x, E[None], x, E[None])):
+        op.excite_backward(ones(1, C, C), X, X, ones(1, C, N), cos, sin, past)

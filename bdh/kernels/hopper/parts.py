@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from bdh.kernels.launching import launch
+from bdh.kernels.launching import cdiv, launch
 
 NEW = hasattr(tma, "async_load")  # since Triton 3.8 or so
 load_tile = tma.async_load if NEW else tma.async_copy_global_to_shared
@@ -115,10 +115,22 @@ def run(kernel: Any, programs: int, arguments: tuple[object, ...], **constants: 
     launch(kernel, (programs,), arguments, constants, num_warps=4, maxnreg=168)
 
 
+@lru_cache
+def cuts(blocks: int, steps: int, start: int, device: torch.device) -> int:
+    """In how many parts to cut the steps that each of so many blocks takes, every part a program of its own.
+
+    The fewest of those that take the least time: rounds of programs, times a part's steps and `start` more to begin.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    most = min(steps, processors)
+    return min(range(1, most + 1), key=lambda parts: cdiv(blocks * parts, processors) * (cdiv(steps, parts) + start))
+
+
 def signed(number: int) -> int:
     """32 bits as a signed number."""
     return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def of_bfloat16(*tensors: Tensor) -> bool:
-    return all(tensor.dtype == torch.bfloat16 and tensor.is_contiguous() for tensor in tensors)
+    """Whether tiles can be taken of all of them."""
+    return all(t.dtype == torch.bfloat16 and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
