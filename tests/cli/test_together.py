@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,17 @@ PROMPTS = [
     {"prompt": "x", "json_schema": {"const": True}},
     {"prompt": "The ", "num_beams": 3, "stop": "a"},
 ]
+
+FIGURE = re.compile(rb"-?\d+\.\d+")
+
+
+def alike(one: bytes, other: bytes) -> bool:
+    """The same text; of log probabilities, the last digit shown may be rounded otherwise on some processors."""
+    if FIGURE.split(one) != FIGURE.split(other):
+        return False
+    figures = zip(FIGURE.findall(one), FIGURE.findall(other), strict=True)
+    return all(abs(float(a) - float(b)) < 2e-4 for a, b in figures)
+
 
 # Forks the processes of one command after another, so that libraries are loaded once; what each says is in files. As
 # torchrun does, it ends the others where one has failed.
@@ -110,9 +122,10 @@ def test_the_text_is_what_one_process_writes_and_mistakes_are_said_once(folder: 
         assert f"{name} 1 0\n" in done.stdout and f"{name} 2 0 0\n" in done.stdout, done.stdout
         assert said(f"{name}.2.1.out") == said(f"{name}.2.0.err") == said(f"{name}.2.1.err") == b""
         if name != "unseeded":
-            assert said(f"{name}.1.0.out").replace(b"file1", b"file2") == said(f"{name}.2.0.out") != b""
+            assert said(f"{name}.2.0.out") != b""
+            assert alike(said(f"{name}.1.0.out").replace(b"file1", b"file2"), said(f"{name}.2.0.out"))
     assert said("stdin.2.0.out").startswith("Größe of dragons".encode())
-    assert said("file1.jsonl") == said("file2.jsonl") and said("file1.jsonl").count(b"\n") == len(PROMPTS)
+    assert alike(said("file1.jsonl"), said("file2.jsonl")) and said("file1.jsonl").count(b"\n") == len(PROMPTS)
     assert len(said("unseeded.2.0.out")) > 40
     for name, words in {
         "heads": "2 processes are to share the 1 heads of the model (model.n_head); their number, in training "
