@@ -36,6 +36,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "reference": {"kernels": "reference"},
     "again": {"kernels": "reference", "dropping": 1},
     "triton": {"kernels": "triton"},
+    "adamw 0.002": {"kernels": "triton", "rate": 0.002},
+    "adamw 0.004": {"kernels": "triton", "rate": 0.004},
     "muon 0.001": {"kernels": "triton", "muon": 0.001},
     "muon 0.002": {"kernels": "triton", "muon": 0.002},
     "muon 0.004": {"kernels": "triton", "muon": 0.004},
@@ -45,9 +47,9 @@ TARGETS = (2.0, 1.8, 1.7, 1.6, 1.55)
 TILES = ((1, 64), (16, 16), (16, 64), (64, 64), (128, 128))
 
 
-def optimizers(model: BDHForCausalLM, muon: float | None) -> list[torch.optim.Optimizer]:
+def optimizers(model: BDHForCausalLM, rate: float | None, muon: float | None) -> list[torch.optim.Optimizer]:
     """AdamW for all weights, or Muon for the layer's matrices with steps as large as AdamW's of that rate."""
-    settings = TrainingConfig()
+    settings = TrainingConfig() if rate is None else TrainingConfig(learning_rate=rate)
     if muon is None:
         return [build_optimizer(model, settings)]
     layer = model.model.layer
@@ -69,7 +71,7 @@ def worker(given: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = BDHForCausalLM(BDHConfig()).to(device).train()
     use_kernels(model.model.layer, given["kernels"], device)
-    steppers = optimizers(model, given.get("muon"))
+    steppers = optimizers(model, given.get("rate"), given.get("muon"))
     forward: Any = torch.compile(model) if given["kernels"] == "reference" else model
     draw = torch.Generator().manual_seed(1)
     losses: dict[int, float] = {}
@@ -163,6 +165,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--gpus", type=int, default=1, help="how many runs there may be at a time")
+    parser.add_argument("--name", default="learning", help="of the file written")
     parser.add_argument("--worker", type=json.loads, help="for this script's own use")
     args = parser.parse_args()
     if args.worker:
@@ -181,7 +184,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(args.gpus) as pool:
         results = dict(zip(args.runs, pool.map(run, args.runs), strict=True))
-    print(save("learning", {"steps": args.steps, "tokens_a_step": ROWS * T, "runs": results}))
+    print(save(args.name, {"steps": args.steps, "tokens_a_step": ROWS * T, "runs": results}))
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def summary(forms: list[str], turns: list[dict[str, dict[str, Any] | None]], fir
     return result
 
 
-def draw(cases: dict[str, dict[str, Any]], device: str) -> None:
+def draw(cases: dict[str, dict[str, Any]], name: str) -> None:
     """Microseconds and memory of a token against the length of a sequence, by form: those of the usual width."""
     from matplotlib.figure import Figure
 
@@ -245,11 +245,11 @@ def draw(cases: dict[str, dict[str, Any]], device: str) -> None:
         cost.plot(lengths, [1e6 / one[form]["tokens_per_second"] for one in having], "o-", label=form)
         each = [one[form]["peak_memory_bytes"] / (one["rows"] * one["length"]) / 2**20 for one in having]
         memory.plot(lengths, each, "o-", label=form)
-    for axes, name in ((cost, "microseconds a token"), (memory, "peak memory a token of a step, MiB")):
-        axes.set(ylim=(0, None), xlabel="tokens of a sequence", ylabel=name)
+    for axes, label in ((cost, "microseconds a token"), (memory, "peak memory a token of a step, MiB")):
+        axes.set(ylim=(0, None), xlabel="tokens of a sequence", ylabel=label)
         axes.set_xscale("log", base=2)
         axes.legend()
-    figure.savefig(RESULTS / f"train_speed_{device}.png", dpi=120)
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
 
 
 def main() -> None:
@@ -262,6 +262,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warm", type=int, default=5, help="steps before those that count")
+    parser.add_argument("--name", help="of the files written; train_speed_DEVICE if none is given")
     parser.add_argument("--worker", type=json.loads, help="for this script's own use")
     args = parser.parse_args()
     if args.worker:
@@ -286,8 +287,9 @@ def main() -> None:
         cases = dict(zip(names, pool.map(work, names), strict=True))
     print(json.dumps(cases, indent=1))
     figures = {"device": args.device, "precision": args.precision, "model": given["model"], "steps": args.steps}
-    print(save(f"train_speed_{args.device}", {**figures, "cases": cases}))
-    draw(cases, args.device)
+    name = args.name or f"train_speed_{args.device}"
+    print(save(name, {**figures, "cases": cases}))
+    draw(cases, name)
 
 
 if __name__ == "__main__":
