@@ -19,6 +19,7 @@ from bdh.model.modeling_bdh import BDHLayer, BDHState, Fast
 # What auto takes its forms from: products X o Y of a head in a pass. With fewer, the plain form is the faster one.
 LEAST = {"chunked": 1 << 18, "triton": 1 << 24}
 TRITON_CAPABILITY = (8, 0)  # what the kernels are made for: GPUs that multiply bfloat16
+ROOM = 4  # a GPU's memory over what of it neurons may take that are kept for the way back
 HOPPER = (9, 0)  # which has kernels of its own
 
 
@@ -133,6 +134,7 @@ class Kernels:
             dropout=config.dropout if layer.training else 0.0,
             start=None if state is None else state.position,
             documents=documents,
+            room=room_for_neurons(embeds.device) // config.n_layer,
         )
         return Way(reading, layer)
 
@@ -151,6 +153,11 @@ class Way:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def join(self, x: Tensor, y: Tensor) -> Tensor:
         return join(self.reading, x, y)
+
+
+def room_for_neurons(device: torch.device) -> int:
+    """Bytes that a pass may keep of all its layers' neurons, so that the way back need not work them out again."""
+    return torch.cuda.get_device_properties(device).total_memory // ROOM if device.type == "cuda" else 0
 
 
 def linear_maps(layer: BDHLayer) -> list[nn.Module]:

@@ -5,7 +5,7 @@
 
 It is the function of `BDHLayer.forward`, made so that nothing of size (B, T, N) is there for more than one head at a
 time, and for the backward pass nothing of that size is kept: X, R, Y and Z are worked out again. Kept are x and, for
-each head, LN(A), the scores, and the synapses before each chunk.
+each head, LN(A), the scores, and the synapses before each chunk. A reading may ask for X, R and Z to be kept too.
 
 Shapes as in `bdh.kernels.reading`; M = G * C. Synapses are held in the frame of a chunk, in which its first token has
 phase 0; those that come in and go out are turned from and to the phases of their positions.
@@ -131,9 +131,12 @@ class Neurons(torch.autograd.Function):
                 else:
                     A += (R @ U) * documents.sees_past  # (G, C, D)
             A, rstd = op.norm(A, reading.eps)  # (G, C, D), (G, C, 1)
-            op.gate(A, Ev, X, Dropout(reading.dropout, seed, head), Dec, y)
+            Z = op.gate(A, Ev, X, Dropout(reading.dropout, seed, head), Dec, y)  # (G, C, N)
             if keep:
                 saved += [P, A, rstd, *([] if U is None else [U])]
+            if keep and reading.keeps:
+                assert Z is not None
+                saved += [X, R, Z]
         if keep:
             ctx.reading, ctx.seed, ctx.dtypes = reading, seed, (x.dtype, encoder.dtype)
             ctx.save_for_backward(*saved)
@@ -149,7 +152,9 @@ class Neurons(torch.autograd.Function):
             way_back = WayBack(reading, ctx.seed, xs, dy, dS)
             each = len(saved) // reading.weights.n_head
             for head in range(reading.weights.n_head):
-                way_back.through(head, *saved[head * each : (head + 1) * each])
+                one = saved[head * each : (head + 1) * each]
+                kept = tuple(one[-3:]) if reading.keeps else None
+                way_back.through(head, kept, *(one[:-3] if kept else one))
         of_x, of_weights = ctx.dtypes
         dx = way_back.dx.view(dy.shape).to(of_x)  # (B, c, C, D)
         of_S = torch.stack(way_back.dS, 1) if ctx.needs_input_grad[4] else None  # (B, h, N, D)
@@ -189,14 +194,21 @@ class WayBack:
         self.dDec = xs.new_empty(h * N, D, dtype=wide).mT if xs.is_cuda else xs.new_empty(D, h * N, dtype=wide)
         self.dS: list[Tensor] = []
 
-    def through(self, head: int, P: Tensor, A: Tensor, rstd: Tensor, S: Tensor | None = None) -> None:
-        """One head: scores (G, C, C), LN(A) (G, C, D) and its 1 / deviation (G, C, 1), synapses (G, N, D) or None."""
+    def through(
+        self, head: int, kept: tuple[Tensor, ...] | None, P: Tensor, A: Tensor, rstd: Tensor, S: Tensor | None = None
+    ) -> None:
+        """One head: X, R and Z if they were kept, 3 x (G, C, N), scores (G, C, C), LN(A) (G, C, D), its 1 / deviation
+        (G, C, 1), synapses (G, N, D) or None."""
         op, phases, x, documents = self.reading.operations, self.reading.token_phases, self.x, self.reading.documents
         E, Ev, Dec = self.reading.weights.head(head)
-        X, R = op.excite(x, E, *phases)  # (G, C, N)
-        dropout = Dropout(self.reading.dropout, self.seed, head)
-        dDec = self.dDec[:, head * len(E) : (head + 1) * len(E)]  # (D, N)
-        dY, dX = op.gate_backward(self.dy, Dec, A, Ev, X, dropout, dDec, self.dEv[head])  # (G, C, N)
+        dDec, dEv = self.dDec[:, head * len(E) : (head + 1) * len(E)], self.dEv[head]  # (D, N), (N, D)
+        if kept is None:
+            X, R = op.excite(x, E, *phases)  # (G, C, N)
+            dropout = Dropout(self.reading.dropout, self.seed, head)
+            dY, dX = op.gate_backward(self.dy, Dec, A, Ev, X, dropout, dDec, dEv)  # (G, C, N)
+        else:
+            X, R, Z = kept
+            dY, dX = op.gate_backward_kept(self.dy, Dec, A, X, Z, dDec, dEv)  # (G, C, N)
         dA = op.norm_backward(dY @ Ev, A, rstd)  # (G, C, D)
         add_product_(self.dx, P.mT, dA)  # (G, C, D)
         past = None if S is None else self.past(R, dA, S)

@@ -36,6 +36,8 @@ class Dropout:
         return 1 / (1 - self.p)
 
 
+SMALLEST = 2.0**-126  # normal number of float32 and bfloat16: of smaller ones the reciprocal may be infinite
+
 # How the synapses tell in the gradient of R: dA (G, C, D), of what each token read of them; S (G, N, D), before each
 # chunk; values (G, C, D), what each token has written; dS (G, N, D), of what each chunk has written. All dt.
 Past = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -69,8 +71,8 @@ class Operations(Protocol):
         dA (G, C, D), x (G, C, D) -> (G, C, C), all dt.
         """
 
-    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> None:
-        """y += Z Dec^T, Z = X o relu(A Ev^T), dropped.
+    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> Tensor | None:
+        """y += Z Dec^T, Z = X o relu(A Ev^T), dropped. Returns Z, (G, C, N) dt, if it was ever whole.
 
         A (G, C, D), Ev (N, D), X (G, C, N), all dt; Dec (D, N) dt, of any strides; y (G, C, D) float32 at least.
         """
@@ -98,6 +100,17 @@ class Operations(Protocol):
 
         Returns:
             dY = dZ o X where Y > 0, the gradient before that relu, and dX = dZ o Y. (G, C, N) dt.
+        """
+
+    def keeps(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
+        """Whether a way back takes less time if X, R and Z of every head are kept for it, which `gate` then returns."""
+
+    def gate_backward_kept(
+        self, dy: Tensor, Dec: Tensor, A: Tensor, X: Tensor, Z: Tensor, dDec: Tensor, dEv: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `gate_backward`, from Z (G, C, N): Y, with what was dropped 0, is Z / X where X > 0.
+
+        Where X is 0, dX is 0: what is made of it goes through X's relu next.
         """
 
     def excite_backward(

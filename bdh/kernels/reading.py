@@ -101,6 +101,7 @@ class Reading:
         first_phases: Of the position of each sequence's first token, 2 x (B, 1, N/2); None if no synapses come in.
         next_phases: Of the position after the last chunk.
         documents: None if all tokens are of one.
+        keeps: Whether X, R and Z of all heads are kept for the way back, rather than worked out again.
     """
 
     operations: Operations
@@ -113,6 +114,7 @@ class Reading:
     first_phases: Phases | None = None
     next_phases: Phases | None = None
     documents: Documents | None = None
+    keeps: bool = False
 
     @classmethod
     def begin(
@@ -127,6 +129,7 @@ class Reading:
         dropout: float = 0.0,
         start: Tensor | None = None,
         documents: Tensor | None = None,
+        room: int = 0,
     ) -> "Reading":
         """A reading of (B, T) tokens.
 
@@ -140,10 +143,12 @@ class Reading:
             dropout: Probability of dropping a product X o Y.
             start: Position of the first token of each sequence, (B,) int64, if synapses come in; else it is no matter.
             documents: As for `attention_quadratic`, (B, T), never falling.
+            room: Bytes that X, R and Z of a layer may take, if they are worth keeping.
         """
-        T = shape[1]
+        B, T = shape
         C = min(T, chunk_size)
-        N, dtype, device = weights.E[0].shape[0], weights.E[0].dtype, weights.E[0].device
+        (N, D), dtype, device = weights.E[0].shape, weights.E[0].dtype, weights.E[0].device
+        size = 3 * B * -(-T // C) * C * weights.n_head * N * dtype.itemsize  # of X, R and Z
         first = following = None
         if start is not None:
             first = each_pair(start[:, None], N, theta, synapse_dtype(dtype))  # 2 x (B, 1, N/2)
@@ -158,6 +163,7 @@ class Reading:
             first,
             following,
             None if documents is None else Documents.apart(documents, C, dtype),
+            size <= room and operations.keeps(C, N, D, dtype),
         )
 
 

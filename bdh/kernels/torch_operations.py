@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from bdh.kernels.operations import Dropout, Past
+from bdh.kernels.operations import SMALLEST, Dropout, Past
 from bdh.kernels.products import add_product_, product_into
 
 PIECE = 1 << 18  # numbers of a tensor (G, C, N) that are turned at once, so that a processor's cache holds them
@@ -51,11 +51,12 @@ class TorchOperations:
         dP = apart_((dA @ x.mT).tril_(-1), documents)  # (G, C, C)
         return dP + dP.mT
 
-    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> None:
+    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> Tensor:
         Z = relu_(self.product("Z", A, Ev.mT)).mul_(X)  # (G, C, N)
         if dropout.p > 0:
             drop_(Z, keeps(Z, dropout))
         add_product_(y, Z, Dec.mT)  # (G, C, D)
+        return Z
 
     def gate_backward(
         self,
@@ -76,6 +77,19 @@ class TorchOperations:
             drop_(Z, kept), drop_(dZ, kept)
         dX = torch.mul(dZ, Y, out=self.rooms.take("dX", X.shape, X.dtype))  # (G, C, N)
         dY = self.where_positive_(dZ.mul_(X), Y)  # (G, C, N)
+        product_into(dDec, self.transposed(dy), Z.flatten(0, 1))  # (D, N)
+        product_into(dEv, dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
+        return dY, dX
+
+    def keeps(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
+        return False  # measured on a CPU: no gain
+
+    def gate_backward_kept(
+        self, dy: Tensor, Dec: Tensor, A: Tensor, X: Tensor, Z: Tensor, dDec: Tensor, dEv: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        dZ = dy @ Dec  # (G, C, N)
+        dX = torch.where(X >= SMALLEST, dZ * (Z / X), 0)  # (G, C, N)
+        dY = torch.where(Z > 0, dZ * X, 0)  # (G, C, N)
         product_into(dDec, self.transposed(dy), Z.flatten(0, 1))  # (D, N)
         product_into(dEv, dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
         return dY, dX

@@ -127,6 +127,34 @@ def gate(
     stream(Z + place + tile, answer.to(Z.dtype.element_ty), inside, EVEN)
 
 
+@triton.jit
+def gate_backward_kept(
+    X,  # (M, N)
+    Z,  # (M, N)
+    dX,  # (M, N): dZ; left as dX
+    dY,  # (M, N), out
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """From dZ and what was kept the gradients before relu(A Ev^T) and of X, of BLOCK_M tokens and BLOCK_N neurons."""
+    m, n = tl.program_id(1).to(tl.int64) * BLOCK_M, tl.program_id(0) * BLOCK_N
+    r, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    inside = (r < M - m)[:, None] & (j < N - n)[None, :]
+    place = m * N + n
+    tile = r[:, None] * N + j[None, :]
+    dt: tl.constexpr = dX.dtype.element_ty
+    fired = load(X + place + tile, inside, EVEN).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    answer = load(Z + place + tile, inside, EVEN).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    dZ = load(dX + place + tile, inside, EVEN).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    normal = fired >= 1.17549435e-38  # (BLOCK_M, BLOCK_N)  `operations.SMALLEST`
+    Y = answer / tl.where(normal, fired, 1.0)  # (BLOCK_M, BLOCK_N)
+    stream(dX + place + tile, tl.where(normal, dZ * Y, 0.0).to(dt), inside, EVEN)
+    stream(dY + place + tile, tl.where(answer > 0, dZ * fired, 0.0).to(dt), inside, EVEN)
+
+
 @triton.jit(do_not_specialize=["key", "dropped"])
 def gate_backward(
     A,  # (M, D), normalised

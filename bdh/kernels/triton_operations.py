@@ -50,6 +50,7 @@ TILES: dict[str, dict[torch.dtype, Tiles]] = {
     "gate_backward": {torch.bfloat16: Tiles(64, 64, 64, 4, 3, 1), torch.float32: Tiles(64, 64, 32, 4, 2)},
     "scores_backward": {torch.bfloat16: Tiles(64, 64, 64, 4, 3), torch.float32: Tiles(64, 64, 32, 4, 2)},
     "excite_backward": {torch.bfloat16: Tiles(4, 256, 0, 8, 1), torch.float32: Tiles(16, 256, 0, 4, 1)},
+    "gate_backward_kept": {torch.bfloat16: Tiles(4, 256, 0, 8, 1), torch.float32: Tiles(16, 256, 0, 4, 1)},
     "norm": {torch.bfloat16: Tiles(8, 0, 0, 4, 1), torch.float32: Tiles(4, 0, 0, 4, 1)},
     "scan": {torch.bfloat16: Tiles(2, 256, 0, 1, 2), torch.float32: Tiles(2, 256, 0, 1, 2)},
 }
@@ -104,8 +105,10 @@ class TritonOperations:
     def scores_backward(self, dA: Tensor, x: Tensor, documents: Tensor | None) -> Tensor:
         return pairs("scores_backward", dA, x, documents)
 
-    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> None:
-        add_product_(y, self.gated(A, Ev, X, dropout), Dec.mT)  # (G, C, D)
+    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> Tensor | None:
+        Z = self.gated(A, Ev, X, dropout)  # (G, C, N)
+        add_product_(y, Z, Dec.mT)  # (G, C, D)
+        return Z
 
     def gated(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
         """Z, (G, C, N)."""
@@ -134,8 +137,7 @@ class TritonOperations:
         dEv: Tensor,
     ) -> tuple[Tensor, Tensor]:
         Z, dY, dX = self.gated_backward(dy, Dec, A, Ev, X, dropout)  # (G, C, N)
-        product_into(dDec.mT, Z.flatten(0, 1).mT, dy.flatten(0, 1))  # (N, D)
-        product_into(dEv, dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
+        weights_gradients(dy, Z, dY, A, dDec, dEv)
         return dY, dX
 
     def gated_backward(
@@ -155,6 +157,29 @@ class TritonOperations:
             EVEN=divide((G * C, tiles.rows), (N, tiles.columns), (D, tiles.depth)),
         )  # fmt: skip
         return Z, dY, dX
+
+    def keeps(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
+        return False
+
+    def gate_backward_kept(
+        self, dy: Tensor, Dec: Tensor, A: Tensor, X: Tensor, Z: Tensor, dDec: Tensor, dEv: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        dY, dX = self.ungated(dy, Dec, X, Z)  # (G, C, N)
+        weights_gradients(dy, Z, dY, A, dDec, dEv)
+        return dY, dX
+
+    def ungated(self, dy: Tensor, Dec: Tensor, X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
+        """dY, dX, (G, C, N)."""
+        G, C, N = X.shape
+        dX = dy @ Dec  # (G, C, N)  dZ, for the time being
+        dY = torch.empty_like(X)  # (G, C, N)
+        tiles = fitted("gate_backward_kept", X, G * C, N, 1)
+        run(
+            train.gate_backward_kept, (cdiv(N, tiles.columns), cdiv(G * C, tiles.rows)), tiles,
+            X, Z, dX, dY, G * C, N, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
+            EVEN=divide((G * C, tiles.rows), (N, tiles.columns)),
+        )  # fmt: skip
+        return dY, dX
 
     def excite_backward(
         self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: Past | None
@@ -201,6 +226,12 @@ class TritonOperations:
         dx, dy = torch.empty_like(x), torch.empty_like(y)  # (B, T, D)
         over_rows(train_tokens.join_backward, x.dtype, x.shape, gradient, x, y, dx, dy, eps)
         return dx, dy
+
+
+def weights_gradients(dy: Tensor, Z: Tensor, dY: Tensor, A: Tensor, dDec: Tensor, dEv: Tensor) -> None:
+    """Fills dDec (D, N) with dy^T Z and dEv (N, D) with dY^T A."""
+    product_into(dDec.mT, Z.flatten(0, 1).mT, dy.flatten(0, 1))  # (N, D)
+    product_into(dEv, dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
 
 
 def pairs(kernel: str, a: Tensor, b: Tensor, documents: Tensor | None) -> Tensor:

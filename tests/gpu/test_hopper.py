@@ -78,6 +78,25 @@ def test_gate_and_its_gradients(hopper: TritonOperations, sizes: tuple[int, int,
 
 
 @over_sizes
+@over_dropout
+def test_back_through_what_was_kept(hopper: TritonOperations, sizes: tuple[int, int, int], p: float) -> None:
+    torch.manual_seed(0)
+    G, C, N = sizes
+    A, dy, X = draw(G, C, 512), draw(G, C, 512), draw(G, C, N).relu()
+    Ev, Dec = draw(N, 512, scale=0.06), draw(N, 512, scale=0.06).mT
+    Z = TritonOperations().gate(A, Ev, X, Dropout(p, 1234567, 3), Dec, torch.zeros(G, C, 512, device="cuda"))
+    assert Z is not None
+    X[..., 0, :2], Z[..., 0, :2] = torch.tensor([1e-39, 2.0**-126]), 0.0  # of the first the reciprocal is infinite
+    results = []
+    for op in (hopper, TritonOperations()):
+        dDec, dEv = torch.empty(N, 512, device="cuda").mT, torch.empty(N, 512, device="cuda")
+        results.append((*op.gate_backward_kept(dy, Dec, A, X, Z, dDec, dEv), dDec, dEv))
+    for found, expected in zip(*results, strict=True):
+        assert same(found, expected)
+    assert all(result.isfinite().all() for result in results[0])
+
+
+@over_sizes
 @pytest.mark.parametrize("carried", [False, True])
 def test_gradient_of_excite(hopper: TritonOperations, sizes: tuple[int, int, int], carried: bool) -> None:
     torch.manual_seed(0)
@@ -115,4 +134,5 @@ def test_sizes_of_the_default_model_and_twice_as_wide_take_these_kernels(monkeyp
     assert ran == ["hopper_excite", "hopper_gate", "hopper_gate_backward", *["hopper_excite_backward"] * 2]
     ran.clear()
     once_through(HopperOperations(), 512, 0.1)
-    assert ran == ["hopper_excite_512", "hopper_gated", "hopper_gated_backward", *["hopper_excite_backward"] * 2]
+    gates = ["hopper_gated", "hopper_gated_backward", "hopper_ungated"]
+    assert ran == ["hopper_excite_512", *gates, *["hopper_excite_backward"] * 2]

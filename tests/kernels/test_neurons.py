@@ -65,7 +65,8 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
 
 @pytest.mark.parametrize(("T", "chunk"), [(1, 8), (13, 16), (21, 8)])
 @pytest.mark.parametrize("carried", [False, True])
-def test_so_do_they_in_triton(T: int, chunk: int, carried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keeps", [False, True])
+def test_so_do_they_in_triton(T: int, chunk: int, carried: bool, keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in TILES:  # so that small sizes take several
         monkeypatch.setitem(TILES[kernel], torch.float32, Tiles(16, 16, 16, 4, 2))
     model = model_of(dtype=torch.float32, n_embd=20, mlp_internal_dim_multiplier=3, n_layer=2, chunk_size=chunk)
@@ -75,7 +76,15 @@ def test_so_do_they_in_triton(T: int, chunk: int, carried: bool, monkeypatch: py
         given["state"] = state_of(model, torch.tensor([3, 10**6]), torch.float32)
     expected = passed(model, "reference", x, **given)
     monkeypatch.setattr("bdh.kernels.dispatch.operations_of", lambda name, device: TritonOperations())
+    if keeps:
+        keep_neurons(monkeypatch)
     assert_close(passed(model, "chunked", x, **given), expected, 1e-5)
+
+
+def keep_neurons(monkeypatch: pytest.MonkeyPatch, room: int = 1 << 30) -> None:
+    """Lets TritonOperations keep X, R and Z in so many bytes, as those of Hopper do for some sizes."""
+    monkeypatch.setattr(TritonOperations, "keeps", lambda *sizes: True)
+    monkeypatch.setattr("bdh.kernels.dispatch.room_for_neurons", lambda device: room)
 
 
 @settings(max_examples=150, deadline=None)
@@ -227,6 +236,25 @@ def test_nothing_of_all_neurons_is_kept() -> None:
     assert kept("chunked") < one_tensor < kept("reference") - weights
     with torch.no_grad():
         assert kept("chunked") == 0
+
+
+def test_neurons_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(dtype=torch.float32, n_embd=8, n_head=2, mlp_internal_dim_multiplier=32, n_layer=2, dropout=0.2)
+    x = torch.randn(2, 20, 8)
+    monkeypatch.setattr("bdh.kernels.dispatch.operations_of", lambda name, device: TritonOperations())
+    size = 2 * 3 * (2 * 20 * 256 * 4)  # bytes of X, R and Z of both layers
+    found = []
+    for room in (0, size - 1, size):
+        keep_neurons(monkeypatch, room)
+        use_kernels(model.model.layer, "chunked", CPU)
+        torch.manual_seed(1)
+        found.append(kept_bytes(lambda: model.model(inputs_embeds=x)))
+    assert found[0] == found[1] and found[2] - found[1] == size
+    torch.manual_seed(1)
+    first = passed(model, "chunked", x)  # with what is kept, and with what is made again
+    keep_neurons(monkeypatch, 0)
+    torch.manual_seed(1)
+    assert_close(passed(model, "chunked", x), first, 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ where it does not go

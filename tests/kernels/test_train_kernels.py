@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bdh.kernels import triton_operations
 from bdh.kernels.operations import Dropout
+from bdh.kernels.torch_operations import TorchOperations
 from bdh.kernels.triton_operations import TILES, Tiles, TritonOperations, dropout_numbers
 
 op = TritonOperations()
@@ -163,6 +164,13 @@ def test_gate_and_its_gradients(sizes: tuple[int, int, int, int], dtype: torch.d
     assert all(torch.equal(result, wanted) for result, wanted in zip(again, gradients, strict=True))
     assert close(dDec, dy.float().flatten(0, 1).mT @ Z.float().flatten(0, 1), dtype)
     assert close(dEv, again[0].float().flatten(0, 1).mT @ A.float().flatten(0, 1), dtype)
+    for operations in (op, TorchOperations(torch.device("cpu"))):
+        from_kept = operations.gate_backward_kept(dy, Dec, A, X, expected.detach().to(dtype), dDec, dEv)
+        for result, wanted in zip(from_kept, (dY, torch.where(X > 0, dX, 0.0)), strict=True):
+            assert result.dtype == dtype
+            assert close(result, wanted, dtype)
+        assert close(dDec, dy.float().flatten(0, 1).mT @ Z.float().flatten(0, 1), dtype)
+        assert close(dEv, from_kept[0].float().flatten(0, 1).mT @ A.float().flatten(0, 1), dtype)
 
 
 @over_sizes

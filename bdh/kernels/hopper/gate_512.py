@@ -1,4 +1,8 @@
-"""The gate for D = 512, and back through it: Z of A, Ev and X, and dX, dY of dZ. Other products are left to cuBLAS.
+"""The gate for D = 512, and back through it, in three kernels. Other products are left to cuBLAS.
+
+    "gate":   A, Ev, X -> Z = X o relu(A Ev^T), dropped.
+    "back":   the same again, and dX, dY of dZ, which cuBLAS has made of dy.
+    "ungate": dy, Dec, X, Z -> dX, dY, where Z was kept; here dy and Dec stand where A and Ev are spoken of below.
 
 A program has 128 tokens and goes through its part of the neurons, 128 a step. Its rows of A stay in registers, so that
 Ev is read once for every 128 tokens, out of the L2 cache. A Ev^T is never written.
@@ -9,7 +13,8 @@ Ev is read once for every 128 tokens, out of the L2 cache. A Ev^T is never writt
 A and Ev come in pieces (128, 64) round one ring: first those of A, of which each group takes its half, then those of
 Ev, which both read. The groups multiply in turns, so that the matrix units have one's work while the other gates.
 Each group has slots of its own for tiles (64, 64), two of which it takes a step. What comes out takes the places of
-what went in, from where it is stored: Z that of X; backward dY that of X, dX that of dZ, and Z has a place of its own.
+what went in, from where it is stored: Z that of X to "gate"; going "back" dY that of X and dX that of dZ, and Z has a
+place of its own; to "ungate" dX that of X and dY that of Z.
 """
 
 from typing import Any
@@ -26,18 +31,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bdh.kernels.hopper.gate import gated as gated_tile
+from bdh.kernels.hopper.gate_512_tiles import TILE, narrow, passes
 from bdh.kernels.hopper.parts import (
     arrive,
     barriers,
     cuts,
     fetch,
-    hash_of_neurons,
     hash_of_tokens,
     load_tile,
     run,
     signed,
-    store_tile,
     tiles_of,
     together,
 )
@@ -53,7 +56,6 @@ PIECES = gl.constexpr(WIDTH // COLUMNS)  # of A, and of a step's Ev
 RING = gl.constexpr(8)  # slots for pieces
 SUM = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIECE, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=SUM.value, k_width=2))
-TILE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NEURONS, 16]))
 
 
 @gluon.jit
@@ -74,7 +76,7 @@ def loads_pieces(descs, ring, bars, m, part, parts, count):
 
 
 @gluon.jit
-def loads_tiles(descs, tiles, bars, m, part, parts, count, group: gl.constexpr, BACKWARD: gl.constexpr):
+def loads_tiles(descs, tiles, bars, m, part, parts, count, group: gl.constexpr, MODE: gl.constexpr):
     X_desc = descs[2]
     _, _, tiles_full, tiles_empty, _ = bars
     NEURONS: gl.constexpr = X_desc.block_type.shape[1]
@@ -86,16 +88,18 @@ def loads_tiles(descs, tiles, bars, m, part, parts, count, group: gl.constexpr, 
             full = tiles_full.index(slot)
             n = (2 * (part + i * parts) + h) * NEURONS
             mbarrier.wait(tiles_empty.index(slot), ((t // SLOTS) & 1) ^ 1)
-            mbarrier.expect(full, X_desc.block_type.nbytes * (2 if BACKWARD else 1))
+            mbarrier.expect(full, X_desc.block_type.nbytes * (1 if MODE == "gate" else 2))
             load_tile(X_desc, [m, n], full, tiles[0].index(slot))
-            if BACKWARD:
+            if MODE == "back":
                 load_tile(descs[4], [m, n], full, tiles[2].index(slot))  # dZ
+            if MODE == "ungate":
+                load_tile(descs[3], [m, n], full, tiles[1].index(slot))  # Z
 
 
 @gluon.jit
 def multiplies(
     descs, ring, tiles, bars, m, part, parts, count, key, first_kept,
-    group: gl.constexpr, DROPOUT: gl.constexpr, BACKWARD: gl.constexpr,
+    group: gl.constexpr, DROPOUT: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     """Tokens m and on. Those from M on and neurons from N on are 0 in what is loaded, and not stored."""
     ring_full, ring_empty, tiles_full, tiles_empty, turns = bars
@@ -134,11 +138,11 @@ def multiplies(
         left, right = product.reshape([TOKENS, 2, NEURONS]).permute((0, 2, 1)).split()  # 2 x (TOKENS, NEURONS)
         left = gl.convert_layout(left, TILE, assert_trivial=True)
         right = gl.convert_layout(right, TILE, assert_trivial=True)
-        if BACKWARD:
-            left, right = positive(left), positive(right)
+        if MODE != "gate":
+            left, right = narrow(left, MODE), narrow(right, MODE)
         n = (part + i * parts) * PIECE
-        gates(left, 2 * i, m, n, token, first_kept, descs, tiles, tiles_full, group, DROPOUT, BACKWARD)
-        gates(right, 2 * i + 1, m, n + NEURONS, token, first_kept, descs, tiles, tiles_full, group, DROPOUT, BACKWARD)
+        passes(left, 2 * i, m, n, token, first_kept, descs, tiles, tiles_full, group, DROPOUT, MODE)
+        passes(right, 2 * i + 1, m, n + NEURONS, token, first_kept, descs, tiles, tiles_full, group, DROPOUT, MODE)
     tma.store_wait(0)
 
 
@@ -152,92 +156,7 @@ def release(i, tiles_empty, group: gl.constexpr, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def positive(Y):
-    """relu(Y) in bfloat16, (TOKENS, NEURONS). Not pure, so that it stays here: the result takes half the registers."""
-    return gl.inline_asm_elementwise(
-        "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,f,f", [Y], dtype=gl.bfloat16, is_pure=False, pack=2
-    )
-
-
-@gluon.jit
-def gates(
-    Y, t, m, n, token, first_kept, descs, tiles, tiles_full,
-    group: gl.constexpr, DROPOUT: gl.constexpr, BACKWARD: gl.constexpr,
-):  # fmt: skip
-    """Gates a group's tile t, at tokens m and neurons n, and begins to store what comes out."""
-    X, Z = tiles[0], tiles[1]
-    SLOTS: gl.constexpr = X.type.shape[0] // 2  # of the group
-    slot = group * SLOTS + t % SLOTS
-    # unsigned: so the compiler sees that both neurons of a pair have one hash
-    pair, _ = hash_of_neurons(n.to(gl.uint32), X.type.shape[2], gl.SliceLayout(0, TILE))  # (NEURONS)
-    mbarrier.wait(tiles_full.index(slot), (t // SLOTS) & 1)
-    x = X.index(slot).load(TILE)  # (TOKENS, NEURONS)
-    if BACKWARD:
-        dX = tiles[2]
-        dz = dX.index(slot).load(TILE)  # (TOKENS, NEURONS)
-        if DROPOUT:
-            Y = kept(Y, token, pair, first_kept)  # (TOKENS, NEURONS)
-        z, dx, dy = x * Y, dz * Y, where_positive(Y, dz * x)  # 3 x (TOKENS, NEURONS)
-        Z.index(slot).store(z)
-        dX.index(slot).store(dx)
-        X.index(slot).store(dy)
-    else:
-        Z.index(slot).store(gated_tile(Y, x, token, pair, first_kept, DROPOUT, TILE))
-    fence_async_shared()
-    together()
-    store_tile(descs[3], [m, n], Z.index(slot))
-    if BACKWARD:
-        store_tile(descs[4], [m, n], dX.index(slot))
-        store_tile(descs[5], [m, n], X.index(slot))  # dY
-
-
-@gluon.jit
-def kept(y, token, pair, first_kept):
-    """y where dropout keeps it, else 0, (TOKENS, NEURONS) bfloat16.
-
-    As in `gate.gated` it is for the two neurons of a pair, which share a hash; here a thread has them in one register,
-    and a mask of two halves keeps one, both or none.
-    """
-    h = gl.expand_dims(token, 1) ^ gl.expand_dims(pair, 0)  # (TOKENS, NEURONS)
-    least = gl.full(y.type.shape, first_kept.to(gl.uint32), gl.uint32, layout=TILE)  # (TOKENS, NEURONS)
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .pred p, q;
-        .reg .b32 h, g, u, v;
-        mul.lo.u32 h, $2, 0x9E3779B1;
-        shl.b32 g, h, 16;
-        add.u32 g, g, h;
-        setp.ge.u32 p, h, $4;
-        setp.ge.u32 q, g, $5;
-        selp.b32 u, 0x0000FFFF, 0, p;
-        selp.b32 v, 0xFFFF0000, 0, q;
-        or.b32 u, u, v;
-        and.b32 $0, $1, u;
-        }""",
-        "=r,r,r,r,r,r",
-        [y, h, least],
-        dtype=gl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
-def where_positive(y, tile):
-    """A tile where y > 0, else 0, (TOKENS, NEURONS) bfloat16: the two of a pair at a time, which Triton does not do."""
-    zero = gl.full(y.type.shape, 0.0, gl.bfloat16, layout=TILE)  # (TOKENS, NEURONS)
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 u; set.gt.u32.bf16x2 u, $1, $3; and.b32 $0, $2, u; }",
-        "=r,r,r,r",
-        [y, tile, zero],
-        dtype=gl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
-def program(descs, key, first_kept, steps, parts, SLOTS: gl.constexpr, DROPOUT: gl.constexpr, BACKWARD: gl.constexpr):
+def program(descs, key, first_kept, steps, parts, SLOTS: gl.constexpr, DROPOUT: gl.constexpr, MODE: gl.constexpr):
     Ev_desc, X_desc = descs[1], descs[2]
     PIECE: gl.constexpr = Ev_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = Ev_desc.block_type.shape[1]
@@ -248,12 +167,14 @@ def program(descs, key, first_kept, steps, parts, SLOTS: gl.constexpr, DROPOUT: 
     count = (steps - part + parts - 1) // parts  # of steps part, part + parts, …
     ring = gl.allocate_shared_memory(gl.bfloat16, [RING, PIECE, COLUMNS], Ev_desc.layout)
     X = gl.allocate_shared_memory(gl.bfloat16, [2 * SLOTS, TOKENS, NEURONS], X_desc.layout)  # SLOTS of each group
-    if BACKWARD:
-        Z = gl.allocate_shared_memory(gl.bfloat16, [2 * SLOTS, TOKENS, NEURONS], X_desc.layout)
-        dX = gl.allocate_shared_memory(gl.bfloat16, [2 * SLOTS, TOKENS, NEURONS], X_desc.layout)
-        tiles = (X, Z, dX)
-    else:
+    if MODE == "gate":
         tiles = (X, X)
+    else:
+        Z = gl.allocate_shared_memory(gl.bfloat16, [2 * SLOTS, TOKENS, NEURONS], X_desc.layout)
+        tiles = (X, Z)
+        if MODE == "back":
+            dX = gl.allocate_shared_memory(gl.bfloat16, [2 * SLOTS, TOKENS, NEURONS], X_desc.layout)
+            tiles = (X, Z, dX)
     ring_full, ring_empty = barriers(RING, 1), barriers(RING, 2)  # both groups read the ring
     tiles_full, tiles_empty = barriers(2 * SLOTS, 1), barriers(2 * SLOTS, 1)
     turns = barriers(2, 1)
@@ -262,11 +183,11 @@ def program(descs, key, first_kept, steps, parts, SLOTS: gl.constexpr, DROPOUT: 
     other = m + TOKENS
     gl.warp_specialize(
         [
-            (multiplies, (descs, ring, tiles, bars, m, part, parts, count, key, first_kept, 0, DROPOUT, BACKWARD)),
-            (multiplies, (descs, ring, tiles, bars, other, part, parts, count, key, first_kept, 1, DROPOUT, BACKWARD)),
+            (multiplies, (descs, ring, tiles, bars, m, part, parts, count, key, first_kept, 0, DROPOUT, MODE)),
+            (multiplies, (descs, ring, tiles, bars, other, part, parts, count, key, first_kept, 1, DROPOUT, MODE)),
             (loads_pieces, (descs, ring, bars, m, part, parts, count)),
-            (loads_tiles, (descs, tiles, bars, m, part, parts, count, 0, BACKWARD)),
-            (loads_tiles, (descs, tiles, bars, other, part, parts, count, 1, BACKWARD)),
+            (loads_tiles, (descs, tiles, bars, m, part, parts, count, 0, MODE)),
+            (loads_tiles, (descs, tiles, bars, other, part, parts, count, 1, MODE)),
         ],
         [4, 1, 1, 1],
         [240, 24, 24, 24],
@@ -285,7 +206,7 @@ def hopper_gated(
     parts,  # into which the neurons are cut
     DROPOUT: gl.constexpr,
 ):
-    program((A_desc, Ev_desc, X_desc, Z_desc), key, first_kept, steps, parts, 4, DROPOUT, False)
+    program((A_desc, Ev_desc, X_desc, Z_desc), key, first_kept, steps, parts, 4, DROPOUT, "gate")
 
 
 @gluon.jit(do_not_specialize=["key", "first_kept", "steps", "parts"])
@@ -302,7 +223,24 @@ def hopper_gated_backward(
     parts,  # into which the neurons are cut
     DROPOUT: gl.constexpr,
 ):
-    program((A_desc, Ev_desc, X_desc, Z_desc, dX_desc, dY_desc), key, first_kept, steps, parts, 2, DROPOUT, True)
+    program((A_desc, Ev_desc, X_desc, Z_desc, dX_desc, dY_desc), key, first_kept, steps, parts, 2, DROPOUT, "back")
+
+
+@gluon.jit(do_not_specialize=["key", "first_kept", "steps", "parts"])
+def hopper_ungated(
+    dy_desc,  # (M, D)
+    Dec_desc,  # (N, D)
+    X_desc,  # (M, N)
+    Z_desc,  # (M, N)
+    dX_desc,  # (M, N), out
+    dY_desc,  # (M, N), out
+    key,  # of no use here
+    first_kept,  # of no use here
+    steps,
+    parts,  # into which the neurons are cut
+    DROPOUT: gl.constexpr,
+):
+    program((dy_desc, Dec_desc, X_desc, Z_desc, dX_desc, dY_desc), key, first_kept, steps, parts, 3, DROPOUT, "ungate")
 
 
 def fits(M: int, N: int, D: int) -> bool:
@@ -350,3 +288,17 @@ def gated_backward(A: Tensor, Ev: Tensor, X: Tensor, dX: Tensor, key: int, dropp
     Z, dY = torch.empty_like(X), torch.empty_like(X)  # (M, N)
     start(hopper_gated_backward, A, Ev, (X, Z, dX, dY), key, dropped)
     return Z, dY
+
+
+def ungated(dy: Tensor, Dec: Tensor, X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
+    """dY and dX, (M, N), of dZ = dy Dec^T, which is never written.
+
+    Args:
+        dy: (M, D) bfloat16.
+        Dec: (N, D) bfloat16.
+        X: (M, N) bfloat16.
+        Z: As `gated` made it, (M, N) bfloat16.
+    """
+    dX, dY = torch.empty_like(X), torch.empty_like(X)  # (M, N)
+    start(hopper_ungated, dy, Dec, (X, Z, dX, dY), 0, 0)
+    return dY, dX

@@ -20,14 +20,14 @@ class HopperOperations(TritonOperations):
         X, R = kernel.excite(x.view(G * C, D), E, self.phases(cos, sin).view(C, N), C)  # (M, N)
         return X.view(G, C, N), R.view(G, C, N)
 
-    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> None:
+    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> Tensor | None:
         G, C, N = X.shape
         D = A.shape[2]
         if not (gate.fits(G * C, N, D) and of_bfloat16(A, Ev, X, Dec.mT)):
-            super().gate(A, Ev, X, dropout, Dec, y)
-            return
+            return super().gate(A, Ev, X, dropout, Dec, y)
         key, dropped = dropout_numbers(dropout)
         gate.gate(A.view(G * C, D), Ev, X.view(G * C, N), key, dropped, Dec.mT, y.view(G * C, D))
+        return None
 
     def gated(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
         G, C, N = X.shape
@@ -67,6 +67,17 @@ class HopperOperations(TritonOperations):
         rows = A.view(G * C, D), Ev, X.view(G * C, N), dX.view(G * C, N)
         Z, dY = gate_512.gated_backward(*rows, *dropout_numbers(dropout))  # (M, N)
         return Z.view(G, C, N), dY.view(G, C, N), dX
+
+    def keeps(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
+        return dtype == torch.bfloat16 and excite_512.fits(C, N, D) and gate_512.fits(C, N, D)
+
+    def ungated(self, dy: Tensor, Dec: Tensor, X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
+        G, C, N = X.shape
+        D = dy.shape[2]
+        if not (gate_512.fits(G * C, N, D) and of_bfloat16(dy, Dec.mT, X, Z)):
+            return super().ungated(dy, Dec, X, Z)
+        dY, dX = gate_512.ungated(dy.view(G * C, D), Dec.mT, X.view(G * C, N), Z.view(G * C, N))  # (M, N)
+        return dY.view(G, C, N), dX.view(G, C, N)
 
     def excite_backward(
         self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: Past | None
@@ -108,5 +119,7 @@ def once_through(op: TritonOperations, D: int, p: float) -> None:
     op.excite(x, E, cos, sin)
     op.gate(x, E, X, dropout, E.mT, y)
     op.gate_backward(x, E.mT, x, E, X, dropout, sums[0].mT, sums[1])
+    if op.keeps(C, N, D, x.dtype):
+        op.gate_backward_kept(x, E.mT, x, X, X, sums[0].mT, sums[1])
     for past in (None, (x, E[None], x, E[None])):
         op.excite_backward(ones(1, C, C), X, X, ones(1, C, N), cos, sin, past)
