@@ -13,6 +13,7 @@ from bdh.kernels.neurons import join, neurons
 from bdh.kernels.operations import Operations
 from bdh.kernels.reading import Reading, Weights
 from bdh.kernels.torch_operations import TorchOperations
+from bdh.model.configuration_bdh import BDHConfig
 from bdh.model.heads import HereLinear
 from bdh.model.modeling_bdh import BDHLayer, BDHState, Fast
 
@@ -43,9 +44,9 @@ def use_kernels(layer: BDHLayer, name: str, device: torch.device) -> None:
         layer.kernels = None
     elif name == "auto":  # Triton where it is much faster, which in float32 it is not
         only = torch.bfloat16 if form == "triton" else None
-        layer.kernels = Kernels(operations_of(form, device), LEAST[form], only)
+        layer.kernels = Kernels(operations_of(form, layer.config, device), LEAST[form], only)
     else:
-        layer.kernels = Kernels(operations_of(form, device))
+        layer.kernels = Kernels(operations_of(form, layer.config, device))
 
 
 def choose(layer: BDHLayer, device: torch.device) -> str:
@@ -81,7 +82,7 @@ def why_no_triton(device: torch.device) -> str | None:
     return None
 
 
-def operations_of(name: str, device: torch.device) -> Operations:
+def operations_of(name: str, config: BDHConfig, device: torch.device) -> Operations:
     if name == "chunked":
         return TorchOperations(device)
     from bdh.kernels.triton_operations import TritonOperations
@@ -90,7 +91,7 @@ def operations_of(name: str, device: torch.device) -> Operations:
         with suppress(Exception):  # of any kind: Gluon is new, and what it is called may change with any Triton
             from bdh.kernels.hopper.operations import HopperOperations, works
 
-            if works(device):
+            if works(device, config.n_embd, config.dropout):
                 return HopperOperations()
     return TritonOperations()
 

@@ -24,7 +24,7 @@ D = 256
 def hopper() -> TritonOperations:
     from bdh.kernels.hopper.operations import HopperOperations, works
 
-    assert works(torch.device("cuda"))
+    assert all(works(torch.device("cuda"), D, 0.1) for D in (256, 512, 96))
     return HopperOperations()
 
 

@@ -75,7 +75,7 @@ def test_so_do_they_in_triton(T: int, chunk: int, carried: bool, keeps: bool, mo
     if carried:
         given["state"] = state_of(model, torch.tensor([3, 10**6]), torch.float32)
     expected = passed(model, "reference", x, **given)
-    monkeypatch.setattr("bdh.kernels.dispatch.operations_of", lambda name, device: TritonOperations())
+    monkeypatch.setattr("bdh.kernels.dispatch.operations_of", lambda *given: TritonOperations())
     if keeps:
         keep_neurons(monkeypatch)
     assert_close(passed(model, "chunked", x, **given), expected, 1e-5)
@@ -241,7 +241,7 @@ def test_nothing_of_all_neurons_is_kept() -> None:
 def test_neurons_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(dtype=torch.float32, n_embd=8, n_head=2, mlp_internal_dim_multiplier=32, n_layer=2, dropout=0.2)
     x = torch.randn(2, 20, 8)
-    monkeypatch.setattr("bdh.kernels.dispatch.operations_of", lambda name, device: TritonOperations())
+    monkeypatch.setattr("bdh.kernels.dispatch.operations_of", lambda *given: TritonOperations())
     size = 2 * 3 * (2 * 20 * 256 * 4)  # bytes of X, R and Z of both layers
     found = []
     for room in (0, size - 1, size):
@@ -300,7 +300,7 @@ def test_auto_leaves_little_work_to_the_plain_form() -> None:
 def test_auto_takes_triton_on_hopper_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice alone: there is no such GPU here, and the interpreter stands in for it."""
     monkeypatch.setattr("bdh.kernels.dispatch.why_no_triton", lambda device: None)
-    monkeypatch.setattr("bdh.kernels.dispatch.operations_of", lambda name, device: TritonOperations())
+    monkeypatch.setattr("bdh.kernels.dispatch.operations_of", lambda *given: TritonOperations())
     monkeypatch.setitem(LEAST, "triton", 0)
     model = model_of(dtype=torch.float32, n_embd=16, mlp_internal_dim_multiplier=4)
     layer, x = model.model.layer, torch.randn(2, 7, 16)

@@ -234,7 +234,7 @@ def gate(A: Tensor, Ev: Tensor, X: Tensor, key: int, dropped: int, Dec: Tensor, 
         A: Normalised, (M, D) bfloat16.
         Ev: (N, D) bfloat16.
         X: (M, N) bfloat16.
-        key: Of dropout, 32 bits.
+        key: Of dropout, 32 bits, signed.
         dropped: How many of 2^16 random numbers drop.
         Dec: (N, D) bfloat16.
         y: (M, D) float32, in place.
@@ -244,6 +244,6 @@ def gate(A: Tensor, Ev: Tensor, X: Tensor, key: int, dropped: int, Dec: Tensor, 
         tiles_of(A, TOKENS, D),
         tiles_of(X, TOKENS, NEURONS),
         *(tiles_of(weight, NEURONS, D) for weight in (Ev, Dec)),
-        y, signed(key), signed(dropped << 16), M, cdiv(N, NEURONS),
+        y, key, signed(dropped << 16), M, cdiv(N, NEURONS),
     )  # fmt: skip
     run(hopper_gate, cdiv(M, 2 * TOKENS), arguments, DROPOUT=dropped > 0)

@@ -254,7 +254,7 @@ def start(kernel: Any, A: Tensor, Ev: Tensor, tensors: tuple[Tensor, ...], key: 
     arguments = (
         *(tiles_of(tensor, PIECE, COLUMNS) for tensor in (A, Ev)),
         *(tiles_of(tensor, TOKENS, NEURONS) for tensor in tensors),
-        signed(key), signed(dropped << 16), steps, parts,
+        key, signed(dropped << 16), steps, parts,
     )  # fmt: skip
     run(kernel, blocks * parts, arguments, DROPOUT=dropped > 0)
 
@@ -266,7 +266,7 @@ def gated(A: Tensor, Ev: Tensor, X: Tensor, key: int, dropped: int) -> Tensor:
         A: Normalised, (M, D) bfloat16.
         Ev: (N, D) bfloat16.
         X: (M, N) bfloat16.
-        key: Of dropout, 32 bits.
+        key: Of dropout, 32 bits, signed.
         dropped: How many of 2^16 random numbers drop.
     """
     Z = torch.empty_like(X)  # (M, N)
@@ -282,7 +282,7 @@ def gated_backward(A: Tensor, Ev: Tensor, X: Tensor, dX: Tensor, key: int, dropp
         Ev: (N, D) bfloat16.
         X: (M, N) bfloat16.
         dX: dZ, (M, N) bfloat16, overwritten with dX.
-        key: Of dropout, 32 bits.
+        key: Of dropout, 32 bits, signed.
         dropped: How many of 2^16 random numbers drop.
     """
     Z, dY = torch.empty_like(X), torch.empty_like(X)  # (M, N)

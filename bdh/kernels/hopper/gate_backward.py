@@ -211,7 +211,7 @@ def gate_backward(
         A: Normalised, (M, D) bfloat16.
         Ev: (N, D) bfloat16.
         X: (M, N) bfloat16.
-        key: Of dropout, 32 bits.
+        key: Of dropout, 32 bits, signed.
         dropped: How many of 2^16 random numbers drop.
         dDec: (N, D) float32, filled.
         dEv: (N, D) float32, filled.
@@ -223,7 +223,7 @@ def gate_backward(
         tiles_of(X, TOKENS, NEURONS),
         *(tiles_of(weight, NEURONS, D) for weight in (Ev, Dec)),
         *(tiles_of(tensor, TOKENS, NEURONS) for tensor in (dX, dY)),
-        dDec, dEv, signed(key), signed(dropped << 16), M // TOKENS,
+        dDec, dEv, key, signed(dropped << 16), M // TOKENS,
     )  # fmt: skip
     run(hopper_gate_backward, N // NEURONS, arguments, DROPOUT=dropped > 0)
     return dY, dX

@@ -92,14 +92,16 @@ class HopperOperations(TritonOperations):
         return excite_backward.excite_backward(dP, R, X, dX, self.phases(cos, sin).view(C, N), extra)
 
 
-def works(device: torch.device) -> bool:
-    """Whether all kernels compile and run here: Gluon is new, and what it is called changes with Triton's versions."""
+def works(device: torch.device, D: int, p: float) -> bool:
+    """Whether the kernels for a width, and a dropout of p or none, compile and run here.
+
+    Gluon is new, and what it is called changes with Triton's versions.
+    """
     try:
         with torch.cuda.device(device):
-            for D in (256, 512):
-                for p in (0.0, 0.5):
-                    for _ in range(2):  # the first time they are compiled
-                        once_through(HopperOperations(), D, p)
+            for dropped in {0.0, p}:
+                for _ in range(2):  # the first time they are compiled
+                    once_through(HopperOperations(), D, dropped)
             torch.cuda.synchronize()
     except Exception:  # of any kind: what a compiler says to a language that it does not know
         return False
