@@ -36,30 +36,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "reference": {"kernels": "reference"},
     "again": {"kernels": "reference", "dropping": 1},
     "triton": {"kernels": "triton"},
-    "adamw 0.002": {"kernels": "triton", "rate": 0.002},
-    "adamw 0.004": {"kernels": "triton", "rate": 0.004},
-    "muon 0.001": {"kernels": "triton", "muon": 0.001},
-    "muon 0.002": {"kernels": "triton", "muon": 0.002},
-    "muon 0.004": {"kernels": "triton", "muon": 0.004},
+    "adamw 0.002": {"kernels": "triton", "training": {"learning_rate": 0.002}},
+    "adamw 0.004": {"kernels": "triton", "training": {"learning_rate": 0.004}},
+    "muon 0.001": {"kernels": "triton", "training": {"optimizer": "muon", "learning_rate": 0.001}},
+    "muon 0.002": {"kernels": "triton", "training": {"optimizer": "muon", "learning_rate": 0.002}},
+    "muon 0.004": {"kernels": "triton", "training": {"optimizer": "muon", "learning_rate": 0.004}},
 }
 T, ROWS, EVERY = 512, 32, 50
 TARGETS = (2.0, 1.8, 1.7, 1.6, 1.55)
 TILES = ((1, 64), (16, 16), (16, 64), (64, 64), (128, 128))
-
-
-def optimizers(model: BDHForCausalLM, rate: float | None, muon: float | None) -> list[torch.optim.Optimizer]:
-    """AdamW for all weights, or Muon for the layer's matrices with steps as large as AdamW's of that rate."""
-    settings = TrainingConfig() if rate is None else TrainingConfig(learning_rate=rate)
-    if muon is None:
-        return [build_optimizer(model, settings)]
-    layer = model.model.layer
-    others = torch.nn.ModuleList([model.model.embed_tokens, model.lm_head])
-    return [
-        build_optimizer(others, settings),
-        torch.optim.Muon(
-            layer.parameters(), lr=muon, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
-    ]
 
 
 def worker(given: dict[str, Any]) -> None:
@@ -71,7 +56,7 @@ def worker(given: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = BDHForCausalLM(BDHConfig()).to(device).train()
     use_kernels(model.model.layer, given["kernels"], device)
-    steppers = optimizers(model, given.get("rate"), given.get("muon"))
+    optimizer = build_optimizer(model, TrainingConfig(**given.get("training", {})))
     forward: Any = torch.compile(model) if given["kernels"] == "reference" else model
     draw = torch.Generator().manual_seed(1)
     losses: dict[int, float] = {}
@@ -83,9 +68,8 @@ def worker(given: dict[str, Any]) -> None:
         rows = train[starts[:, None] + torch.arange(T + 1, device=device)]  # (ROWS, T + 1)
         loss_of(forward, rows).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in steppers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         spent.append(time.perf_counter() - began)
         if step + 1 == 2:  # what came before was compiled for

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from bdh.kernels.dispatch import use_kernels
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.training.config import TrainingConfig
-from bdh.training.optimizer import build_optimizer
+from bdh.training.optimizer import adamw
 from bdh.training.throughput import flops_per_token
 from benchmarks.record import RESULTS, save, visible
 
@@ -104,7 +104,7 @@ def worker(given: dict[str, Any]) -> None:
         use_kernels(model.model.layer, form, device)
         if "layer" in ways:
             model.model.layer.compile()
-    optimizer = build_optimizer(model, TrainingConfig())
+    optimizer = adamw(model.parameters(), TrainingConfig())
     forward: Any = torch.compile(model) if "compile" in ways else model
     precision = torch.autocast(device.type, torch.bfloat16) if given["precision"] == "bfloat16" else nullcontext()
     B, T = given["rows"], given["length"]
