@@ -5,10 +5,10 @@
 The default model in bfloat16 on the bytes of tinyshakespeare, 32 x 512 tokens a step, dropout 0.1, constant learning
 rate, no warm-up, as in the configuration of that name; the last tenth of the text is validated on, in windows of 512.
 All runs begin with the same weights and see the same rows; `again` is the reference with other neurons dropped, which
-says how much of a difference is chance. Runs are processes of their own, one at a time on each GPU. Writes
-results/learning.json: validation losses by step, and tokens and seconds to each of some losses (seconds of training;
-what compiling takes and validation not counted). After the run `triton`: how many neurons are silent, and how many
-tiles of tokens x neurons are so as a whole, which is what a kernel could skip.
+says how much of a difference is chance. Runs are processes of their own, one at a time on each GPU. Writes, anew after
+each, results/learning.json: validation losses by step, and tokens and seconds to each of some losses (seconds of
+training; what compiling takes and validation not counted). After the run `triton`: how many neurons are silent, and how
+many tiles of tokens x neurons are so as a whole, which is what a kernel could skip.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 import torch
@@ -159,16 +160,22 @@ def main() -> None:
     for gpu in range(args.gpus):
         free.put(gpu)
 
-    def run(name: str) -> dict[str, Any]:
+    results: dict[str, dict[str, Any]] = {}
+    writing = Lock()
+
+    def run(name: str) -> None:
         gpu = free.get()
         try:
-            return measure(name, args.steps, gpu)
+            found = measure(name, args.steps, gpu)
         finally:
             free.put(gpu)
+        with writing:  # after each, so that what is cut short has lost nothing
+            results[name] = found
+            runs = {name: results[name] for name in args.runs if name in results}
+            print(save(args.name, {"steps": args.steps, "tokens_a_step": ROWS * T, "runs": runs}))
 
     with ThreadPoolExecutor(args.gpus) as pool:
-        results = dict(zip(args.runs, pool.map(run, args.runs), strict=True))
-    print(save(args.name, {"steps": args.steps, "tokens_a_step": ROWS * T, "runs": results}))
+        list(pool.map(run, args.runs))
 
 
 if __name__ == "__main__":
