@@ -5,10 +5,10 @@
 The default model in bfloat16 on the bytes of tinyshakespeare, 32 x 512 tokens a step, dropout 0.1, constant learning
 rate, no warm-up, as in the configuration of that name; the last tenth of the text is validated on, in windows of 512.
 All runs begin with the same weights and see the same rows; `again` is the reference with other neurons dropped, which
-says how much of a difference is chance. Runs are processes of their own, one at a time on each GPU. Writes
-results/learning.json: validation losses by step, and tokens and seconds to each of some losses (seconds of training;
-what compiling takes and validation not counted). After the run `triton`: how many neurons are silent, and how many
-tiles of tokens x neurons are so as a whole, which is what a kernel could skip.
+says how much of a difference is chance. Runs are processes of their own, one at a time on each GPU. Writes, anew after
+each, results/learning.json: validation losses by step, and tokens and seconds to each of some losses (seconds of
+training; what compiling takes and validation not counted). After the run `triton`: how many neurons are silent, and how
+many tiles of tokens x neurons are so as a whole, which is what a kernel could skip.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 import torch
@@ -36,30 +37,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "reference": {"kernels": "reference"},
     "again": {"kernels": "reference", "dropping": 1},
     "triton": {"kernels": "triton"},
-    "adamw 0.002": {"kernels": "triton", "rate": 0.002},
-    "adamw 0.004": {"kernels": "triton", "rate": 0.004},
-    "muon 0.001": {"kernels": "triton", "muon": 0.001},
-    "muon 0.002": {"kernels": "triton", "muon": 0.002},
-    "muon 0.004": {"kernels": "triton", "muon": 0.004},
+    "adamw 0.002": {"kernels": "triton", "training": {"learning_rate": 0.002}},
+    "adamw 0.004": {"kernels": "triton", "training": {"learning_rate": 0.004}},
+    "muon 0.001": {"kernels": "triton", "training": {"optimizer": "muon", "learning_rate": 0.001}},
+    "muon 0.002": {"kernels": "triton", "training": {"optimizer": "muon", "learning_rate": 0.002}},
+    "muon 0.004": {"kernels": "triton", "training": {"optimizer": "muon", "learning_rate": 0.004}},
 }
 T, ROWS, EVERY = 512, 32, 50
 TARGETS = (2.0, 1.8, 1.7, 1.6, 1.55)
 TILES = ((1, 64), (16, 16), (16, 64), (64, 64), (128, 128))
-
-
-def optimizers(model: BDHForCausalLM, rate: float | None, muon: float | None) -> list[torch.optim.Optimizer]:
-    """AdamW for all weights, or Muon for the layer's matrices with steps as large as AdamW's of that rate."""
-    settings = TrainingConfig() if rate is None else TrainingConfig(learning_rate=rate)
-    if muon is None:
-        return [build_optimizer(model, settings)]
-    layer = model.model.layer
-    others = torch.nn.ModuleList([model.model.embed_tokens, model.lm_head])
-    return [
-        build_optimizer(others, settings),
-        torch.optim.Muon(
-            layer.parameters(), lr=muon, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
-    ]
 
 
 def worker(given: dict[str, Any]) -> None:
@@ -71,7 +57,7 @@ def worker(given: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = BDHForCausalLM(BDHConfig()).to(device).train()
     use_kernels(model.model.layer, given["kernels"], device)
-    steppers = optimizers(model, given.get("rate"), given.get("muon"))
+    optimizer = build_optimizer(model, TrainingConfig(**given.get("training", {})))
     forward: Any = torch.compile(model) if given["kernels"] == "reference" else model
     draw = torch.Generator().manual_seed(1)
     losses: dict[int, float] = {}
@@ -83,9 +69,8 @@ def worker(given: dict[str, Any]) -> None:
         rows = train[starts[:, None] + torch.arange(T + 1, device=device)]  # (ROWS, T + 1)
         loss_of(forward, rows).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in steppers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         spent.append(time.perf_counter() - began)
         if step + 1 == 2:  # what came before was compiled for
@@ -175,16 +160,22 @@ def main() -> None:
     for gpu in range(args.gpus):
         free.put(gpu)
 
-    def run(name: str) -> dict[str, Any]:
+    results: dict[str, dict[str, Any]] = {}
+    writing = Lock()
+
+    def run(name: str) -> None:
         gpu = free.get()
         try:
-            return measure(name, args.steps, gpu)
+            found = measure(name, args.steps, gpu)
         finally:
             free.put(gpu)
+        with writing:  # after each, so that what is cut short has lost nothing
+            results[name] = found
+            runs = {name: results[name] for name in args.runs if name in results}
+            print(save(args.name, {"steps": args.steps, "tokens_a_step": ROWS * T, "runs": runs}))
 
     with ThreadPoolExecutor(args.gpus) as pool:
-        results = dict(zip(args.runs, pool.map(run, args.runs), strict=True))
-    print(save(args.name, {"steps": args.steps, "tokens_a_step": ROWS * T, "runs": results}))
+        list(pool.map(run, args.runs))
 
 
 if __name__ == "__main__":

@@ -46,10 +46,12 @@ def processor() -> str:
 
 
 def save(name: str, figures: dict[str, Any]) -> Path:
-    """Writes `results/NAME.json`: the circumstances and the figures."""
+    """Writes `results/NAME.json`, whole or not at all: the circumstances and the figures."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**circumstances(), **figures}, indent=1) + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({**circumstances(), **figures}, indent=1) + "\n")
+    partial.replace(path)
     return path
 
 

@@ -9,10 +9,10 @@ own, which trains on tokens made from a seed; forms take turns, over and over, s
 falls on all alike. A form that runs out of memory is said to have. After a form's name, `+compile` compiles the model
 with torch.compile, `+layer` its layer alone, and `+graph` records the whole step as a CUDA graph.
 
-Writes results/train_speed_DEVICE.json and a picture beside it: tokens/s of the median step and how many times the first
-form's that is, turn by turn; peak memory (of a CPU: of the process, without what it took before there was a model); on
-a GPU the share of what its matrix units did when nothing but a large product was asked of them, the model's own
-products counted once (what is worked out again counts for nothing).
+Writes results/train_speed_DEVICE.json, anew after each case, and in the end a picture beside it: tokens/s of the median
+step and how many times the first form's that is, turn by turn; peak memory (of a CPU: of the process, without what it
+took before there was a model); on a GPU the share of what its matrix units did when nothing but a large product was
+asked of them, the model's own products counted once (what is worked out again counts for nothing).
 
 A case is ROWSxLENGTH, or ROWSxLENGTH@WIDTH for another n_embd. On a CPU the model is the quickstart's; on a GPU it is
 the default one. With several GPUs each takes another case, and all forms of a case go to the same.
@@ -30,6 +30,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from bdh.kernels.dispatch import use_kernels
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.training.config import TrainingConfig
-from bdh.training.optimizer import build_optimizer
+from bdh.training.optimizer import adamw
 from bdh.training.throughput import flops_per_token
 from benchmarks.record import RESULTS, save, visible
 
@@ -104,7 +105,7 @@ def worker(given: dict[str, Any]) -> None:
         use_kernels(model.model.layer, form, device)
         if "layer" in ways:
             model.model.layer.compile()
-    optimizer = build_optimizer(model, TrainingConfig())
+    optimizer = adamw(model.parameters(), TrainingConfig())
     forward: Any = torch.compile(model) if "compile" in ways else model
     precision = torch.autocast(device.type, torch.bfloat16) if given["precision"] == "bfloat16" else nullcontext()
     B, T = given["rows"], given["length"]
@@ -275,20 +276,25 @@ def main() -> None:
     for gpu in range(args.gpus) if args.device == "cuda" else [None]:
         free.put(gpu)
 
-    def work(case: str) -> dict[str, Any]:
-        gpu = free.get()
-        try:
-            return measure_case(case, forms, given, args.turns, gpu)
-        finally:
-            free.put(gpu)
-
     names = args.cases or CASES[args.device]
-    with ThreadPoolExecutor(args.gpus) as pool:
-        cases = dict(zip(names, pool.map(work, names), strict=True))
-    print(json.dumps(cases, indent=1))
     figures = {"device": args.device, "precision": args.precision, "model": given["model"], "steps": args.steps}
     name = args.name or f"train_speed_{args.device}"
-    print(save(name, {**figures, "cases": cases}))
+    cases: dict[str, dict[str, Any]] = {}
+    writing = Lock()
+
+    def work(case: str) -> None:
+        gpu = free.get()
+        try:
+            found = measure_case(case, forms, given, args.turns, gpu)
+        finally:
+            free.put(gpu)
+        with writing:  # after each, so that what is cut short has lost nothing
+            cases[case] = found
+            print(save(name, {**figures, "cases": {case: cases[case] for case in names if case in cases}}))
+
+    with ThreadPoolExecutor(args.gpus) as pool:
+        list(pool.map(work, names))
+    print(json.dumps(cases, indent=1))
     draw(cases, name)
 
 

@@ -25,11 +25,13 @@ def run(argv: list[str]) -> int:
         sizes = {name: getattr(config, name) for name in ("n_layer", "n_embd", "n_head", "vocab_size", "n_neurons")}
         print(json.dumps({**sizes, "parameters": parameters, "weight_bytes": 4 * parameters, "state_bytes": state}))
         return 0
+    layer = 3 * config.n_neurons * config.n_embd  # weights of which Muon keeps one moment and not two
     rows = {
         "model": str(where),
         **architecture(config),
         "weights in memory": f"{4 * parameters / 1e6:,.1f} MB in float32, {2 * parameters / 1e6:,.1f} MB in bfloat16",
-        "training in memory": f"{16 * parameters / 1e6:,.1f} MB for weights, gradients and AdamW's moments in float32",
+        "training in memory": f"{16 * parameters / 1e6:,.1f} MB for weights, gradients and AdamW's moments in float32, "
+        f"{(16 * parameters - 4 * layer) / 1e6:,.1f} MB with Muon",
     }
     width = max(map(len, rows))
     print("\n".join(f"{key:<{width}}  {value}" for key, value in rows.items()))

@@ -44,6 +44,7 @@ from transformers import PreTrainedTokenizerFast
 from bdh.data.tokenizer import load_tokenizer
 from bdh.errors import BDHError
 from bdh.model.heads import HeadNames
+from bdh.training.optimizer import Together
 from bdh.training.pieces import joined, parted
 
 NAME = re.compile(r"(?:superseded-\d+-)?checkpoint-(\d{7,})")
@@ -212,7 +213,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def load(
     path: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Together,
     carried: dict[str, Tensor] | None = None,
     names: HeadNames = WHOLE,
 ) -> dict[str, Any]:
@@ -314,7 +315,7 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def collect(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Together,
     carried: dict[str, Tensor] | None = None,
     names: HeadNames = WHOLE,
 ) -> dict[str, Tensor]:

@@ -64,12 +64,14 @@ class TrainingConfig:
         batch_size: Sequences of one optimizer step, however many processes or pieces share it.
         micro_batch_size: Sequences of one forward pass of a process; gradients accumulate over the pieces. Null: all
             that are the process's own.
+        optimizer: adamw for all weights; or muon, which learns from fewer tokens: Muon for the layer's matrices, AdamW
+            for the rest, at one learning rate; in one process, or in several with distributed.strategy ddp.
         learning_rate: Peak learning rate.
         min_learning_rate: Where cosine and wsd end.
         schedule: cosine, constant, or wsd (constant, then a straight line down over the last steps), after the warm-up.
         warmup_steps: Steps of linear warm-up.
         decay_steps: Steps of wsd's descent.
-        weight_decay: AdamW's, on matrices only.
+        weight_decay: Of either optimizer, on matrices only.
         beta1: AdamW's first decay rate.
         beta2: AdamW's second decay rate.
         eps: AdamW's small number in the denominator.
@@ -89,6 +91,7 @@ class TrainingConfig:
     max_steps: int = 3000
     batch_size: int = 32
     micro_batch_size: int | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-4
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
@@ -317,6 +320,7 @@ def validate(config: TrainConfig) -> None:
     if config.distributed.strategy == "ddp" and (config.distributed.shards or config.distributed.cpu_offload):
         name = "shards" if config.distributed.shards else "cpu_offload"
         raise BDHError(f"distributed.{name} is for distributed.strategy fsdp; leave it out, or choose fsdp")
+    _check_optimizer(config)
     if training.min_learning_rate > training.learning_rate:
         raise BDHError(
             f"training.min_learning_rate is {training.min_learning_rate}; it must not exceed training.learning_rate "
@@ -345,6 +349,29 @@ def validate(config: TrainConfig) -> None:
     if not config.logging.project:
         raise BDHError("logging.project is empty; it must name what trackers group runs by")
     _check_text(config)
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    """Refuses Muon where its step would not be the one that a single process takes, or was not tried.
+
+    It takes a matrix as a whole. Of one that is spread it would step each part by itself (large matrices under fsdp are
+    pieces), or with sums of bfloat16 that come out otherwise by a hundredth.
+    """
+    distributed = config.distributed
+    if config.training.optimizer != "muon":
+        return
+    if config.lora.rank:
+        raise BDHError(
+            f"training.optimizer is muon and lora.rank is {config.lora.rank}; muon is for whole matrices and not for "
+            "adapters: choose training.optimizer adamw"
+        )
+    if distributed.strategy == "fsdp" or distributed.tensor_parallel > 1:
+        shared = f"distributed.tensor_parallel is {distributed.tensor_parallel}"
+        given = "distributed.strategy is fsdp" if distributed.strategy == "fsdp" else shared
+        raise BDHError(
+            f"training.optimizer is muon and {given}; muon needs each matrix whole in every process: choose "
+            "training.optimizer adamw, or copies of the model (distributed.strategy ddp, tensor_parallel 1)"
+        )
 
 
 def _check_data(config: TrainConfig) -> None:
@@ -467,8 +494,8 @@ def compare(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     """What differs between a checkpoint's configuration and the one to go on with, a line each.
 
     Raises:
-        BDHError: The architecture or the adapters differ, and all differing fields are named; or the model to begin
-            with does, which is not read any more.
+        BDHError: The architecture or the adapters differ, and all differing fields are named; or the optimizer does,
+            whose state would not fit; or the model to begin with, which is not read any more.
     """
     before, now = flatten(from_dict(saved)), flatten(config)
     different = [name for name in now if before[name] != now[name] and name != "run_dir"]
@@ -479,6 +506,11 @@ def compare(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     if any(name in different for name in ADAPTERS):
         listed = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in ADAPTERS if name in different)
         raise BDHError(f"the checkpoint has other adapters: {listed}; keep these settings, or begin a new run")
+    if "training.optimizer" in different:
+        raise BDHError(
+            f"the checkpoint has the state of another optimizer: training.optimizer {before['training.optimizer']} -> "
+            f"{now['training.optimizer']}; keep this setting, or begin a new run with the weights: --init_from DIR"
+        )
     if "init_from" in different and not now["lora.rank"]:
         raise BDHError(
             f"init_from is {now['init_from']}, but a run that goes on has its weights from the checkpoint; leave it out"

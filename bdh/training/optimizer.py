@@ -1,6 +1,12 @@
-"""The optimizer and the learning-rate schedule."""
+"""The optimizer and the learning-rate schedule.
+
+Muon (Jordan et al., 2024) makes the momentum of a matrix nearly orthogonal before it follows it, so it is for the
+matrices of the layer, which are maps from vectors to vectors, and AdamW does the rest. Its steps are scaled to be as
+large as AdamW's usually are (Liu et al., arXiv 2502.16982), so that both have one learning rate and one weight decay.
+"""
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,12 +15,53 @@ from torch import nn
 from bdh.training.config import TrainingConfig
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only; fused where the device has it.
+class Together:
+    """Optimizers that step together, each with parameters of its own.
+
+    `torch.distributed.checkpoint.state_dict` takes the parts, which is what going through it gives.
+    """
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+
+    def __iter__(self) -> Iterator[torch.optim.Optimizer]:
+        return iter(self.parts)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all parts, themselves and no copies."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW | Together:
+    """AdamW for all that is trained; or Muon for the matrices of the layer, and AdamW for all else."""
+    if config.optimizer == "adamw":
+        return adamw(model.parameters(), config)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = {name: p for name, p in trained if name.startswith("model.layer.") and p.ndim == 2}
+    muon = torch.optim.Muon(
+        matrices.values(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return Together(muon, adamw([p for name, p in trained if name not in matrices], config))
+
+
+def adamw(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW for those that are trained, with weight decay on matrices only; fused where the device has it.
 
     In BDH every parameter is a matrix, the embedding included; what is not, added by someone later, is not decayed.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in parameters if p.requires_grad]
     matrices = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]
     groups: list[dict[str, Any]] = [

@@ -114,6 +114,8 @@ CASES: dict[str, str] = {
     "train --resume damaged/checkpoints/checkpoint-0000040": "checkpoint-0000040 is damaged: ",
     "train --resume run --model.n_layer 3 --model.n_embd 32": "the checkpoint has another architecture: "
     "model.n_layer 2 -> 3, model.n_embd 16 -> 32",
+    "train --resume run --training.optimizer muon": "the checkpoint has the state of another optimizer: training."
+    "optimizer adamw -> muon; keep this setting, or begin a new run with the weights: --init_from DIR",
     "quickstart --training.max_steps 0": "bdh quickstart: error: training.max_steps is 0; it must be at least 1",
     # exports
     "export nowhere out": "nowhere does not exist",

@@ -24,13 +24,13 @@ from bdh.training.checkpoint import (
     restore_random_state,
 )
 from bdh.training.config import TrainingConfig
-from bdh.training.optimizer import build_optimizer
+from bdh.training.optimizer import adamw
 
 
 def make(seed: int) -> tuple[nn.Module, torch.optim.AdamW]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 2))
-    optimizer = build_optimizer(model, TrainingConfig())
+    optimizer = adamw(model.parameters(), TrainingConfig())
     model(torch.randn(3, 4)).square().sum().backward()
     optimizer.step()
     optimizer.zero_grad()

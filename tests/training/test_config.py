@@ -9,7 +9,16 @@ import yaml
 from bdh.cli.parsing import build_config, ready_configs, train_parser
 from bdh.errors import BDHError
 from bdh.model import BDHConfig
-from bdh.training.config import LIMITS, ModelConfig, TrainConfig, flatten, from_dict, validate
+from bdh.training.config import (
+    LIMITS,
+    ModelConfig,
+    TrainConfig,
+    TrainingConfig,
+    compare,
+    flatten,
+    from_dict,
+    validate,
+)
 
 
 def parse(*argv: str) -> TrainConfig:
@@ -107,6 +116,13 @@ MISTAKES = {
     "at least 100",
     "--training.schedule wsd --training.max_steps 550": "training.max_steps is 550, too few for training.warmup_steps "
     "100 and training.decay_steps 500; it must be at least 600",
+    "--training.optimizer moun": "training.optimizer is moun; it must be one of adamw, muon; did you mean muon?",
+    "--training.optimizer muon --distributed.strategy fsdp": "training.optimizer is muon and distributed.strategy is "
+    "fsdp; muon needs each matrix whole in every process: choose training.optimizer adamw, or",
+    "--training.optimizer muon --distributed.tensor_parallel 2": "training.optimizer is muon and distributed.tensor_"
+    "parallel is 2; muon needs each matrix whole",
+    "--training.optimizer muon --lora.rank 4 --init_from DIR": "training.optimizer is muon and lora.rank is 4; muon is "
+    "for whole matrices and not for adapters: choose training.optimizer adamw",
     "--training.compile maybe": "training.compile is maybe; it must be true or false",
     "--data.train_split 1": "data.train_split is 1.0; it must be above 0 and below 1",
     "--data.corpus shakespear": "data.corpus is shakespear; it must be one of pydoc, stdlib, shakespeare; did you mean "
@@ -161,6 +177,16 @@ def test_a_file_that_is_no_text_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BDHError, match="is not a text file"):
         parse("--config", str(tmp_path / "bad.yaml"))
+
+
+def test_a_checkpoint_that_names_no_optimizer_is_of_adamw() -> None:
+    """Those of earlier versions."""
+    saved = asdict(TrainConfig())
+    del saved["training"]["optimizer"]
+    assert compare(saved, TrainConfig()) == []
+    other = TrainConfig(training=TrainingConfig(optimizer="muon"))
+    with pytest.raises(BDHError, match=r"state of another optimizer: training\.optimizer adamw -> muon; keep this"):
+        compare(saved, other)
 
 
 def test_limits_hold_for_configurations_made_in_python_too() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +148,21 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
         assert a.grad is not None and b.grad is not None and torch.allclose(a.grad, b.grad, atol=1e-7)
 
 
-def test_a_step_is_adamw_on_the_clipped_gradient_of_the_batch(tmp_path: Path) -> None:
+def adamw_by_hand(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def muon_by_hand(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.Muon(
+        parameters, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_is_the_optimizers_on_the_clipped_gradient_of_the_batch(tmp_path: Path, optimizer: str) -> None:
     """One step of the loop against the same step written out."""
-    run = trainer(tmp_path, gradient_clip=0.01, learning_rate=0.02, min_learning_rate=0.0, schedule="constant")
+    constant: dict[str, Any] = {"learning_rate": 0.02, "min_learning_rate": 0.0, "schedule": "constant"}
+    run = trainer(tmp_path, gradient_clip=0.01, optimizer=optimizer, **constant)
     torch.manual_seed(1337)
     model = BDHForCausalLM(BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8, dropout=0.0))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), run.model.parameters(), strict=True))
@@ -160,8 +173,8 @@ def test_a_step_is_adamw_on_the_clipped_gradient_of_the_batch(tmp_path: Path) ->
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
     assert norm > 0.01
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
-    optimizer.step()
+    (adamw_by_hand if optimizer == "adamw" else muon_by_hand)(model.model.layer.parameters()).step()
+    adamw_by_hand([model.model.embed_tokens.weight, model.lm_head.weight]).step()
     run.model.train()
     run.step()
     for a, b in zip(model.parameters(), run.model.parameters(), strict=True):

@@ -9,13 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.training.config import TrainingConfig
-from bdh.training.optimizer import build_optimizer, learning_rate_at
+from bdh.training.optimizer import Together, adamw, build_optimizer, learning_rate_at
 
 
 def test_only_matrices_decay() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    optimizer = build_optimizer(model, TrainingConfig(weight_decay=0.3, learning_rate=0.01, beta1=0.8, beta2=0.9))
+    settings = TrainingConfig(weight_decay=0.3, learning_rate=0.01, beta1=0.8, beta2=0.9)
+    optimizer = adamw(model.parameters(), settings)
     decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {p.ndim: d for p, d in decay.items()} == {2: 0.3, 1: 0.0} and len(decay) == 4
     assert optimizer.defaults["betas"] == (0.8, 0.9) and optimizer.defaults["fused"]
@@ -35,6 +37,20 @@ def test_weights_shrink_by_the_decay_alone_when_gradients_are_zero() -> None:
     model.weight.grad = torch.zeros_like(model.weight)
     optimizer.step()
     assert torch.allclose(model.weight, before * (1 - 0.1 * 0.5))
+
+
+def test_muon_has_the_matrices_of_the_layer_and_adamw_the_rest_at_one_rate() -> None:
+    model = BDHForCausalLM(BDHConfig(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4))
+    model.model.layer.register_parameter("added", nn.Parameter(torch.ones(3)))
+    optimizer = build_optimizer(model, TrainingConfig(optimizer="muon", learning_rate=0.02, weight_decay=0.3))
+    assert isinstance(optimizer, Together)
+    name_of = {p: name for name, p in model.named_parameters()}
+    muon, adamw = ({name_of[p] for group in part.param_groups for p in group["params"]} for part in optimizer)
+    matrices = ("encoder", "encoder_v.0", "encoder_v.1", "decoder")
+    assert muon == {f"model.layer.{matrix}.weight" for matrix in matrices}
+    assert adamw == {"model.embed_tokens.weight", "lm_head.weight", "model.layer.added"}
+    settings = [(len(group["params"]), group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert settings == [(4, 0.02, 0.3), (2, 0.02, 0.3), (1, 0.02, 0.0)]
 
 
 schedules = st.sampled_from(["cosine", "constant", "wsd"])

@@ -20,9 +20,10 @@ from bdh.cli.main import main
 from bdh.data.tokenizer import save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.training.checkpoint import find_checkpoint
+from bdh.training.loop import Trainer
 from bdh.training.tracking import read_metrics
 from tests.conftest import TEXT, TINY, Run, environment
-from tests.training.test_loop import assert_same_end
+from tests.training.test_loop import assert_same_end, weights
 
 STEPS = 400
 SETTINGS = [
@@ -107,6 +108,32 @@ def test_a_kill_while_streaming_changes_no_bit(tmp_path: Path) -> None:
         assert process.returncode == 0 and "going on from step" in output, output
         assert "from its beginning" not in output
         assert_same_end(tmp_path / f"whole-{carry}", run)
+
+
+def test_muon_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped while it is warming up and taken up again, with dropout, accumulation and clipping."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    given = ["train", "--data.path", "text.txt", *TINY, "--training.optimizer", "muon", "--model.dropout", "0.2"]
+    given += ["--training.micro_batch_size", "2", "--training.gradient_clip", "0.1"]
+    assert main([*given, "--run_dir", "whole"]) == 0
+    step = Trainer.step
+
+    def stopping(run: Trainer) -> None:
+        step(run)
+        if run.state.step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopping)
+        assert main([*given, "--run_dir", "stopped"]) == 128 + signal.SIGINT
+    assert find_checkpoint(tmp_path / "stopped").name == "checkpoint-0000003"
+    assert main(["train", "--resume", "stopped"]) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+    kept = weights(find_checkpoint(tmp_path / "whole"))
+    moments = {name.split(".")[-1] for name in kept if name.startswith("optimizer.state.model.layer.")}
+    assert moments == {"momentum_buffer"}
+    assert "optimizer.state.lm_head.weight.exp_avg" in kept
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
