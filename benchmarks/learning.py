@@ -172,7 +172,8 @@ def main() -> None:
         with writing:  # after each, so that what is cut short has lost nothing
             results[name] = found
             runs = {name: results[name] for name in args.runs if name in results}
-            print(save(args.name, {"steps": args.steps, "tokens_a_step": ROWS * T, "runs": runs}))
+            whole = len(results) == len(args.runs)
+            print(save(args.name, {"complete": whole, "steps": args.steps, "tokens_a_step": ROWS * T, "runs": runs}))
 
     with ThreadPoolExecutor(args.gpus) as pool:
         list(pool.map(run, args.runs))

@@ -290,7 +290,8 @@ def main() -> None:
             free.put(gpu)
         with writing:  # after each, so that what is cut short has lost nothing
             cases[case] = found
-            print(save(name, {**figures, "cases": {case: cases[case] for case in names if case in cases}}))
+            having = {case: cases[case] for case in names if case in cases}
+            print(save(name, {"complete": len(cases) == len(names), **figures, "cases": having}))
 
     with ThreadPoolExecutor(args.gpus) as pool:
         list(pool.map(work, names))

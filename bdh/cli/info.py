@@ -30,8 +30,8 @@ def run(argv: list[str]) -> int:
         "model": str(where),
         **architecture(config),
         "weights in memory": f"{4 * parameters / 1e6:,.1f} MB in float32, {2 * parameters / 1e6:,.1f} MB in bfloat16",
-        "training in memory": f"{16 * parameters / 1e6:,.1f} MB for weights, gradients and AdamW's moments in float32, "
-        f"{(16 * parameters - 4 * layer) / 1e6:,.1f} MB with Muon",
+        "training in memory": f"{16 * parameters / 1e6:,.2f} MB for weights, gradients and AdamW's moments in float32, "
+        f"{(16 * parameters - 4 * layer) / 1e6:,.2f} MB with Muon",
     }
     width = max(map(len, rows))
     print("\n".join(f"{key:<{width}}  {value}" for key, value in rows.items()))

@@ -17,10 +17,10 @@ from bdh.model.configuration_bdh import BDHConfig
 from bdh.model.heads import HereLinear
 from bdh.model.modeling_bdh import BDHLayer, BDHState, Fast
 
-# What auto takes its forms from: products X o Y of a head in a pass. With fewer, the plain form is the faster one.
+# What auto takes its forms from: products X o Y of a head in a pass. With fewer, the plain form is as fast.
 LEAST = {"chunked": 1 << 18, "triton": 1 << 24}
 TRITON_CAPABILITY = (8, 0)  # what the kernels are made for: GPUs that multiply bfloat16
-ROOM = 4  # a GPU's memory over what of it neurons may take that are kept for the way back
+ROOM = 3  # the free memory of a GPU over what of it neurons may take that are kept for the way back
 HOPPER = (9, 0)  # which has kernels of its own
 
 
@@ -44,9 +44,9 @@ def use_kernels(layer: BDHLayer, name: str, device: torch.device) -> None:
         layer.kernels = None
     elif name == "auto":  # Triton where it is much faster, which in float32 it is not
         only = torch.bfloat16 if form == "triton" else None
-        layer.kernels = Kernels(operations_of(form, layer.config, device), LEAST[form], only)
+        layer.kernels = Kernels(operations_of(form, layer.config, device), LEAST[form], only, room_for_neurons(device))
     else:
-        layer.kernels = Kernels(operations_of(form, layer.config, device))
+        layer.kernels = Kernels(operations_of(form, layer.config, device), room=room_for_neurons(device))
 
 
 def choose(layer: BDHLayer, device: torch.device) -> str:
@@ -106,10 +106,11 @@ class Kernels:
         operations: The steps of a head.
         least: Products X o Y of a head and a pass from which on it is taken.
         only: What has to be computed in; None: anything.
+        room: Bytes that a pass may keep of all its layers' neurons.
     """
 
-    def __init__(self, operations: Operations, least: int = 0, only: torch.dtype | None = None):
-        self.operations, self.least, self.only = operations, least, only
+    def __init__(self, operations: Operations, least: int = 0, only: torch.dtype | None = None, room: int = 0):
+        self.operations, self.least, self.only, self.room = operations, least, only, room
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
@@ -135,7 +136,7 @@ class Kernels:
             dropout=config.dropout if layer.training else 0.0,
             start=None if state is None else state.position,
             documents=documents,
-            room=room_for_neurons(embeds.device) // config.n_layer,
+            room=self.room // config.n_layer,
         )
         return Way(reading, layer)
 
@@ -158,7 +159,7 @@ class Way:
 
 def room_for_neurons(device: torch.device) -> int:
     """Bytes that a pass may keep of all its layers' neurons, so that the way back need not work them out again."""
-    return torch.cuda.get_device_properties(device).total_memory // ROOM if device.type == "cuda" else 0
+    return torch.cuda.mem_get_info(device)[0] // ROOM if device.type == "cuda" else 0
 
 
 def linear_maps(layer: BDHLayer) -> list[nn.Module]:

@@ -137,6 +137,7 @@ class Neurons(torch.autograd.Function):
             if keep and reading.keeps:
                 assert Z is not None
                 saved += [X, R, Z]
+            del Z  # before the next head's tensors are made
         if keep:
             ctx.reading, ctx.seed, ctx.dtypes = reading, seed, (x.dtype, encoder.dtype)
             ctx.save_for_backward(*saved)

@@ -102,7 +102,7 @@ class Operations(Protocol):
             dY = dZ o X where Y > 0, the gradient before that relu, and dX = dZ o Y. (G, C, N) dt.
         """
 
-    def keeps(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
+    def worth_keeping(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
         """Whether a way back takes less time if X, R and Z of every head are kept for it, which `gate` then returns."""
 
     def gate_backward_kept(

@@ -163,7 +163,7 @@ class Reading:
             first,
             following,
             None if documents is None else Documents.apart(documents, C, dtype),
-            size <= room and operations.keeps(C, N, D, dtype),
+            size <= room and operations.worth_keeping(C, N, D, dtype),
         )
 
 

@@ -51,12 +51,11 @@ class TorchOperations:
         dP = apart_((dA @ x.mT).tril_(-1), documents)  # (G, C, C)
         return dP + dP.mT
 
-    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> Tensor:
+    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> None:
         Z = relu_(self.product("Z", A, Ev.mT)).mul_(X)  # (G, C, N)
         if dropout.p > 0:
             drop_(Z, keeps(Z, dropout))
         add_product_(y, Z, Dec.mT)  # (G, C, D)
-        return Z
 
     def gate_backward(
         self,
@@ -81,8 +80,8 @@ class TorchOperations:
         product_into(dEv, dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
         return dY, dX
 
-    def keeps(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
-        return False  # measured on a CPU: no gain
+    def worth_keeping(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
+        return False  # measured where products are fast: no gain
 
     def gate_backward_kept(
         self, dy: Tensor, Dec: Tensor, A: Tensor, X: Tensor, Z: Tensor, dDec: Tensor, dEv: Tensor

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from bdh.kernels.train_parts import (
+    SMALLEST,
     add_products,
     halves,
     keeps,
@@ -149,7 +150,7 @@ def gate_backward_kept(
     fired = load(X + place + tile, inside, EVEN).to(tl.float32)  # (BLOCK_M, BLOCK_N)
     answer = load(Z + place + tile, inside, EVEN).to(tl.float32)  # (BLOCK_M, BLOCK_N)
     dZ = load(dX + place + tile, inside, EVEN).to(tl.float32)  # (BLOCK_M, BLOCK_N)
-    normal = fired >= 1.17549435e-38  # (BLOCK_M, BLOCK_N)  `operations.SMALLEST`
+    normal = fired >= SMALLEST  # (BLOCK_M, BLOCK_N)
     Y = answer / tl.where(normal, fired, 1.0)  # (BLOCK_M, BLOCK_N)
     stream(dX + place + tile, tl.where(normal, dZ * Y, 0.0).to(dt), inside, EVEN)
     stream(dY + place + tile, tl.where(answer > 0, dZ * fired, 0.0).to(dt), inside, EVEN)

@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+from bdh.kernels import operations
+
+SMALLEST = tl.constexpr(operations.SMALLEST)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by Triton's interpreter, on a CPU
 
 

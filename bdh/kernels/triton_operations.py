@@ -158,7 +158,7 @@ class TritonOperations:
         )  # fmt: skip
         return Z, dY, dX
 
-    def keeps(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
+    def worth_keeping(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
         return False
 
     def gate_backward_kept(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdh.kernels.dispatch import use_kernels
+from bdh.kernels.dispatch import HOPPER, use_kernels
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState, state_of
 
 pytestmark = [
@@ -51,6 +51,7 @@ SIZES = [
     pytest.param(2, 77, {"n_embd": 48, "n_head": 3, "mlp_internal_dim_multiplier": 10, "chunk_size": 33}, id="odd"),
     pytest.param(1, 1100, {"n_layer": 2}, id="several chunks"),
     pytest.param(2, 512, {"n_layer": 2}, id="usual"),
+    pytest.param(2, 512, {"n_layer": 2, "n_embd": 512}, id="wide"),
 ]
 
 
@@ -74,6 +75,21 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_form_is(B: int, T: int, siz
     assert abs(one - other) < 1e-2
     for name, wanted in exact.items():
         assert off(ours[name], wanted) < 1.5 * off(plain[name], wanted) + 1e-3
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_gradients_are_alike_from_what_was_kept_and_made_again(carried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.get_device_capability() != HOPPER:
+        pytest.skip("nothing is kept but on an H100 or H200")
+    results, memory = [], []
+    for room in (1 << 40, 0):
+        monkeypatch.setattr("bdh.kernels.dispatch.room_for_neurons", lambda device, room=room: room)
+        torch.cuda.reset_peak_memory_stats()
+        results.append(trained("triton", 2, 1024, True, carried, n_embd=512, n_layer=2, dropout=0.1))
+        memory.append(torch.cuda.max_memory_allocated())
+    (one, gradients, _), (other, expected, _) = results
+    assert one == other and memory[0] > memory[1] + 2 * 1024 * 65536 * 2
+    assert all(off(gradients[name], wanted) < 2e-2 for name, wanted in expected.items())
 
 
 def test_dropout_is_reproducible_and_of_the_right_share() -> None:

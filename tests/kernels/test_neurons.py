@@ -83,7 +83,7 @@ def test_so_do_they_in_triton(T: int, chunk: int, carried: bool, keeps: bool, mo
 
 def keep_neurons(monkeypatch: pytest.MonkeyPatch, room: int = 1 << 30) -> None:
     """Lets TritonOperations keep X, R and Z in so many bytes, as those of Hopper do for some sizes."""
-    monkeypatch.setattr(TritonOperations, "keeps", lambda *sizes: True)
+    monkeypatch.setattr(TritonOperations, "worth_keeping", lambda *sizes: True)
     monkeypatch.setattr("bdh.kernels.dispatch.room_for_neurons", lambda device: room)
 
 
@@ -301,6 +301,7 @@ def test_auto_takes_triton_on_hopper_in_bfloat16(monkeypatch: pytest.MonkeyPatch
     """The choice alone: there is no such GPU here, and the interpreter stands in for it."""
     monkeypatch.setattr("bdh.kernels.dispatch.why_no_triton", lambda device: None)
     monkeypatch.setattr("bdh.kernels.dispatch.operations_of", lambda *given: TritonOperations())
+    monkeypatch.setattr("bdh.kernels.dispatch.room_for_neurons", lambda device: 0)
     monkeypatch.setitem(LEAST, "triton", 0)
     model = model_of(dtype=torch.float32, n_embd=16, mlp_internal_dim_multiplier=4)
     layer, x = model.model.layer, torch.randn(2, 7, 16)

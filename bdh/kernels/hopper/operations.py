@@ -68,7 +68,7 @@ class HopperOperations(TritonOperations):
         Z, dY = gate_512.gated_backward(*rows, *dropout_numbers(dropout))  # (M, N)
         return Z.view(G, C, N), dY.view(G, C, N), dX
 
-    def keeps(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
+    def worth_keeping(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
         return dtype == torch.bfloat16 and excite_512.fits(C, N, D) and gate_512.fits(C, N, D)
 
     def ungated(self, dy: Tensor, Dec: Tensor, X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ def once_through(op: TritonOperations, D: int, p: float) -> None:
     op.excite(x, E, cos, sin)
     op.gate(x, E, X, dropout, E.mT, y)
     op.gate_backward(x, E.mT, x, E, X, dropout, sums[0].mT, sums[1])
-    if op.keeps(C, N, D, x.dtype):
+    if op.worth_keeping(C, N, D, x.dtype):
         op.gate_backward_kept(x, E.mT, x, X, X, sums[0].mT, sums[1])
     for past in (None, (x, E[None], x, E[None])):
         op.excite_backward(ones(1, C, C), X, X, ones(1, C, N), cos, sin, past)
