@@ -20,7 +20,8 @@ from bdh.model.modeling_bdh import BDHLayer, BDHState, Fast
 # What auto takes its forms from: products X o Y of a head in a pass. With fewer, the plain form is as fast.
 LEAST = {"chunked": 1 << 18, "triton": 1 << 24}
 TRITON_CAPABILITY = (8, 0)  # what the kernels are made for: GPUs that multiply bfloat16
-ROOM = 3  # the free memory of a GPU over what of it neurons may take that are kept for the way back
+# What neurons that are kept for the way back may take: of a GPU's free memory one part of so many, of a CPU's bytes.
+ROOM = {"cuda": 3, "cpu": 1 << 30}
 HOPPER = (9, 0)  # which has kernels of its own
 
 
@@ -159,7 +160,7 @@ class Way:
 
 def room_for_neurons(device: torch.device) -> int:
     """Bytes that a pass may keep of all its layers' neurons, so that the way back need not work them out again."""
-    return torch.cuda.mem_get_info(device)[0] // ROOM if device.type == "cuda" else 0
+    return torch.cuda.mem_get_info(device)[0] // ROOM["cuda"] if device.type == "cuda" else ROOM["cpu"]
 
 
 def linear_maps(layer: BDHLayer) -> list[nn.Module]:

@@ -108,6 +108,7 @@ class Neurons(torch.autograd.Function):
         *encoder_v: Tensor,  # h x (N, D)
     ) -> tuple[Tensor, Tensor | None]:
         op, phases, documents = reading.operations, reading.token_phases, reading.documents
+        all_neurons = keep and reading.keeps
         B, c, C, D = x.shape
         xs = x.to(phases[0].dtype).view(B * c, C, D)  # (G, C, D)
         y = xs.new_zeros(B * c, C, D, dtype=synapse_dtype(xs.dtype))  # (G, C, D)
@@ -115,7 +116,7 @@ class Neurons(torch.autograd.Function):
         saved, ends = [xs], []
         for head in range(reading.weights.n_head):
             E, Ev, Dec = reading.weights.head(head)
-            X, R = op.excite(xs, E, *phases)  # (G, C, N)
+            X, R = op.excite(xs, E, *phases, all_neurons)  # (G, C, N)
             P = op.scores(R, None if documents is None else documents.of)  # (G, C, C)
             A = P @ xs  # (G, C, D)
             U = None
@@ -131,13 +132,11 @@ class Neurons(torch.autograd.Function):
                 else:
                     A += (R @ U) * documents.sees_past  # (G, C, D)
             A, rstd = op.norm(A, reading.eps)  # (G, C, D), (G, C, 1)
-            Z = op.gate(A, Ev, X, Dropout(reading.dropout, seed, head), Dec, y)  # (G, C, N)
+            Z = op.gate(A, Ev, X, Dropout(reading.dropout, seed, head), Dec, y, all_neurons)  # (G, C, N)
             if keep:
                 saved += [P, A, rstd, *([] if U is None else [U])]
-            if keep and reading.keeps:
-                assert Z is not None
+            if Z is not None:
                 saved += [X, R, Z]
-            del Z  # before the next head's tensors are made
         if keep:
             ctx.reading, ctx.seed, ctx.dtypes = reading, seed, (x.dtype, encoder.dtype)
             ctx.save_for_backward(*saved)

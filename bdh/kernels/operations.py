@@ -49,7 +49,7 @@ class Operations(Protocol):
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether it can be computed in."""
 
-    def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor, keep: bool = False) -> tuple[Tensor, Tensor]:
         """X = relu(x E^T) and R = rope(X).
 
         Args:
@@ -57,6 +57,7 @@ class Operations(Protocol):
             E: (N, D) dt.
             cos: (C, N/2) dt.
             sin: (C, N/2) dt.
+            keep: Whether they are to last; else they do until the next head's turn.
 
         Returns:
             X and R, (G, C, N) dt.
@@ -71,8 +72,10 @@ class Operations(Protocol):
         dA (G, C, D), x (G, C, D) -> (G, C, C), all dt.
         """
 
-    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> Tensor | None:
-        """y += Z Dec^T, Z = X o relu(A Ev^T), dropped. Returns Z, (G, C, N) dt, if it was ever whole.
+    def gate(
+        self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor, keep: bool = False
+    ) -> Tensor | None:
+        """y += Z Dec^T, Z = X o relu(A Ev^T), dropped. Returns Z, (G, C, N) dt, if it is to be kept.
 
         A (G, C, D), Ev (N, D), X (G, C, N), all dt; Dec (D, N) dt, of any strides; y (G, C, D) float32 at least.
         """
@@ -103,14 +106,14 @@ class Operations(Protocol):
         """
 
     def worth_keeping(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
-        """Whether a way back takes less time if X, R and Z of every head are kept for it, which `gate` then returns."""
+        """Whether a way back takes less time if X, R and Z of every head are kept for it."""
 
     def gate_backward_kept(
         self, dy: Tensor, Dec: Tensor, A: Tensor, X: Tensor, Z: Tensor, dDec: Tensor, dEv: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `gate_backward`, from Z (G, C, N): Y, with what was dropped 0, is Z / X where X > 0.
+        """As `gate_backward`, from Z (G, C, N): Y, with what was dropped 0, is Z / X where X is at least SMALLEST.
 
-        Where X is 0, dX is 0: what is made of it goes through X's relu next.
+        Where X is 0, dX is 0: what is made of it goes through X's relu next. Between 0 and SMALLEST it is that or less.
         """
 
     def excite_backward(

@@ -19,9 +19,10 @@ BLOCK = 128  # rows of scores worked out at once; what lies above their diagonal
 
 
 class TorchOperations:
-    """See `Operations`. On a CPU what is returned of size (G, C, N) lasts until the next head's turn."""
+    """See `Operations`. On a CPU what is returned of size (G, C, N) and not kept lasts until the next head's turn."""
 
     def __init__(self, device: torch.device):
+        self.device = device
         self.rooms = Rooms(device)
         self.turning: tuple[Tensor, ...] = ()  # cos and sin, and what `phases` has made of them
         self.lying: tuple[Tensor, ...] = ()  # dy, and what `transposed` has made of it
@@ -29,9 +30,9 @@ class TorchOperations:
     def takes(self, dtype: torch.dtype) -> bool:
         return True
 
-    def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        X = relu_(self.product("X", x, E.mT))  # (G, C, N)
-        R = self.rooms.take("R", X.shape, X.dtype)  # (G, C, N)
+    def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor, keep: bool = False) -> tuple[Tensor, Tensor]:
+        X = relu_(self.product("X", x, E.mT, keep))  # (G, C, N)
+        R = self.rooms.take("R", X.shape, X.dtype, keep)  # (G, C, N)
         self.turn(X, self.phases(cos, sin), R)
         return X, R
 
@@ -51,11 +52,14 @@ class TorchOperations:
         dP = apart_((dA @ x.mT).tril_(-1), documents)  # (G, C, C)
         return dP + dP.mT
 
-    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> None:
-        Z = relu_(self.product("Z", A, Ev.mT)).mul_(X)  # (G, C, N)
+    def gate(
+        self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor, keep: bool = False
+    ) -> Tensor | None:
+        Z = relu_(self.product("Z", A, Ev.mT, keep)).mul_(X)  # (G, C, N)
         if dropout.p > 0:
             drop_(Z, keeps(Z, dropout))
         add_product_(y, Z, Dec.mT)  # (G, C, D)
+        return Z if keep else None
 
     def gate_backward(
         self,
@@ -81,14 +85,16 @@ class TorchOperations:
         return dY, dX
 
     def worth_keeping(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
-        return False  # measured where products are fast: no gain
+        """On a CPU, but not where its matrix units multiply bfloat16: new memory takes as long there as products."""
+        return self.device.type == "cpu" and not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
 
     def gate_backward_kept(
         self, dy: Tensor, Dec: Tensor, A: Tensor, X: Tensor, Z: Tensor, dDec: Tensor, dEv: Tensor
     ) -> tuple[Tensor, Tensor]:
-        dZ = dy @ Dec  # (G, C, N)
-        dX = torch.where(X >= SMALLEST, dZ * (Z / X), 0)  # (G, C, N)
-        dY = torch.where(Z > 0, dZ * X, 0)  # (G, C, N)
+        dZ = self.product("dZ", dy, Dec)  # (G, C, N)
+        dX = torch.clamp_min(X, SMALLEST, out=self.rooms.take("dX", X.shape, X.dtype))  # (G, C, N)
+        torch.div(Z, dX, out=dX).mul_(dZ)
+        dY = self.where_positive_(dZ.mul_(X), Z)  # (G, C, N)
         product_into(dDec, self.transposed(dy), Z.flatten(0, 1))  # (D, N)
         product_into(dEv, dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
         return dY, dX
@@ -154,10 +160,10 @@ class TorchOperations:
 
     # ---------------------------------------------------------------------------------------- neuron by neuron
 
-    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """a b in the room of this name: (G, C, D), (D, N) -> (G, C, N)."""
+    def product(self, name: str, a: Tensor, b: Tensor, keep: bool = False) -> Tensor:
+        """a b in the room of this name, or to keep: (G, C, D), (D, N) -> (G, C, N)."""
         G, C, _ = a.shape
-        out = self.rooms.take(name, (G, C, b.shape[1]), a.dtype)  # (G, C, N)
+        out = self.rooms.take(name, (G, C, b.shape[1]), a.dtype, keep)  # (G, C, N)
         torch.mm(a.flatten(0, 1), b, out=out.view(G * C, -1))
         return out
 
@@ -221,10 +227,10 @@ class Rooms:
         self.device = device
         self.held: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor with anything in it, until the next of its name and dtype is taken."""
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, keep: bool = False) -> Tensor:
+        """A tensor with anything in it, to keep, or until the next of its name and dtype is taken."""
         size = prod(shape)
-        if self.device.type != "cpu":
+        if keep or self.device.type != "cpu":
             return torch.empty(*shape, dtype=dtype, device=self.device)
         held = self.held.get((name, dtype))
         if held is None or held.numel() < size:

@@ -86,7 +86,7 @@ class TritonOperations:
     def takes(self, dtype: torch.dtype) -> bool:
         return dtype in TILES["excite"]
 
-    def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor, keep: bool = False) -> tuple[Tensor, Tensor]:
         G, C, D = x.shape
         N = E.shape[0]
         X, R = x.new_empty(G, C, N), x.new_empty(G, C, N)  # (G, C, N)
@@ -105,10 +105,12 @@ class TritonOperations:
     def scores_backward(self, dA: Tensor, x: Tensor, documents: Tensor | None) -> Tensor:
         return pairs("scores_backward", dA, x, documents)
 
-    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> Tensor | None:
+    def gate(
+        self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor, keep: bool = False
+    ) -> Tensor | None:
         Z = self.gated(A, Ev, X, dropout)  # (G, C, N)
         add_product_(y, Z, Dec.mT)  # (G, C, D)
-        return Z
+        return Z if keep else None
 
     def gated(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
         """Z, (G, C, N)."""

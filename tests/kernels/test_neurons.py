@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from bdh.data.tokenizer import save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
-from bdh.kernels.dispatch import LEAST, use_kernels
+from bdh.kernels.dispatch import LEAST, Kernels, use_kernels
 from bdh.kernels.operations import Dropout
 from bdh.kernels.torch_operations import keeps
 from bdh.kernels.triton_operations import TILES, Tiles, TritonOperations
@@ -41,9 +41,18 @@ def state_of(model: BDHForCausalLM, position: Tensor, dtype: torch.dtype) -> BDH
     return BDHState([torch.randn_like(S).requires_grad_() for S in zeros], position, int(position.max()))
 
 
-def passed(model: BDHForCausalLM, kernels: str, x: Tensor, state: BDHState | None = None, **given: Any) -> list[Tensor]:
+def passed(
+    model: BDHForCausalLM,
+    kernels: str,
+    x: Tensor,
+    state: BDHState | None = None,
+    room: int | None = None,
+    **given: Any,
+) -> list[Tensor]:
     """What comes out of all layers, the synapses after, and the gradients of all that comes in."""
     use_kernels(model.model.layer, kernels, CPU)
+    if room is not None and isinstance(model.model.layer.kernels, Kernels):
+        model.model.layer.kernels.room = room
     x = x.clone().requires_grad_()
     before = [] if state is None else state.synapses
     carried = {} if state is None else {"past_key_values": BDHState(before, state.position, state.length)}
@@ -100,6 +109,7 @@ def keep_neurons(monkeypatch: pytest.MonkeyPatch, room: int = 1 << 30) -> None:
     start=st.sampled_from([0, 3, 1000, 10**6]),
     with_state=st.booleans(),
     with_documents=st.booleans(),
+    room=st.sampled_from([0, 1 << 30]),
 )
 def test_it_is_the_function_of_the_model_and_its_gradient(
     seed: int,
@@ -113,14 +123,15 @@ def test_it_is_the_function_of_the_model_and_its_gradient(
     start: int,
     with_state: bool,
     with_documents: bool,
+    room: int,
 ) -> None:
     multiplier *= 2 * h
     model = model_of(seed, n_layer=L, n_head=h, n_embd=D, mlp_internal_dim_multiplier=multiplier, chunk_size=chunk)
     x = torch.randn(B, T, D, dtype=torch.float64)
     state = state_of(model, torch.arange(B) + start, torch.float64) if with_state else None
-    given = {"document_ids": (torch.rand(B, T) < 0.2).cumsum(1)} if with_documents else {}
+    given: dict[str, Any] = {"document_ids": (torch.rand(B, T) < 0.2).cumsum(1)} if with_documents else {}
     expected = passed(model, "reference", x, state, **given)
-    assert_close(passed(model, "chunked", x, state, **given), expected, 1e-8)
+    assert_close(passed(model, "chunked", x, state, room, **given), expected, 1e-8)
 
 
 @pytest.mark.parametrize("T", [1, 5, 16, 17, 300])  # of chunks of 16; 300 also of one chunk, in blocks
@@ -223,12 +234,14 @@ def kept_bytes(work: Callable[[], Any]) -> int:
     return sum(storages.values())
 
 
-def test_nothing_of_all_neurons_is_kept() -> None:
+def test_nothing_of_all_neurons_is_kept_where_there_is_no_room() -> None:
     model = model_of(n_embd=8, n_head=4, mlp_internal_dim_multiplier=128)  # 1024 neurons
     x = torch.randn(2, 20, 8, dtype=torch.float64)
 
     def kept(kernels: str) -> int:
         use_kernels(model.model.layer, kernels, CPU)
+        if isinstance(model.model.layer.kernels, Kernels):
+            model.model.layer.kernels.room = 0
         return kept_bytes(lambda: model.model(inputs_embeds=x))
 
     weights = sum(p.numel() * p.element_size() for p in model.model.layer.parameters())

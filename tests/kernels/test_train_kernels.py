@@ -165,7 +165,7 @@ def test_gate_and_its_gradients(sizes: tuple[int, int, int, int], dtype: torch.d
     assert close(dDec, dy.float().flatten(0, 1).mT @ Z.float().flatten(0, 1), dtype)
     assert close(dEv, again[0].float().flatten(0, 1).mT @ A.float().flatten(0, 1), dtype)
     for operations in (op, TorchOperations(torch.device("cpu"))):
-        from_kept = operations.gate_backward_kept(dy, Dec, A, X, expected.detach().to(dtype), dDec, dEv)
+        from_kept = operations.gate_backward_kept(dy, Dec, A, X.detach(), expected.detach().to(dtype), dDec, dEv)
         for result, wanted in zip(from_kept, (dY, torch.where(X > 0, dX, 0.0)), strict=True):
             assert result.dtype == dtype
             assert close(result, wanted, dtype)

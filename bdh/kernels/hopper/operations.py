@@ -12,7 +12,7 @@ from bdh.kernels.triton_operations import TritonOperations, dropout_numbers
 class HopperOperations(TritonOperations):
     """See `Operations`."""
 
-    def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor, keep: bool = False) -> tuple[Tensor, Tensor]:
         (G, C, D), N = x.shape, len(E)
         kernel = next((module for module in (excite, excite_512) if module.fits(C, N, D)), None)
         if kernel is None or not of_bfloat16(x, E):
@@ -20,11 +20,13 @@ class HopperOperations(TritonOperations):
         X, R = kernel.excite(x.view(G * C, D), E, self.phases(cos, sin).view(C, N), C)  # (M, N)
         return X.view(G, C, N), R.view(G, C, N)
 
-    def gate(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor) -> Tensor | None:
+    def gate(
+        self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor, keep: bool = False
+    ) -> Tensor | None:
         G, C, N = X.shape
         D = A.shape[2]
-        if not (gate.fits(G * C, N, D) and of_bfloat16(A, Ev, X, Dec.mT)):
-            return super().gate(A, Ev, X, dropout, Dec, y)
+        if keep or not (gate.fits(G * C, N, D) and of_bfloat16(A, Ev, X, Dec.mT)):
+            return super().gate(A, Ev, X, dropout, Dec, y, keep)
         key, dropped = dropout_numbers(dropout)
         gate.gate(A.view(G * C, D), Ev, X.view(G * C, N), key, dropped, Dec.mT, y.view(G * C, D))
         return None
