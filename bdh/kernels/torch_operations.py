@@ -85,8 +85,13 @@ class TorchOperations:
         return dY, dX
 
     def worth_keeping(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
-        """On a CPU, but not where its matrix units multiply bfloat16: new memory takes as long there as products."""
-        return self.device.type == "cpu" and not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+        """On a CPU, but not where its matrix units multiply bfloat16: new memory takes as long there as products.
+
+        Nor in float16, in which Z / X may be too small or too large a number.
+        """
+        if self.device.type != "cpu" or dtype == torch.float16:
+            return False
+        return dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported()
 
     def gate_backward_kept(
         self, dy: Tensor, Dec: Tensor, A: Tensor, X: Tensor, Z: Tensor, dDec: Tensor, dEv: Tensor

@@ -19,7 +19,7 @@ from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
 from bdh.kernels.dispatch import LEAST, Kernels, use_kernels
 from bdh.kernels.operations import Dropout
-from bdh.kernels.torch_operations import keeps
+from bdh.kernels.torch_operations import TorchOperations, keeps
 from bdh.kernels.triton_operations import TILES, Tiles, TritonOperations
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import STATE
@@ -249,6 +249,15 @@ def test_nothing_of_all_neurons_is_kept_where_there_is_no_room() -> None:
     assert kept("chunked") < one_tensor < kept("reference") - weights
     with torch.no_grad():
         assert kept("chunked") == 0
+
+
+def test_a_cpu_keeps_neurons_unless_its_products_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = TorchOperations(CPU)
+    for fast in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
+        assert op.worth_keeping(16, 16, 8, torch.float32) and not op.worth_keeping(16, 16, 8, torch.float16)
+        assert op.worth_keeping(16, 16, 8, torch.bfloat16) != fast
+    assert not TorchOperations(torch.device("cuda")).worth_keeping(16, 16, 8, torch.float32)
 
 
 def test_neurons_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
