@@ -43,11 +43,11 @@ def use_kernels(layer: BDHLayer, name: str, device: torch.device) -> None:
         check(layer, name, device)
     if form == "reference":
         layer.kernels = None
-    elif name == "auto":  # Triton where it is much faster, which in float32 it is not
-        only = torch.bfloat16 if form == "triton" else None
-        layer.kernels = Kernels(operations_of(form, layer.config, device), LEAST[form], only, room_for_neurons(device))
-    else:
-        layer.kernels = Kernels(operations_of(form, layer.config, device), room=room_for_neurons(device))
+        return
+    least, only = 0, None
+    if name == "auto":  # Triton where it is much faster, which in float32 it is not
+        least, only = LEAST[form], torch.bfloat16 if form == "triton" else None
+    layer.kernels = Kernels(operations_of(form, layer.config, device), least, only, room_for_neurons(device))
 
 
 def choose(layer: BDHLayer, device: torch.device) -> str:
@@ -110,7 +110,7 @@ class Kernels:
         room: Bytes that a pass may keep of all its layers' neurons.
     """
 
-    def __init__(self, operations: Operations, least: int = 0, only: torch.dtype | None = None, room: int = 0):
+    def __init__(self, operations: Operations, least: int, only: torch.dtype | None, room: int):
         self.operations, self.least, self.only, self.room = operations, least, only, room
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

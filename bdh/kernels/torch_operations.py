@@ -22,7 +22,6 @@ class TorchOperations:
     """See `Operations`. On a CPU what is returned of size (G, C, N) and not kept lasts until the next head's turn."""
 
     def __init__(self, device: torch.device):
-        self.device = device
         self.rooms = Rooms(device)
         self.turning: tuple[Tensor, ...] = ()  # cos and sin, and what `phases` has made of them
         self.lying: tuple[Tensor, ...] = ()  # dy, and what `transposed` has made of it
@@ -80,8 +79,7 @@ class TorchOperations:
             drop_(Z, kept), drop_(dZ, kept)
         dX = torch.mul(dZ, Y, out=self.rooms.take("dX", X.shape, X.dtype))  # (G, C, N)
         dY = self.where_positive_(dZ.mul_(X), Y)  # (G, C, N)
-        product_into(dDec, self.transposed(dy), Z.flatten(0, 1))  # (D, N)
-        product_into(dEv, dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
+        self.weights_gradients(dy, Z, dY, A, dDec, dEv)
         return dY, dX
 
     def worth_keeping(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
@@ -89,7 +87,7 @@ class TorchOperations:
 
         Nor in float16, in which Z / X may be too small or too large a number.
         """
-        if self.device.type != "cpu" or dtype == torch.float16:
+        if self.rooms.device.type != "cpu" or dtype == torch.float16:
             return False
         return dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported()
 
@@ -100,9 +98,13 @@ class TorchOperations:
         dX = torch.clamp_min(X, SMALLEST, out=self.rooms.take("dX", X.shape, X.dtype))  # (G, C, N)
         torch.div(Z, dX, out=dX).mul_(dZ)
         dY = self.where_positive_(dZ.mul_(X), Z)  # (G, C, N)
+        self.weights_gradients(dy, Z, dY, A, dDec, dEv)
+        return dY, dX
+
+    def weights_gradients(self, dy: Tensor, Z: Tensor, dY: Tensor, A: Tensor, dDec: Tensor, dEv: Tensor) -> None:
+        """Fills dDec (D, N) with dy^T Z and dEv (N, D) with dY^T A."""
         product_into(dDec, self.transposed(dy), Z.flatten(0, 1))  # (D, N)
         product_into(dEv, dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
-        return dY, dX
 
     def excite_backward(
         self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: Past | None

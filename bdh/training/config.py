@@ -366,8 +366,8 @@ def _check_optimizer(config: TrainConfig) -> None:
             "adapters: choose training.optimizer adamw"
         )
     if distributed.strategy == "fsdp" or distributed.tensor_parallel > 1:
-        shared = f"distributed.tensor_parallel is {distributed.tensor_parallel}"
-        given = "distributed.strategy is fsdp" if distributed.strategy == "fsdp" else shared
+        name = "strategy" if distributed.strategy == "fsdp" else "tensor_parallel"
+        given = f"distributed.{name} is {getattr(distributed, name)}"
         raise BDHError(
             f"training.optimizer is muon and {given}; muon needs each matrix whole in every process: choose "
             "training.optimizer adamw, or copies of the model (distributed.strategy ddp, tensor_parallel 1)"
