@@ -3,8 +3,12 @@
 This file is shipped beside `modeling_bdh.py` in every export, so it imports nothing of the `bdh` package.
 """
 
+from typing import Literal
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 16.0, 1024.0  # of the heads of a model whose half-lives are not given
 
 
 @strict
@@ -24,9 +28,20 @@ class BDHConfig(PreTrainedConfig):
         chunk_size: Sequences longer than this many tokens are read in chunks of it, the synapses carried between
             chunks, so that cost grows linearly with length. Changes speed and memory, never the function.
         use_cache: Whether `forward` returns the state of the synapses unless told otherwise.
+        decay: How synapses decay. "none": never, as published. "fixed": each head retains 2^(-1 / half-life) of its
+            synapses at each token. "gated": the retention of each head depends on the token.
+        decay_half_lives: Half-life of each head's synapses in tokens; None for a head that never decays. With decay
+            "gated", the half-lives at initialization. None as a whole spaces the heads evenly in the logarithm, from 16
+            to 1024 tokens.
+        write: What a token writes into the synapses. "add": its vector x, as published. "delta": the difference between
+            x and what the synapses already return for the token's key, times a write strength that depends on the
+            token (the delta rule).
+        training_block_size: Tokens of the blocks that the model was trained on; None if not known. It changes nothing
+            about the function: a model without decay is unreliable past this length.
 
     Raises:
-        ValueError: A size is not positive, heads do not divide the neurons, or a head's neurons are odd in number.
+        ValueError: A size is not positive, heads do not divide the neurons, a head's neurons are odd in number, or the
+            half-lives do not fit the heads or the decay.
     """
 
     model_type = "bdh"
@@ -44,6 +59,10 @@ class BDHConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     chunk_size: int = 512
     use_cache: bool = True
+    decay: Literal["none", "fixed", "gated"] = "none"
+    decay_half_lives: list[float | int | None] | None = None
+    write: Literal["add", "delta"] = "add"
+    training_block_size: int | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -66,6 +85,24 @@ class BDHConfig(PreTrainedConfig):
                 f"n_head is {self.n_head}, which leaves {self.neurons_per_head} neurons a head; "
                 "the number must be even, because rotary phases turn neurons in pairs"
             )
+        self._check_half_lives()
+
+    def _check_half_lives(self) -> None:
+        """Fills in the half-lives of a model that decays, and refuses those that do not fit."""
+        if self.decay == "none":
+            if self.decay_half_lives is not None:
+                raise ValueError('decay_half_lives are given, but decay is "none"; set decay to "fixed" or "gated"')
+            return
+        if self.decay_half_lives is None:
+            self.decay_half_lives = default_half_lives(self.n_head)
+        if len(self.decay_half_lives) != self.n_head:
+            raise ValueError(
+                f"decay_half_lives has {len(self.decay_half_lives)} entries; it must have one for each of the "
+                f"{self.n_head} heads (n_head)"
+            )
+        for half_life in self.decay_half_lives:
+            if half_life is not None and not 0.0 < half_life < float("inf"):
+                raise ValueError(f"decay_half_lives holds {half_life}; a half-life must be a positive number, or null")
 
     @property
     def n_neurons(self) -> int:
@@ -76,3 +113,16 @@ class BDHConfig(PreTrainedConfig):
     def neurons_per_head(self) -> int:
         """Neurons of one head (N)."""
         return self.n_neurons // self.n_head
+
+    @property
+    def has_gates(self) -> bool:
+        """Whether the synapses decay or are written by the delta rule."""
+        return self.decay != "none" or self.write != "add"
+
+
+def default_half_lives(n_head: int) -> list[float | int | None]:
+    """Half-lives in tokens, one per head, evenly spaced in the logarithm."""
+    if n_head == 1:
+        return [(SHORTEST_HALF_LIFE * LONGEST_HALF_LIFE) ** 0.5]
+    ratio = LONGEST_HALF_LIFE / SHORTEST_HALF_LIFE
+    return [round(SHORTEST_HALF_LIFE * ratio ** (k / (n_head - 1)), 3) for k in range(n_head)]

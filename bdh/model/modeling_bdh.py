@@ -7,8 +7,10 @@ What is notable about it, for a reader who knows transformers:
   phases; the value is the token's own vector x, the same for all heads. A token sees only tokens before it.
 * So the past enters through a sum, S = sum of R_s^T x_s: *the synapses*, of a size that never grows. `BDHState` is
   that sum and each sequence's position; it stands where other models have a cache of keys and values.
+* The published synapses never forget. `config.decay` lets each head's decay, by a fixed half-life or by a gate of the
+  token; with `config.write` "delta" a token writes only what the synapses do not already return for its key.
 * All layers share one set of weights: `BDHModel` holds one `BDHLayer` and applies it L times.
-* There are no biases and layer norms have no parameters.
+* There are no biases but those of the gates, and layer norms have no parameters.
 
 Shapes in comments: B sequences, T tokens, D `n_embd`, h `n_head`, N neurons of one head, n = h * N neurons,
 L `n_layer`, V `vocab_size`.
@@ -18,12 +20,13 @@ This file is copied into every export (`trust_remote_code=True` loads it), so it
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -275,6 +278,223 @@ def attend(
     return attention_chunked(R, x, S, chunk_size, documents)
 
 
+# ------------------------------------------------------------- attention with decay, and with the delta rule
+#
+# With retention g_t = exp(log_decay_t) and write strength beta_t of a head, and keys k (R for "add", R / |R| for
+# "delta"), where S_(t-1) holds the tokens before t:
+#
+#     A_t = k_t (g_t S_(t-1))
+#     add:    S_t = g_t S_(t-1) + k_t^T x_t
+#     delta:  S_t = g_t S_(t-1) + k_t^T beta_t (x_t - A_t)      (DeltaNet, arXiv 2406.06484; gated, arXiv 2412.06464)
+#
+# The vector that is written is called U: x for "add", beta (x - A) for "delta".
+
+
+class Gates(NamedTuple):
+    """Retention and write strength of each head at each token, float32 at least.
+
+    Attributes:
+        log_decay: Logarithm of the retention, at most 0: (B, h, T); None if the synapses do not decay.
+        write_strength: beta, between 0 and 1: (B, h, T); None for "add".
+    """
+
+    log_decay: Tensor | None
+    write_strength: Tensor | None
+
+    def at(self, tokens: slice) -> "Gates":
+        """The gates of some of the tokens."""
+        return Gates(*(None if gate is None else gate[:, :, tokens] for gate in self))
+
+
+KEY_EPS = 1e-6  # added to the length of a key before the division by it
+
+
+def unit_keys(R: Tensor) -> Tensor:
+    """R / (|R| + eps), the keys of the delta rule; zero where R is. (..., N) -> (..., N)."""
+    length = torch.linalg.vector_norm(R, dim=-1, keepdim=True, dtype=synapse_dtype(R.dtype))  # (..., 1)
+    return (R / (length + KEY_EPS)).to(R.dtype)  # (..., N)
+
+
+def gated_attention_quadratic(
+    k: Tensor, x: Tensor, S: Tensor | None, gates: Gates, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """All pairs of tokens at once.
+
+    With u the cumulative sum of log_decay, M_ts = (k_t . k_s) exp(u_t - u_s) for s < t and P_t = exp(u_t) k_t S:
+    A = P + M U, where U = x for "add", and (I + diag(beta) M) U = beta (x - P) for "delta".
+
+    Args:
+        k: Keys, (B, h, T, N).
+        x: Values, (B, T, D); zero where a token is padding.
+        S: Synapses of the tokens before, (B, h, N, D), or None at the start.
+        gates: Of these tokens; padding neither decays nor writes.
+        documents: As for `attention_quadratic`.
+
+    Returns:
+        A, (B, h, T, D), and the synapses after the last token, None if none came in.
+    """
+    wide = synapse_dtype(k.dtype)
+    B, h, T, _ = k.shape
+    seen = torch.ones(T, T, dtype=torch.bool, device=k.device).tril(-1)  # (T, T)
+    if documents is not None:
+        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, T)
+    M = (k @ k.mT).to(wide)  # (B, h, T, T)
+    u = k.new_zeros(B, h, T, dtype=wide)  # (B, h, T)
+    if gates.log_decay is not None:
+        u = gates.log_decay.to(wide).cumsum(-1)  # (B, h, T)
+        M = M * (u[..., :, None] - u[..., None, :]).masked_fill(~seen, -math.inf).exp()  # (B, h, T, T)
+    M = M.masked_fill(~seen, 0)  # (B, h, T, T)
+    values = x[:, None].to(wide)  # (B, 1, T, D)
+    P: Tensor | None = None
+    if S is not None:
+        P = read_synapses(k, S).to(wide) * u.exp()[..., None]  # (B, h, T, D)
+        if documents is not None:
+            P = P * (documents == 0)[:, None, :, None]  # (B, h, T, D)
+    U = values.expand(-1, h, -1, -1)  # (B, h, T, D)
+    if gates.write_strength is not None:
+        beta = gates.write_strength.to(wide)[..., None]  # (B, h, T, 1)
+        U = beta * (values if P is None else values - P)  # (B, h, T, D)
+        U = torch.linalg.solve_triangular(beta * M, U, upper=False, unitriangular=True)  # (B, h, T, D)
+    A = M @ U  # (B, h, T, D)
+    if S is None or P is None:
+        return A.to(k.dtype), None
+    A = A + P  # (B, h, T, D)
+    remains, since = u[..., -1:].exp(), (u[..., -1:] - u).exp()  # (B, h, 1), (B, h, T)
+    if documents is not None:
+        last = documents[:, None, -1:]  # (B, 1, 1)
+        remains, since = remains * (last == 0), since * (documents[:, None] == last)  # (B, h, 1), (B, h, T)
+    written = (k.mT @ (since[..., None] * U).to(k.dtype)).to(S.dtype)  # (B, h, N, D)
+    remains = remains[..., None].to(S.dtype)  # (B, h, 1, 1)
+    S = S.mul_(remains).add_(written) if may_overwrite(S) else S * remains + written  # (B, h, N, D)
+    return A.to(k.dtype), S
+
+
+def gated_attention_chunked(
+    k: Tensor, x: Tensor, S: Tensor, gates: Gates, chunk_size: int, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quadratic within chunks, synapses between them; arguments and results as for `gated_attention_quadratic`."""
+    results = []
+    for start in range(0, k.shape[2], chunk_size):
+        chunk = slice(start, start + chunk_size)
+        A_c, S_c = gated_attention_quadratic(
+            k[:, :, chunk], x[:, chunk], S, gates.at(chunk), documents_since(documents, chunk)
+        )  # (B, h, C, D), (B, h, N, D)
+        assert S_c is not None
+        results.append(A_c)
+        S = S_c
+    return torch.cat(results, dim=2), S
+
+
+def gated_attention_recurrent(
+    k: Tensor, x: Tensor, S: Tensor, gates: Gates, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token by token, as the equations above; arguments and results as for `gated_attention_quadratic`."""
+    steps = []
+    for t in range(k.shape[2]):
+        now = slice(t, t + 1)
+        k_t, x_t, d_t = k[:, :, now], x[:, now], documents_since(documents, now)  # (B, h, 1, N), (B, 1, D), (B, 1)
+        if d_t is not None:  # a new document begins without synapses
+            S = S * (d_t == 0)[:, :, None, None]  # (B, h, N, D)
+        if gates.log_decay is not None:
+            g = gates.log_decay[:, :, t, None, None].exp().to(S.dtype)  # (B, h, 1, 1)
+            S = S.mul_(g) if may_overwrite(S) else S * g  # (B, h, N, D)
+        A_t = k_t.to(S.dtype) @ S  # (B, h, 1, D)
+        U = x_t[:, None].to(S.dtype)  # (B, 1, 1, D)
+        if gates.write_strength is not None:
+            U = gates.write_strength[:, :, t, None, None].to(S.dtype) * (U - A_t)  # (B, h, 1, D)
+        k_column = k_t.mT.to(S.dtype)  # (B, h, N, 1)
+        S = S.addcmul_(k_column, U) if may_overwrite(S) else S + k_column * U  # (B, h, N, D)
+        steps.append(A_t.to(k.dtype))
+    return torch.cat(steps, dim=2), S
+
+
+def gated_attend(
+    R: Tensor, x: Tensor, S: Tensor | None, gates: Gates, chunk_size: int, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` with decay or the delta rule: from R (B, h, T, N); returns A and the new synapses, if any."""
+    k = R if gates.write_strength is None else unit_keys(R)  # (B, h, T, N)
+    T = k.shape[2]
+    if S is not None and T == 1:
+        return gated_attention_recurrent(k, x, S, gates, documents)
+    if T <= chunk_size:
+        return gated_attention_quadratic(k, x, S, gates, documents)
+    if S is None:
+        B, h, _, N = k.shape
+        S = k.new_zeros(B, h, N, x.shape[-1], dtype=synapse_dtype(k.dtype))  # (B, h, N, D)
+        return gated_attention_chunked(k, x, S, gates, chunk_size, documents)[0], None
+    return gated_attention_chunked(k, x, S, gates, chunk_size, documents)
+
+
+class BDHGates(nn.Module):
+    """Computes the retention and the write strength of each head from a token's vector; all layers share it.
+
+    fixed:  log g_h = -ln 2 / half-life of h
+    gated:  log g_h = -exp(a_h) sigmoid(w_h . x + b_h), which starts at the half-lives of the configuration
+    delta:  beta_h = sigmoid(v_h . x + c_h)
+
+    Parameters: `decay_rate` a (h), `decay_weight` w (h, D) and `decay_bias` b (h) if the decay is gated; `write_weight` v
+    (h, D) and `write_bias` c (h) for the delta rule. A head whose half-life is None never decays.
+    """
+
+    def __init__(self, config: BDHConfig):
+        super().__init__()
+        self.config = config
+        h, D = config.n_head, config.n_embd
+        if config.decay == "gated":
+            self.decay_rate = nn.Parameter(torch.empty(h))
+            self.decay_weight = nn.Parameter(torch.empty(h, D))
+            self.decay_bias = nn.Parameter(torch.empty(h))
+        if config.write == "delta":
+            self.write_weight = nn.Parameter(torch.empty(h, D))
+            self.write_bias = nn.Parameter(torch.empty(h))
+
+    def reset_parameters(self) -> None:
+        """Initial values: the configured half-lives, whatever the token, and a write strength of one half."""
+        for name, parameter in self.named_parameters():
+            if name == "decay_rate":  # sigmoid(0) is one half
+                rates = [0.0 if rate is None else math.log(2 * rate) for rate in self.rates()]
+                init.copy_(parameter, torch.tensor(rates, dtype=parameter.dtype))
+            else:
+                init.zeros_(parameter)
+
+    def rates(self) -> list[float | None]:
+        """ln 2 / half-life of each head; None for one that never decays."""
+        return [None if life is None else math.log(2) / life for life in self.config.decay_half_lives or []]
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Gates:
+        """The gates of tokens x (B, T, D); `mask` (B, T, 1) is 0 at padding, which neither decays nor writes."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(synapse_dtype(x.dtype))  # (B, T, D)
+            log_decay = self.log_decay(x)  # (B, T, h)
+            beta = None
+            if self.config.write == "delta":
+                beta = torch.sigmoid(F.linear(x, self.local("write_weight", x), self.local("write_bias", x)))  # (B, T, h)
+            gates = (log_decay, beta)
+            if mask is not None:
+                gates = tuple(None if gate is None else gate * mask for gate in gates)
+            return Gates(*(None if gate is None else gate.transpose(1, 2) for gate in gates))  # (B, h, T)
+
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        """The logarithm of the retention, (B, T, D) -> (B, T, h), at most 0; None if the synapses do not decay."""
+        if self.config.decay == "none":
+            return None
+        rates = self.rates()
+        if self.config.decay == "fixed":
+            rate = x.new_tensor([rate or 0.0 for rate in rates])  # (h)
+            return -rate.expand(*x.shape[:2], -1)  # (B, T, h)
+        share = torch.sigmoid(F.linear(x, self.local("decay_weight", x), self.local("decay_bias", x)))  # (B, T, h)
+        result = -self.local("decay_rate", x).exp() * share  # (B, T, h)
+        if None in rates:
+            result = result * x.new_tensor([float(rate is not None) for rate in rates])  # (B, T, h)
+        return result
+
+    def local(self, name: str, x: Tensor) -> Tensor:
+        """A parameter in x's dtype; where heads are on several devices, the rows of the heads here."""
+        parameter = self.get_parameter(name)
+        to_local = getattr(parameter, "to_local", None)
+        return (parameter if to_local is None else to_local()).to(x.dtype)
+
+
 # ------------------------------------------------------------------------------------------------- the model
 
 
@@ -304,6 +524,7 @@ class BDHLayer(GradientCheckpointingLayer):
         # A head decodes its own attention, so encoder_v is h matrices; separate modules keep each a plain nn.Linear.
         self.encoder_v = nn.ModuleList(nn.Linear(D, N, bias=False) for _ in range(h))  # h x (D -> N)
         self.decoder = nn.Linear(h * N, D, bias=False)
+        self.gates = BDHGates(config) if config.has_gates else None
         # Where a token's vector goes to the heads, and where what they made of it comes together again. Between the two
         # heads know nothing of each other; where they are spread over several devices, this is where these talk.
         self.part: nn.Module = nn.Identity()
@@ -351,7 +572,10 @@ class BDHLayer(GradientCheckpointingLayer):
         X = F.relu(self.encoder(x)).unflatten(-1, (h, -1))  # (B, T, h, N)  who fires
         R = rotate(X.transpose(1, 2), *phases)  # (B, h, T, N)  query and key
         values = (x if mask is None else x * mask).to(R.dtype)  # (B, T, D)
-        A, S = attend(R, values, S, self.config.chunk_size, documents)  # (B, h, T, D)
+        if self.gates is None:
+            A, S = attend(R, values, S, self.config.chunk_size, documents)  # (B, h, T, D)
+        else:
+            A, S = gated_attend(R, values, S, self.gates(x, mask), self.config.chunk_size, documents)  # (B, h, T, D)
         A = self.norm(A)  # (B, h, T, D)
         Z = torch.cat(  # (B, T, n)  X o Y, head by head
             [
@@ -375,6 +599,13 @@ class BDHPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BDHLayer"]
+    _keep_in_fp32_modules_strict = ["gates"]  # a half-life of 1024 tokens is a rate that bfloat16 rounds by some percent
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, BDHGates):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
 
 
 class BDHModel(BDHPreTrainedModel):
