@@ -105,7 +105,7 @@ def worker(given: dict[str, Any]) -> None:
         use_kernels(model.model.layer, form, device)
         if "layer" in ways:
             model.model.layer.compile()
-    optimizer = adamw(model.parameters(), TrainingConfig())
+    optimizer = adamw(model.named_parameters(), TrainingConfig())
     forward: Any = torch.compile(model) if "compile" in ways else model
     precision = torch.autocast(device.type, torch.bfloat16) if given["precision"] == "bfloat16" else nullcontext()
     B, T = given["rows"], given["length"]

@@ -22,7 +22,8 @@ def run(argv: list[str]) -> int:
     config, where = describe(args.directory)
     parameters, state = parameter_count(config), state_bytes(config)
     if args.json:
-        sizes = {name: getattr(config, name) for name in ("n_layer", "n_embd", "n_head", "vocab_size", "n_neurons")}
+        names = ("n_layer", "n_embd", "n_head", "vocab_size", "n_neurons", "decay", "decay_half_lives", "write")
+        sizes = {name: getattr(config, name) for name in names}
         print(json.dumps({**sizes, "parameters": parameters, "weight_bytes": 4 * parameters, "state_bytes": state}))
         return 0
     layer = 3 * config.n_neurons * config.n_embd  # weights of which Muon keeps one moment and not two

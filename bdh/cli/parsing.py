@@ -79,6 +79,12 @@ class Parser(ArgumentParser):
             name = match[1] if match[2] is None else f"element {match[2]} of {match[1]}"
             near = _nearest(match[4], _choices(match[3]))
             return f"{name} is {match[4] or 'empty'}; it must be {_kind(match[3])}{near}"
+        if match := re.match(
+            r'Parser key "([^"]+)": Does not validate .*? Subtypes: \[(.+?), .{0,8}NoneType.{0,2}\] Errors: '
+            r".* Given value: (.*)",
+            message,
+        ):
+            return f"{match[1]} is {match[3]}; it must be {_kind(match[2])}, or null"
         return re.sub(r"<class '(\w+)'>", r"\1", message)
 
 
@@ -110,6 +116,7 @@ def _kind(kind: str) -> str:
     if choices := _choices(kind):
         return f"one of {', '.join(choices)}"
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+    names["list[float | None]"] = "a list of numbers or nulls"
     words = re.sub(r"<class '(\w+)'>", r"\1", kind)
     return names.get(words, words)
 

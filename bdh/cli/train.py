@@ -8,7 +8,7 @@ from typing import Any
 
 from bdh.cli.parsing import Parser, build_config, train_parser, without_print_config
 from bdh.errors import BDHError
-from bdh.training.config import TrainConfig
+from bdh.training.config import TrainConfig, with_earlier_defaults
 
 DESCRIPTION = (
     "Train a model. A setting is taken from its flag, else from the last --config file that has it, else from its "
@@ -113,7 +113,7 @@ def resume(parser: Parser, argv: list[str], where: Path, stays: bool) -> int:
     """
     from bdh.training.checkpoint import read_state
 
-    given = ["--config", json.dumps(read_state(where)["config"]), *argv]
+    given = ["--config", json.dumps(with_earlier_defaults(read_state(where)["config"])), *argv]
     if stays:
         given += ["--run_dir", str(run_of(where))]
     return finish(build_config(parser, parser.parse_args(given)), where)

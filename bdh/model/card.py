@@ -3,11 +3,13 @@
 from bdh.model.configuration_bdh import BDHConfig
 
 Section = tuple[str, dict[str, str]]
+WRITES = {"add": "add, as published", "delta": "delta rule"}
 
 
 def parameter_count(config: BDHConfig) -> int:
-    """Parameters of a model of this configuration: 3 n D + 2 V D."""
-    return 3 * config.n_neurons * config.n_embd + 2 * config.vocab_size * config.n_embd
+    """Parameters of a model of this configuration: 3 n D + 2 V D, and of its gates h (D + 2) and h (D + 1)."""
+    gates = (config.n_embd + 2) * (config.decay == "gated") + (config.n_embd + 1) * (config.write == "delta")
+    return 3 * config.n_neurons * config.n_embd + 2 * config.vocab_size * config.n_embd + config.n_head * gates
 
 
 def state_bytes(config: BDHConfig) -> int:
@@ -23,9 +25,20 @@ def architecture(config: BDHConfig) -> dict[str, str]:
         "width (n_embd)": f"{config.n_embd}",
         "heads (n_head)": f"{config.n_head}",
         "neurons": f"{config.n_neurons:,} in all, {config.neurons_per_head:,} a head",
+        "decay of synapses": decay_text(config),
+        "write rule": WRITES[config.write],
         "vocabulary": f"{config.vocab_size:,} tokens",
         "state of a sequence": f"{state_bytes(config) / 1e6:,.1f} MB in float32, whatever its length",
     }
+
+
+def decay_text(config: BDHConfig) -> str:
+    """How the synapses of a model decay, in words."""
+    if config.decay == "none":
+        return "none, as published"
+    lives = ", ".join("never" if life is None else f"{life:g}" for life in config.decay_half_lives or [])
+    how = "fixed, half-lives" if config.decay == "fixed" else "gated by the token, at initialization half-lives"
+    return f"{how} {lives} (tokens, by head)"
 
 
 def model_card(name: str, config: BDHConfig, sections: list[Section]) -> str:

@@ -71,6 +71,11 @@ def save_published(export: Path, target: Path) -> None:
     if target.suffix not in (".safetensors", ".pt"):
         raise BDHError(f"{target} should end in .safetensors or .pt")
     model = load_model_only(export)
+    if model.config.has_gates:
+        raise BDHError(
+            f"{export} has decay {model.config.decay} and write {model.config.write}, which the published format "
+            "cannot say; use the export as it is, or train a model with model.decay none and model.write add"
+        )
     if target.suffix == ".pt" and model.config.layer_norm_eps != BDHConfig().layer_norm_eps:
         raise BDHError(
             f"{export} has layer_norm_eps {model.config.layer_norm_eps}, which a .pt file cannot say; "

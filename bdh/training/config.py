@@ -28,6 +28,13 @@ class ModelConfig:
         layer_norm_eps: Epsilon of the layer norms.
         initializer_range: Standard deviation of the initial weights.
         chunk_size: Longer sequences are read in chunks of this many tokens; changes speed, not the function.
+        decay: How synapses decay: none, as published; fixed, each head with a half-life of its own; gated, at a rate
+            that each head computes from the token, starting from its half-life.
+        decay_half_lives: Half-life of each head's synapses in tokens, as in [16, 64, 256, 1024]; null in the list is a
+            head that never decays. Null as a whole spaces the heads from 16 to 1024 tokens.
+        write: What a token writes into the synapses: add, its vector, as published; delta, the difference between its
+            vector and what the synapses already return for its key, times a strength that each head computes from the
+            token (the delta rule).
         kernels: How the work of the neurons is done in training: reference is the plain form, chunked does it head by
             head in PyTorch, triton in kernels for NVIDIA GPUs; auto takes chunked on a CPU, and triton in bfloat16 on
             an H100 or H200, where it pays. Changes speed and memory, not the function.
@@ -43,6 +50,9 @@ class ModelConfig:
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     chunk_size: int = 512
+    decay: Literal["none", "fixed", "gated"] = "none"
+    decay_half_lives: list[float | None] | None = None
+    write: Literal["add", "delta"] = "add"
     kernels: Literal["auto", "reference", "chunked", "triton"] = "auto"
 
     def architecture(self) -> dict[str, Any]:
@@ -223,6 +233,9 @@ class TrainConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
+# Fields that say how synapses decay and are written. A run that begins with a model (init_from) may change them.
+SYNAPSES = ("decay", "decay_half_lives", "write")
+
 # What a checkpoint cannot be resumed, or averaged, without sharing.
 ARCHITECTURE = (
     "n_layer",
@@ -232,7 +245,11 @@ ARCHITECTURE = (
     "vocab_size",
     "rope_theta",
     "layer_norm_eps",
+    *SYNAPSES,
 )
+
+# Values of settings that runs of earlier versions did not save, where they are not the defaults of new runs.
+BEFORE: dict[str, dict[str, Any]] = {"model": {"decay": "none", "decay_half_lives": None, "write": "add"}}
 
 # What adapters cannot be taken up again without.
 ADAPTERS = ("lora.rank", "lora.alpha", "lora.targets")
@@ -310,6 +327,7 @@ def validate(config: TrainConfig) -> None:
             f"model.n_head is {model.n_head}, which leaves {neurons // model.n_head} neurons a head ({sizes}); "
             "the number must be even"
         )
+    _check_half_lives(model)
     if training.micro_batch_size is not None and training.batch_size % training.micro_batch_size:
         raise BDHError(
             f"training.micro_batch_size is {training.micro_batch_size}; it must divide training.batch_size "
@@ -349,6 +367,25 @@ def validate(config: TrainConfig) -> None:
     if not config.logging.project:
         raise BDHError("logging.project is empty; it must name what trackers group runs by")
     _check_text(config)
+
+
+def _check_half_lives(model: ModelConfig) -> None:
+    """Refuses half-lives that do not fit the decay or the heads."""
+    half_lives = model.decay_half_lives
+    if half_lives is None:
+        return
+    given = f"model.decay_half_lives is {_list_text(half_lives)}"
+    if model.decay == "none":
+        raise BDHError(f"{given}, but model.decay is none; set it to null, or choose model.decay fixed or gated")
+    if len(half_lives) != model.n_head:
+        raise BDHError(f"{given}; it must have an entry for each of the {model.n_head} heads (model.n_head)")
+    if wrong := [value for value in half_lives if value is not None and not 0 < value < _INF]:
+        raise BDHError(f"{given}; {wrong[0]:g} is not a half-life: it must be a positive number of tokens, or null")
+
+
+def _list_text(values: list[float | None]) -> str:
+    """A list of numbers as YAML shows it."""
+    return f"[{', '.join('null' if value is None else f'{value:g}' for value in values)}]"
 
 
 def _check_optimizer(config: TrainConfig) -> None:
@@ -447,8 +484,17 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
     return flat
 
 
+def with_earlier_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Saved settings, with the values that a run of an earlier version had for settings that it did not save."""
+    return {**settings, **{name: {**values, **settings.get(name, {})} for name, values in BEFORE.items()}}
+
+
 def from_dict(settings: dict[str, Any]) -> TrainConfig:
-    """The configuration that `dataclasses.asdict` made `settings` from; settings it lacks take their defaults."""
+    """The configuration that `dataclasses.asdict` made `settings` from.
+
+    Settings that it lacks take the values that they had before they were settings, else their defaults.
+    """
+    settings = with_earlier_defaults(settings)
     sections: dict[str, Any] = {
         "model": ModelConfig,
         "data": lambda **given: data_config(given),

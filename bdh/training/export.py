@@ -19,9 +19,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+def model_config(config: TrainConfig) -> BDHConfig:
+    """The configuration of the model that a run trains; `model.vocab_size` is filled in."""
+    return BDHConfig(**config.model.architecture(), training_block_size=config.data.block_size)
+
+
 def checkpoint_config(state: dict[str, Any]) -> BDHConfig:
     """The architecture recorded in a checkpoint's state."""
-    return BDHConfig(**from_dict(state["config"]).model.architecture())
+    return model_config(from_dict(state["config"]))
 
 
 def load_model(path: Path, base: Path | None = None) -> tuple[BDHForCausalLM, dict[str, Any]]:

@@ -11,9 +11,12 @@ from transformers import PreTrainedTokenizerFast
 from bdh.data.tokenizer import load_tokenizer, same_tokenizer, vocabulary_size
 from bdh.errors import BDHError
 from bdh.model import BDHForCausalLM
+from bdh.model.configuration_bdh import default_half_lives
 from bdh.model.export import read_config
-from bdh.training.config import ARCHITECTURE, ModelConfig, TrainConfig
-from bdh.training.export import describe, load_any
+from bdh.training.config import ARCHITECTURE, SYNAPSES, ModelConfig, TrainConfig
+from bdh.training.export import describe, load_any, model_config
+
+GATES = "layer.gates."  # in the names of parameters
 
 
 def find_start(where: Path) -> Path:
@@ -41,6 +44,8 @@ def starting_settings(where: str, tokenizer: str | None) -> dict[str, Any]:
     sizes = {entry.name: getattr(config, entry.name) for entry in fields(ModelConfig) if entry.name != "kernels"}
     if tokenizer is None and (start / "tokenizer.json").is_file():
         tokenizer = str(start)
+    if config.decay_half_lives == default_half_lives(config.n_head):  # or a run could not choose decay none alone
+        sizes["decay_half_lives"] = None
     sizes["vocab_size"] = max(config.vocab_size, vocabulary_size(load_tokenizer(tokenizer)))
     return {"init_from": str(start), "model": sizes, "data": {"tokenizer": tokenizer}}
 
@@ -56,26 +61,37 @@ def check_start(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> list
         BDHError: There is no such model, its sizes are others, or its tokenizer is.
     """
     start = find_start(Path(str(config.init_from)))
-    own = describe(start)[0]
+    own, wanted = describe(start)[0], model_config(config)
     size = max(own.vocab_size, vocabulary_size(tokenizer))
     before = {name: getattr(own, name) for name in ARCHITECTURE} | {"vocab_size": size}
-    clashes = [name for name in ARCHITECTURE if getattr(config.model, name) != before[name]]
-    if clashes:
-        listed = ", ".join(f"model.{name} {before[name]} -> {getattr(config.model, name)}" for name in clashes)
-        raise BDHError(f"init_from {start} has another architecture: {listed}; leave these settings out")
+    different = {
+        name: f"model.{name} {before[name]} -> {getattr(wanted, name)}"
+        for name in ARCHITECTURE
+        if getattr(wanted, name) != before[name]
+    }
+    if clashes := [words for name, words in different.items() if name not in SYNAPSES]:
+        raise BDHError(f"init_from {start} has another architecture: {', '.join(clashes)}; leave these settings out")
+    changes = ", ".join(different.values())
+    if changes and config.lora.rank:
+        raise BDHError(
+            f"lora.rank is {config.lora.rank}, but adapters do not learn how synapses decay or are written: {changes}; "
+            "leave these settings out, or train all weights"
+        )
     if (start / "tokenizer.json").is_file() and not extends(load_tokenizer(str(start.absolute())), tokenizer):
         raise BDHError(
             f"data.tokenizer {config.data.tokenizer or 'bytes'} gives the model of {start} other tokens than it has "
             "learned; leave it out to take the model's own, or take one that only adds tokens to it"
         )
+    notices = [f"synapses decay or are written differently from the model of init_from: {changes}"] if changes else []
     if size == own.vocab_size:
-        return []
+        return notices
     if config.lora.rank:
         raise BDHError(
             f"the tokenizer has {size} tokens and the model of {start} {own.vocab_size}; lora.rank {config.lora.rank} "
             "does not train new ones: keep the model's tokenizer, or train all weights"
         )
-    return [f"the vocabulary grows from {own.vocab_size} to {size} tokens, the new ones with small random weights"]
+    grows = f"the vocabulary grows from {own.vocab_size} to {size} tokens, the new ones with small random weights"
+    return [*notices, grows]
 
 
 def extends(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
@@ -89,12 +105,18 @@ def extends(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> boo
 
 @torch.no_grad()
 def load_start(model: BDHForCausalLM, where: Path) -> None:
-    """Puts the weights of an export, a checkpoint or a run into a model; tokens that are new to it keep their own.
+    """Puts the weights of an export, a checkpoint or a run into a model.
+
+    Tokens that are new to it keep their initial weights. So do gates that it does not have, and those of a decay whose
+    half-lives are changed, which start from these.
 
     Raises:
         BDHError: There is no such model, or its files are damaged.
     """
     start, _ = load_any(find_start(where))
     weights = start.state_dict()
+    keep_decay = model.config.decay_half_lives == start.config.decay_half_lives
     for name, tensor in model.state_dict().items():
+        if GATES in name and (name not in weights or (f"{GATES}decay_" in name and not keep_decay)):
+            continue
         tensor[: len(weights[name])] = weights[name].to(tensor)

@@ -17,14 +17,14 @@ from bdh.data.loader import TrainingData, open_data
 from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
 from bdh.kernels.dispatch import use_kernels
-from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.model import BDHForCausalLM
 from bdh.model.card import parameter_count
 from bdh.model.device import choose_device
 from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, compare, validate, with_vocabulary, with_whole_path
 from bdh.training.device import autocast, hardware, recompute_layers, seed_everything
 from bdh.training.evaluation import Evaluation
-from bdh.training.export import export_run
+from bdh.training.export import export_run, model_config
 from bdh.training.folder import RunFolder
 from bdh.training.init_from import check_start
 from bdh.training.lora import begin_with, check_peft
@@ -96,7 +96,7 @@ class Trainer:
         self.notices += self.data.remarks
         config = self.config = with_whole_path(config)
         seed_everything(settings.seed)
-        self.architecture = BDHConfig(**config.model.architecture())  # of the whole, however it is spread
+        self.architecture = model_config(config)  # of the whole, however it is spread
         model = BDHForCausalLM(self.architecture)
         self.base = begin_with(model, config, saved)
         seed_everything(settings.seed + processes.rank)  # each drops other neurons

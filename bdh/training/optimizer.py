@@ -43,33 +43,40 @@ class Together:
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW | Together:
     """AdamW for all that is trained; or Muon for the matrices of the layer, and AdamW for all else."""
-    if config.optimizer == "adamw":
-        return adamw(model.parameters(), config)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = {name: p for name, p in trained if name.startswith("model.layer.") and p.ndim == 2}
+    if config.optimizer == "adamw":
+        return adamw(trained, config)
+    matrices = {name: p for name, p in trained if name.startswith("model.layer.") and is_matrix(name, p)}
     muon = torch.optim.Muon(
         matrices.values(),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
-    return Together(muon, adamw([p for name, p in trained if name not in matrices], config))
+    return Together(muon, adamw([(name, p) for name, p in trained if name not in matrices], config))
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a map between vectors, or the vectors of tokens. A gate is a vector for each head."""
+    return parameter.ndim >= 2 and ".gates." not in name
+
+
+def adamw(parameters: Iterable[tuple[str, nn.Parameter]], config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW for those that are trained, with weight decay on matrices only; fused where the device has it.
 
-    In BDH every parameter is a matrix, the embedding included; what is not, added by someone later, is not decayed.
+    Args:
+        parameters: With their names, as `named_parameters` returns them.
+        config: Rates and decay.
     """
-    parameters = [p for p in parameters if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
+    trained = [(name, p) for name, p in parameters if p.requires_grad]
+    matrices = [p for name, p in trained if is_matrix(name, p)]
+    others = [p for name, p in trained if not is_matrix(name, p)]
     groups: list[dict[str, Any]] = [
         {"params": alike, "weight_decay": decay}
         for kind, decay in ((matrices, config.weight_decay), (others, 0.0))
         for alike in by_mesh(kind)
     ]
-    fused = parameters[0].device.type in ("cpu", "cuda", "mps")
+    fused = trained[0][1].device.type in ("cpu", "cuda", "mps")
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused)
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,13 +118,25 @@ def test_nothing_else_is_overwritten(export: Path, tmp_path: Path) -> None:
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".partial")]
 
 
-def test_sizes_in_the_card_are_the_models() -> None:
-    config = BDHConfig(n_layer=3, n_embd=32, n_head=4, mlp_internal_dim_multiplier=16)
+@pytest.mark.parametrize(
+    "synapses",
+    [{}, {"decay": "fixed"}, {"decay": "gated"}, {"write": "delta"}, {"decay": "gated", "write": "delta"}],
+)
+def test_sizes_in_the_card_are_the_models(synapses: dict[str, Any]) -> None:
+    config = BDHConfig(n_layer=3, n_embd=32, n_head=4, mlp_internal_dim_multiplier=16, **synapses)
     model = BDHForCausalLM(config)
     assert parameter_count(config) == sum(p.numel() for p in model.parameters())
     state = model.eval()(torch.tensor([[1, 2]])).past_key_values
     assert state_bytes(config) == state.nbytes
     assert architecture(config)["neurons"] == "512 in all, 128 a head"
+
+
+def test_the_card_says_how_synapses_decay_and_are_written() -> None:
+    rows = architecture(BDHConfig(n_head=4))
+    assert (rows["decay of synapses"], rows["write rule"]) == ("none, as published", "add, as published")
+    rows = architecture(BDHConfig(n_head=4, decay="fixed", decay_half_lives=[16, 64.5, 1024, None], write="delta"))
+    assert rows["decay of synapses"] == "fixed, half-lives 16, 64.5, 1024, never (tokens, by head)"
+    assert rows["write rule"] == "delta rule"
 
 
 @pytest.mark.parametrize(

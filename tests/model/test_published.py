@@ -103,6 +103,16 @@ def test_another_rope_base_makes_the_round_trip(tmp_path: Path, suffix: str) -> 
     assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.parametrize("synapses", [{"decay": "fixed"}, {"write": "delta"}])
+def test_a_model_with_gates_is_no_published_one(tmp_path: Path, synapses: dict[str, Any]) -> None:
+    config = BDHConfig(n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8, **synapses)
+    save_export(BDHForCausalLM(config), None, tmp_path / "export", "card")
+    words = f"has decay {config.decay} and write {config.write}, which the published format cannot say; use the export"
+    with pytest.raises(BDHError, match=words):
+        save_published(tmp_path / "export", tmp_path / "published.safetensors")
+    assert not (tmp_path / "published.safetensors").exists()
+
+
 def test_marks_of_other_trainers_and_whole_numbers_are_no_obstacle(tmp_path: Path) -> None:
     marked = {f"_orig_mod.module.{name}": tensor for name, tensor in published().items()}
     torch.save({"state_dict": marked, "config": {"n_layer": 2, "dropout": 0}}, tmp_path / "a.pt")

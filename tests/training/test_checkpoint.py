@@ -30,7 +30,7 @@ from bdh.training.optimizer import adamw
 def make(seed: int) -> tuple[nn.Module, torch.optim.AdamW]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 2))
-    optimizer = adamw(model.parameters(), TrainingConfig())
+    optimizer = adamw(model.named_parameters(), TrainingConfig())
     model(torch.randn(3, 4)).square().sum().backward()
     optimizer.step()
     optimizer.zero_grad()

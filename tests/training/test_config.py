@@ -11,6 +11,7 @@ from bdh.errors import BDHError
 from bdh.model import BDHConfig
 from bdh.training.config import (
     LIMITS,
+    SYNAPSES,
     ModelConfig,
     TrainConfig,
     TrainingConfig,
@@ -104,6 +105,16 @@ MISTAKES = {
     "dim_multiplier 128)",
     "--model.n_head 32768": "model.n_head is 32768, which leaves 1 neurons a head (model.n_embd 256 * model.mlp_"
     "internal_dim_multiplier 128); the number must be even",
+    "--model.decay fxed": "model.decay is fxed; it must be one of none, fixed, gated; did you mean fixed?",
+    "--model.decay none --model.decay_half_lives [16,64,256,1024]": "model.decay_half_lives is [16, 64, 256, 1024], "
+    "but model.decay is none; set it to null, or choose model.decay fixed or gated",
+    "--model.decay gated --model.decay_half_lives [16,null]": "model.decay_half_lives is [16, null]; it must have an "
+    "entry for each of the 4 heads (model.n_head)",
+    "--model.decay fixed --model.decay_half_lives [16,0,1,2]": "model.decay_half_lives is [16, 0, 1, 2]; 0 is not a "
+    "half-life: it must be a positive number of tokens, or null",
+    "--model.decay fixed --model.decay_half_lives [16,x,1,2]": "model.decay_half_lives is [16.0, 'x', 1, 2]; it "
+    "must be a list of numbers or nulls, or null",
+    "--model.vocab_size x": "model.vocab_size is x; it must be a whole number, or null",
     "--model.dropout 1": "model.dropout is 1.0; it must be at least 0 and below 1",
     "--training.learning_rate nan": "training.learning_rate is nan; it must be a number",
     "--training.learning_rate fast": "training.learning_rate is fast; it must be a number",
@@ -187,6 +198,27 @@ def test_a_checkpoint_that_names_no_optimizer_is_of_adamw() -> None:
     other = TrainConfig(training=TrainingConfig(optimizer="muon"))
     with pytest.raises(BDHError, match=r"state of another optimizer: training\.optimizer adamw -> muon; keep this"):
         compare(saved, other)
+
+
+def test_settings_saved_before_decay_are_of_a_model_that_never_decays() -> None:
+    saved = asdict(TrainConfig(model=ModelConfig(decay="none", write="add")))
+    before = from_dict(saved)
+    for name in SYNAPSES:
+        del saved["model"][name]
+    assert from_dict(saved) == before
+    assert compare(saved, before) == []
+    with pytest.raises(
+        BDHError, match=r"another architecture: model\.decay none -> gated, model\.write add -> delta; "
+    ):
+        compare(saved, TrainConfig(model=ModelConfig(decay="gated", write="delta")))
+
+
+def test_half_lives_are_a_list_with_an_entry_for_each_head() -> None:
+    half_lives = parse("--model.decay", "fixed", "--model.decay_half_lives", "[16, 64.5, 1000, null]").model
+    assert half_lives.decay_half_lives == [16.0, 64.5, 1000.0, None]
+    config = BDHConfig(**half_lives.architecture() | {"vocab_size": 256})
+    assert config.decay == "fixed" and config.decay_half_lives == half_lives.decay_half_lives
+    assert parse("--model.decay", "gated", "--model.decay_half_lives", "null").model.decay_half_lives is None
 
 
 def test_limits_hold_for_configurations_made_in_python_too() -> None:

@@ -1,6 +1,7 @@
 """Runs that begin with a model there is, and runs on conversations, of which the answers alone are learned."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,8 +20,10 @@ from bdh.data.tokenizer import load_tokenizer, save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
 from bdh.model import BDHForCausalLM
+from bdh.model.card import parameter_count
 from bdh.model.export import load_export
-from bdh.training.config import TrainConfig, from_dict
+from bdh.training.checkpoint import _fingerprint
+from bdh.training.config import SYNAPSES, TrainConfig, from_dict
 from bdh.training.export import load_model
 from bdh.training.init_from import starting_settings
 from bdh.training.loop import Trainer
@@ -99,16 +102,100 @@ def test_the_first_step_sees_the_very_weights(finished_run: Path, tmp_path: Path
 
 
 def trainer(
-    run_dir: Path, start: Path, data: dict[str, Any], lora: dict[str, Any] | None = None, **training: Any
+    run_dir: Path,
+    start: Path,
+    data: dict[str, Any],
+    lora: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    **training: Any,
 ) -> Trainer:
     settings = starting_settings(str(start), data.get("tokenizer"))
     given = asdict(TrainConfig(run_dir=str(run_dir), init_from=settings["init_from"]))
-    given["model"] |= settings["model"]
+    given["model"] |= {**settings["model"], **(model or {})}
     given["data"] |= {"block_size": 32, **settings["data"], **data}
     given["lora"] |= lora or {}
     given["training"] |= {"batch_size": 8, "precision": "float32", "eval_windows": 4, **training}
     shutil.rmtree(run_dir, ignore_errors=True)
     return Trainer(from_dict(given), None)
+
+
+GATED = {"decay": "gated", "decay_half_lives": [16.0, None], "write": "delta"}
+
+
+def test_a_model_that_never_decays_may_learn_to(finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    data = {"path": str(tmp_path / "text.txt")}
+    base, _ = load_export(finished_run / "model")
+    assert not base.config.has_gates
+    run = trainer(tmp_path / "run", finished_run / "model", data, model=GATED)
+    changes = "model.decay none -> gated, model.decay_half_lives None -> [16.0, None], model.write add -> delta"
+    assert run.notices == [f"synapses decay or are written differently from the model of init_from: {changes}"]
+    weights = run.model.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in base.state_dict().items())
+    gates = {name: p for name, p in run.model.named_parameters() if ".gates." in name}
+    assert set(weights) - set(base.state_dict()) == set(gates) and len(gates) == 5
+    assert gates["model.layer.gates.decay_rate"].tolist() == pytest.approx([math.log(2 * math.log(2) / 16), 0.0])
+    losses = [run.learn()[0]["loss"] for _ in range(4)]
+    assert all(map(math.isfinite, losses))
+    assert not gates["model.layer.gates.write_bias"].eq(0).any()
+
+
+def test_a_model_that_decays_is_gone_on_with_as_it_is(command: Command, tmp_path: Path) -> None:
+    sizes = [*TINY[:8], "--model.decay", "gated", "--model.write", "delta"]
+    code, _, wrong = command("train", *sizes, *SHORT, "--run_dir", "first")
+    assert code == 0, wrong
+    first, _ = load_export(tmp_path / "first" / "model")
+    config = first.config
+    assert (config.decay, config.decay_half_lives, config.write) == ("gated", [16.0, 1024.0], "delta")
+    assert config.training_block_size == 16
+    shown = (tmp_path / "first" / "model" / "README.md").read_text()
+    assert (
+        "| write rule | delta rule |" in shown and "gated by the token, at initialization half-lives 16, 102" in shown
+    )
+    assert parameter_count(config) == first.num_parameters()
+    assert command("info", "first", "--json")[1] == command("info", "first/model", "--json")[1]
+
+    data = {"path": str(tmp_path / "text.txt")}
+    run = trainer(tmp_path / "run", tmp_path / "first", data)
+    assert run.notices == [] and same_weights(run.model, first)
+    run = trainer(tmp_path / "run", tmp_path / "first", data, model={"decay_half_lives": [8.0, 8.0]})
+    gates = {name: p for name, p in run.model.named_parameters() if ".gates." in name}
+    rate, write = gates["model.layer.gates.decay_rate"], gates["model.layer.gates.write_weight"]
+    assert rate.tolist() == pytest.approx([math.log(2 * math.log(2) / 8)] * 2)  # begins anew
+    assert torch.equal(write, first.get_parameter("model.layer.gates.write_weight")) and len(run.notices) == 1
+    run = trainer(tmp_path / "run", tmp_path / "first", data, model={"decay": "none"})
+    assert {name.rpartition(".")[2] for name in run.model.state_dict() if ".gates." in name} == {
+        "write_weight",
+        "write_bias",
+    }
+
+    code, said, wrong = command("train", "--resume", "first", "--training.max_steps", 25)
+    assert code == 0 and "going on from step 20 of 25" in said, wrong
+    code, _, wrong = command("train", "--resume", "first", "--model.write", "add")
+    assert code == 2 and "the checkpoint has another architecture: model.write delta -> add" in wrong
+
+
+def test_a_run_that_was_saved_before_decay_goes_on_without(
+    command: Command, finished_run: Path, tmp_path: Path
+) -> None:
+    """Its state.json and config.yaml know neither `model.decay` nor `model.write`."""
+    shutil.copytree(finished_run, tmp_path / "old", symlinks=True)
+    for path in tmp_path.glob("old/checkpoints/checkpoint-*"):
+        state = json.loads((path / "state.json").read_text())
+        for name in SYNAPSES:
+            del state["config"]["model"][name]
+        (path / "state.json").write_text(json.dumps(state))
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["state.json"] = _fingerprint(path / "state.json")
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    code, said, wrong = command("train", "--resume", "old", "--training.max_steps", 45, "--data.path", "text.txt")
+    assert code == 0 and "going on from step 40 of 45" in said, wrong
+    assert "model.decay" not in said and "model.write" not in said
+    saved = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())["model"]
+    assert (saved["decay"], saved["decay_half_lives"], saved["write"]) == ("none", None, "add")
+    code, said, wrong = command("train", "--init_from", "old", "--run_dir", "new", *SHORT)
+    assert code == 0 and "synapses" not in said, wrong
+    assert not load_export(tmp_path / "new" / "model")[0].config.has_gates
 
 
 MISTAKES = {
@@ -120,6 +207,8 @@ MISTAKES = {
     "--init_from base --model.vocab_size 300": "has another architecture: model.vocab_size 256 -> 300",
     "--init_from base --data.tokenizer words": "data.tokenizer words gives the model of ",
     "--init_from base --lora.rank 2 --data.tokenizer special": "lora.rank 2 does not train new ones: keep the model's",
+    "--init_from base --lora.rank 2 --model.decay gated": "adapters do not learn how synapses decay or are written: "
+    "model.decay none -> gated, model.decay_half_lives None -> [16.0, 1024.0]; leave these settings out, or train all",
     "--lora.rank 2": "lora.rank is 2, but there is no model to fine-tune; name one: --init_from DIR",
     "--init_from base --lora.rank 2 --lora.targets []": "lora.targets is empty; it must name a matrix at least",
     "--init_from base --lora.rank -1": "lora.rank is -1; it must be at least 0",

@@ -17,7 +17,7 @@ from bdh.training.optimizer import Together, adamw, build_optimizer, learning_ra
 def test_only_matrices_decay() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     settings = TrainingConfig(weight_decay=0.3, learning_rate=0.01, beta1=0.8, beta2=0.9)
-    optimizer = adamw(model.parameters(), settings)
+    optimizer = adamw(model.named_parameters(), settings)
     decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {p.ndim: d for p, d in decay.items()} == {2: 0.3, 1: 0.0} and len(decay) == 4
     assert optimizer.defaults["betas"] == (0.8, 0.9) and optimizer.defaults["fused"]
@@ -51,6 +51,19 @@ def test_muon_has_the_matrices_of_the_layer_and_adamw_the_rest_at_one_rate() -> 
     assert adamw == {"model.embed_tokens.weight", "lm_head.weight", "model.layer.added"}
     settings = [(len(group["params"]), group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     assert settings == [(4, 0.02, 0.3), (2, 0.02, 0.3), (1, 0.02, 0.0)]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_gates_are_followed_by_adamw_without_weight_decay(name: str) -> None:
+    config = BDHConfig(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, decay="gated", write="delta")
+    model = BDHForCausalLM(config)
+    optimizer = build_optimizer(model, TrainingConfig(optimizer=name, weight_decay=0.3))  # type: ignore[arg-type]
+    parts = [*optimizer] if isinstance(optimizer, Together) else [optimizer]
+    of_adamw = {p: group["weight_decay"] for group in parts[-1].param_groups for p in group["params"]}
+    gates = [p for name, p in model.named_parameters() if ".gates." in name]
+    assert len(gates) == 5 and [of_adamw[p] for p in gates] == [0.0] * 5
+    matrices = sum(len(group["params"]) for group in optimizer.param_groups if group["weight_decay"])
+    assert matrices == 6  # encoder, two of encoder_v, decoder, embed_tokens, lm_head
 
 
 schedules = st.sampled_from(["cosine", "constant", "wsd"])
