@@ -1,0 +1,1 @@
+"""Evaluation: how well a model predicts, by position and by the length of the past."""
