@@ -4,8 +4,8 @@ Heads know nothing of each other before the decoder, so the part that a process 
 fewer heads, whose layer adds up what all processes' decoders say. That sum of (B, T, D) is all that a layer sends, and
 one more in the backward pass, of the gradient of the vector that all heads read.
 
-The encoder and the decoder are `DTensor`s of the whole matrices, so that FSDP, the optimizer and checkpoints know them
-by their whole shapes; `encoder_v` is one matrix a head, which its process alone has, numbered from 0 there:
+The encoder, the decoder and the gates are `DTensor`s of the whole, so that FSDP, the optimizer and checkpoints know
+them by their whole shapes; `encoder_v` is one matrix a head, which its process alone has, numbered from 0 there:
 `HeadNames` tells the number that it has in the whole.
 """
 
@@ -82,8 +82,14 @@ def check_heads(n_head: int, processes: int) -> None:
         )
 
 
-def part_config(config: BDHConfig, processes: int) -> BDHConfig:
-    """The configuration of the part that each of several processes has. Raises BDHError if there is none."""
+def part_config(config: BDHConfig, processes: int, place: int = 0) -> BDHConfig:
+    """The configuration of the part that one of several processes has. Raises BDHError if there is none.
+
+    Args:
+        config: Of the whole model.
+        processes: How many share its heads.
+        place: Which of them, from 0; the half-lives are those of its heads.
+    """
     check_heads(config.n_head, processes)
     if config.mlp_internal_dim_multiplier % processes:
         raise BDHError(
@@ -94,6 +100,9 @@ def part_config(config: BDHConfig, processes: int) -> BDHConfig:
     settings = config.to_dict()
     settings["n_head"] //= processes
     settings["mlp_internal_dim_multiplier"] //= processes
+    if config.decay_half_lives is not None:
+        heads = settings["n_head"]
+        settings["decay_half_lives"] = config.decay_half_lives[place * heads : (place + 1) * heads]
     return BDHConfig.from_dict(settings)
 
 
@@ -108,13 +117,16 @@ def part_of(model: BDHForCausalLM, mesh: DeviceMesh) -> tuple[BDHForCausalLM, He
         BDHError: The heads cannot be shared by so many.
     """
     count, place = mesh.size(), mesh.get_local_rank()
-    part = BDHForCausalLM(part_config(model.config, count))
+    part = BDHForCausalLM(part_config(model.config, count, place))
     part.train(model.training)
     part.generation_config = model.generation_config
     part.model.embed_tokens, part.lm_head = model.model.embed_tokens, model.lm_head
     whole, layer = model.model.layer, part.model.layer
     layer.encoder = here_linear(whole.encoder, mesh, 0)
     layer.decoder = here_linear(whole.decoder, mesh, 1)
+    if whole.gates is not None and layer.gates is not None:
+        for name, parameter in whole.gates.named_parameters():
+            layer.gates.register_parameter(name, shard_parameter(parameter, mesh, 0))
     heads = part.config.n_head
     first = place * heads
     layer.encoder_v = nn.ModuleList(whole.encoder_v[first : first + heads])
@@ -124,9 +136,15 @@ def part_of(model: BDHForCausalLM, mesh: DeviceMesh) -> tuple[BDHForCausalLM, He
 
 def here_linear(whole: nn.Linear, mesh: DeviceMesh, dim: int) -> HereLinear:
     """A linear map with this process's slice of a weight along a dimension, kept as a `DTensor` of the whole."""
-    piece = whole.weight.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()]
-    piece = piece.clone(memory_format=torch.contiguous_format)  # or the whole would stay in memory
-    linear = HereLinear(piece.shape[1], piece.shape[0], bias=False, device="meta")
-    weight = DTensor.from_local(piece, mesh, [Shard(dim)], run_check=False)
-    linear.weight = nn.Parameter(weight, requires_grad=whole.weight.requires_grad)
+    weight = shard_parameter(whole.weight, mesh, dim)
+    linear = HereLinear(whole.in_features, whole.out_features, bias=False, device="meta")
+    linear.weight = weight
     return linear
+
+
+def shard_parameter(whole: nn.Parameter, mesh: DeviceMesh, dim: int) -> nn.Parameter:
+    """This process's slice of a parameter along a dimension, kept as a `DTensor` of the whole."""
+    local = whole.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()]
+    local = local.clone(memory_format=torch.contiguous_format)  # or the whole would stay in memory
+    sharded = DTensor.from_local(local, mesh, [Shard(dim)], run_check=False)
+    return nn.Parameter(sharded, requires_grad=whole.requires_grad)

@@ -88,6 +88,9 @@ class Spread:
             "offload_policy": offload if processes.config.cpu_offload else OffloadPolicy(),
         }
         layer = self.model.model.layer
+        if layer.gates is not None and any(True for _ in layer.gates.parameters()):
+            in_float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # as gates compute, whatever the rest is in
+            fully_shard(layer.gates, **{**policy, "mp_policy": in_float32})
         if compiled is None:  # hooks inside would break a compiled layer into pieces
             self._shard_by_head(layer, policy)
         fully_shard(layer, **policy)

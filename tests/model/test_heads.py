@@ -1,13 +1,16 @@
 """Heads of one model in several processes: the same function, its gradients, its states and its texts, in float64."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.training.launching import free_port, surroundings
 
 PROGRAM = """
-import os, sys
+import json, os, sys
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -18,15 +21,18 @@ from bdh.data.tokenizer import byte_tokenizer
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.model.heads import part_of
 
-count, port = map(int, sys.argv[1:])
+count, port, synapses = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 
 def work(rank):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     config = BDHConfig(n_layer=3, n_embd=16, n_head=4, mlp_internal_dim_multiplier=8, dropout=0.0, chunk_size=16,
-                       initializer_range=0.3)
+                       initializer_range=0.3, **synapses)
     whole = BDHForCausalLM(config).double()
+    for name, p in whole.named_parameters():  # which begin as zeros, or the same in all heads
+        if ".gates." in name:
+            p.data += torch.randn_like(p)
     part, names = part_of(whole, init_device_mesh("cpu", (count,)))
     ids = torch.randint(0, 256, (3, 40))  # longer than a chunk
     mask = torch.ones_like(ids)
@@ -74,15 +80,24 @@ sys.exit(any([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ch
 """
 
 
-def shared_by(count: int, folder: Path) -> None:
-    command = [sys.executable, "-c", PROGRAM, str(count), str(free_port())]
+SYNAPSES = [
+    {},
+    {"decay": "fixed", "decay_half_lives": [4, None, 16, 64]},
+    {"decay": "gated", "decay_half_lives": [4, None, 16, 64], "write": "delta"},
+]
+
+
+def shared_by(count: int, folder: Path, synapses: dict[str, object]) -> None:
+    command = [sys.executable, "-c", PROGRAM, str(count), str(free_port()), json.dumps(synapses)]
     done = subprocess.run(command, cwd=folder, env=surroundings(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
-def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
-    shared_by(2, tmp_path)
+@pytest.mark.parametrize("synapses", SYNAPSES)
+def test_two_processes_compute_what_one_does(tmp_path: Path, synapses: dict[str, object]) -> None:
+    shared_by(2, tmp_path, synapses)
 
 
-def test_a_process_may_have_a_single_head(tmp_path: Path) -> None:
-    shared_by(4, tmp_path)
+@pytest.mark.parametrize("synapses", [SYNAPSES[0], SYNAPSES[-1]])
+def test_a_process_may_have_a_single_head(tmp_path: Path, synapses: dict[str, object]) -> None:
+    shared_by(4, tmp_path, synapses)
