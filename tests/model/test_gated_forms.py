@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -306,6 +307,28 @@ def test_gradients_equal_finite_differences(decays: bool, delta: bool, with_docu
             return A + 0 * (log_decay.sum() + beta.sum()), after
 
         assert torch.autograd.gradcheck(function, (R, x, S, log_decay, beta))
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_gradients_are_finite_where_everything_is_erased_again_and_again(delta: bool) -> None:
+    """exp(u_t - u_s) of a pair that is not seen, s > t, would be infinite in float32."""
+    random = torch.Generator().manual_seed(4)
+    B, h, T, N, D = 1, 2, 30, 6, 4
+    k = torch.randn(B, h, T, N, generator=random)
+    k = unit_keys(k) if delta else k
+    x, S = torch.randn(B, T, D, generator=random), torch.randn(B, h, N, D, generator=random)
+    log_decay = -30 * (torch.rand(B, h, T, generator=random) < 0.5).float()  # (B, h, T)
+    beta = torch.rand(B, h, T, generator=random)
+    for leaf in (k, x, S, log_decay):
+        leaf.requires_grad_()
+
+    def gradients(form: Callable[..., tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+        A, after = form(k, x, S, Gates(log_decay, beta if delta else None))
+        assert after is not None
+        return list(torch.autograd.grad((A**2).sum() + (after**2).sum(), (k, x, S, log_decay)))
+
+    for found, expected in zip(gradients(gated_attention_quadratic), gradients(gated_attention_recurrent), strict=True):
+        assert found.isfinite().all() and close(found, expected, 1e-3)
 
 
 def test_a_key_without_activity_is_zero_and_has_a_finite_gradient() -> None:
