@@ -45,10 +45,10 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def save(name: str, figures: dict[str, Any]) -> Path:
-    """Writes `results/NAME.json`, whole or not at all: the circumstances and the figures."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def save(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes `NAME.json` into a folder, whole or not at all: the circumstances and the figures."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({**circumstances(), **figures}, indent=1) + "\n")
     partial.replace(path)
