@@ -22,7 +22,7 @@ def run(argv: list[str]) -> int:
     from bdh.inference.llm import LLM
     from bdh.inference.params import SamplingParams
     from bdh.training.loop import train
-    from bdh.training.tracking import read_metrics
+    from bdh.training.tracking import beyond_block_words, read_metrics
 
     started = time.monotonic()
     outcome = train(config)
@@ -31,7 +31,8 @@ def run(argv: list[str]) -> int:
     print(f"\ntrained for {time.monotonic() - started:.0f} s, validation included. The curve's end:")
     records = [r for r in read_metrics(outcome.run_dir / "metrics.jsonl") if "validation_loss" in r]
     for record in records[-3:]:
-        print(f"  step {record['step']:>5}   validation {record['bits_per_byte']:.3f} bits per byte")
+        figures = f"validation {record['bits_per_byte']:.3f} bits per byte{beyond_block_words(record)}"
+        print(f"  step {record['step']:>5}   {figures}")
     print(f"  drawn in {outcome.run_dir / 'loss.png'}\n\nThree samples:")
     params = [SamplingParams(max_new_tokens=240, temperature=0.6, seed=seed) for seed in range(len(PROMPTS))]
     for prompt, completion in zip(PROMPTS, LLM(outcome.run_dir / "model").generate(PROMPTS, params), strict=True):

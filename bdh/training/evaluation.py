@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bdh.data.blocks import ALONE, Share, ValidationWindows, document_ids, inputs_and_targets
 from bdh.errors import BDHError
+from bdh.evaluation.by_position import PositionBin
 from bdh.model import BDHForCausalLM, state_of
 
 
@@ -43,6 +44,15 @@ class Evaluation:
             "perplexity_per_byte": self.perplexity_per_byte,
             "accuracy": self.accuracy,
         }
+
+
+def beyond_block_figures(beyond: PositionBin) -> dict[str, float]:
+    """The figures of the positions beyond the training block, by their names in metrics.jsonl."""
+    return {
+        "validation_long_loss": beyond.loss,
+        "validation_long_bits_per_byte": beyond.bits_per_byte,
+        "validation_long_length": beyond.up_to,
+    }
 
 
 @torch.no_grad()

@@ -161,10 +161,19 @@ def training_sections(state: dict[str, Any]) -> list[Section]:
                     "perplexity per byte": f"{2 ** evaluation['bits_per_byte']:.3f}",
                     "accuracy": f"{evaluation['accuracy']:.1%}",
                     "scored": f"{evaluation['tokens']:,} tokens in windows of {data['block_size']}",
+                    **beyond_block_row(state.get("beyond_block")),
                 },
             )
         )
     return sections
+
+
+def beyond_block_row(beyond: dict[str, Any] | None) -> dict[str, str]:
+    """The row of a card about positions beyond the training block; none where that was not measured."""
+    if beyond is None:
+        return {}
+    scored = f"positions {beyond['after'] + 1:,} to {beyond['up_to']:,}, {beyond['tokens']:,} tokens"
+    return {"bits per byte beyond the block": f"{beyond['bits_per_byte']:.3f} ({scored})"}
 
 
 def start_rows(config: TrainConfig) -> dict[str, str]:

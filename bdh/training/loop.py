@@ -16,6 +16,7 @@ import torch
 from bdh.data.loader import TrainingData, open_data
 from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
+from bdh.evaluation.by_position import PositionBin
 from bdh.kernels.dispatch import use_kernels
 from bdh.model import BDHForCausalLM
 from bdh.model.card import parameter_count
@@ -23,7 +24,7 @@ from bdh.model.device import choose_device
 from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, compare, validate, with_vocabulary, with_whole_path
 from bdh.training.device import autocast, hardware, recompute_layers, seed_everything
-from bdh.training.evaluation import Evaluation
+from bdh.training.evaluation import Evaluation, beyond_block_figures
 from bdh.training.export import export_run, model_config
 from bdh.training.folder import RunFolder
 from bdh.training.init_from import check_start
@@ -168,6 +169,8 @@ class Trainer:
         state = self.state = RunState(**{name: saved[name] for name in RunState.__dataclass_fields__ if name in saved})
         if saved["evaluation"] is not None:
             state.evaluation = Evaluation(**saved["evaluation"])
+        if saved.get("beyond_block") is not None:
+            state.beyond_block = PositionBin(**saved["beyond_block"])
         if saved["hardware"] != self.hardware():
             self.notices.append(f"the run began on {saved['hardware']}: results agree within rounding, not bit for bit")
         if self.folder.goes_on_here:
@@ -296,6 +299,8 @@ class Trainer:
         state.evaluated_at = state.step
         if not np.isfinite(result.loss):
             raise self.not_finite(f"step {state.step}: the validation loss is {result.loss}")
+        last = state.step == self.config.training.max_steps
+        beyond = state.beyond_block = self.review.validate_beyond_block(self.tracker.say) if last else None
         figures, histograms = self.review.activity()
         if histograms:
             self.tracker.histograms(state.step, histograms)
@@ -304,6 +309,7 @@ class Trainer:
                 "step": state.step,
                 "tokens": state.tokens,
                 **result.figures(),
+                **({} if beyond is None else beyond_block_figures(beyond)),
                 **figures,
                 **({"validation_answer_tokens": result.tokens} if self.config.data.has_chats() else {}),
                 "evaluation_seconds": time.perf_counter() - started,

@@ -3,12 +3,16 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from bdh.data.blocks import ValidationWindows
 from bdh.data.loader import TrainingData
+from bdh.errors import BDHError
+from bdh.evaluation.by_position import LONG_WINDOWS, PositionBin, long_length, score_beyond_block
 from bdh.inference.llm import sample_answers, sample_texts
 from bdh.inference.params import SamplingParams
+from bdh.model.card import state_bytes
 from bdh.training.activity import observe_activity
 from bdh.training.config import TrainConfig
 from bdh.training.evaluation import Evaluation, evaluate
@@ -16,6 +20,8 @@ from bdh.training.norms import Histogram, weight_histograms
 from bdh.training.processes import Processes
 from bdh.training.spread import Spread
 from bdh.training.trackers import want_histograms
+
+LONG_STATES = 1 << 30  # bytes of the states of the long windows that are read at once
 
 
 class Review:
@@ -71,6 +77,45 @@ class Review:
                 share=self.processes.share,
                 together=self.processes.sum,
             )
+
+    def validate_beyond_block(self, say: Callable[[str], None]) -> PositionBin | None:
+        """Scores long windows at the positions beyond the training block; takes at most about as long as `validate`.
+
+        Every process reads all of these windows.
+
+        Args:
+            say: Called with the reason where there is nothing to measure, or no memory for it.
+        """
+        block_size, settings, model = self.config.data.block_size, self.config.training, self.spread.model
+        tokens = self.data.validation
+        length = long_length(len(tokens), block_size)
+        if length is None:
+            say(
+                f"validation beyond the block is skipped: the validation text has {len(tokens):,} tokens; "
+                f"{2 * block_size + 1:,} are needed, two blocks"
+            )
+            return None
+        affordable = len(self.windows) * block_size // self.processes.share.world // length
+        windows = ValidationWindows(tokens, length, min(max(affordable, 1), LONG_WINDOWS))
+        rows = max(min(settings.eval_batch_size, LONG_STATES // state_bytes(model.config)), 1)
+        try:
+            with self.spread.whole_steps():
+                return score_beyond_block(
+                    model,
+                    windows,
+                    block_size,
+                    self.data.validation_bytes_per_token,
+                    rows,
+                    precision=self.precision,
+                    end_of_text=self.end_of_text,
+                )
+        except torch.OutOfMemoryError:
+            if not self.processes.alone:  # the others wait for this one
+                raise
+            say("validation beyond the block is skipped: there is not enough memory for the states of long windows")
+        except BDHError as error:
+            say(f"validation beyond the block is skipped: {error}")
+        return None
 
     def activity(self) -> tuple[dict[str, float], dict[str, Histogram]]:
         """How active the neurons are on a few windows of the validation text; histograms, if a tracker can have them.

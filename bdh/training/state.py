@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from bdh.evaluation.by_position import PositionBin
 from bdh.model import BDHConfig, BDHState
 from bdh.training.evaluation import Evaluation
 
@@ -35,12 +36,17 @@ class Outcome:
 
 @dataclass
 class RunState:
-    """What changes while a run goes on, besides weights, optimizer and random states; all of it is in a checkpoint."""
+    """What changes while a run goes on, besides weights, optimizer and random states; all of it is in a checkpoint.
+
+    `beyond_block` is the loss at positions beyond the training block, from the same validation as `evaluation`; None
+    where that was not measured.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     evaluation: Evaluation | None = None
+    beyond_block: PositionBin | None = None
     evaluated_at: int = -1
     best_validation_loss: float | None = None
     best_checkpoint: str | None = None

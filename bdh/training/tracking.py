@@ -135,7 +135,7 @@ class Tracker:
         self.say(
             f"step {record['step']}  validation: loss{scored} {record['validation_loss']:.4f}, perplexity "
             f"{record['perplexity']:.2f}, {record['bits_per_byte']:.3f} bits per byte, "
-            f"accuracy {record['accuracy']:.1%}"
+            f"accuracy {record['accuracy']:.1%}" + beyond_block_words(record)
         )
 
     def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
@@ -193,6 +193,16 @@ class Tracker:
             later = next((m.start() for m in SAMPLE_HEADING.finditer(text) if int(m[1]) > step), None)
             if later is not None:
                 write_atomically(self.samples_path, text[:later])
+
+
+def beyond_block_words(record: dict[str, Any]) -> str:
+    """The end of a line about a validation that measured the positions beyond the training block; else nothing."""
+    if "validation_long_bits_per_byte" not in record:
+        return ""
+    return (
+        f"; beyond the block, to {record['validation_long_length']:,} tokens: "
+        f"{record['validation_long_bits_per_byte']:.3f} bits per byte"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -65,6 +65,7 @@ function curveGroups(runs, view) {
     if (members.length) parameters.push(new Chart(head, familyLines(runs, members, (name) => name.slice(family.length + 1)), runs, view));
   }
   left.delete("never_fired");
+  for (const name of left) if (name.startsWith("validation_long_")) left.delete(name); // of one step: in the table
   const others = [...left].map(single);
   return [
     { title: "Curves", open: true, charts },

@@ -5,6 +5,7 @@ const BEST = [
   ["validation_loss", "Validation loss", "lowest", "low"],
   ["perplexity", "Perplexity", "lowest", "low"],
   ["bits_per_byte", "Bits per byte", "lowest", "low"],
+  ["validation_long_bits_per_byte", "Bits per byte beyond the block", "last", "low"],
   ["accuracy", "Accuracy", "highest", "high"],
   ["loss", "Training loss", "last", null],
   ["tokens_per_second", "Tokens a second", "median", "high"],
