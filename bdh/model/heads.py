@@ -142,7 +142,7 @@ def here_linear(whole: nn.Linear, mesh: DeviceMesh, dim: int) -> HereLinear:
     return linear
 
 
-def shard_parameter(whole: nn.Parameter, mesh: DeviceMesh, dim: int) -> nn.Parameter:
+def shard_parameter(whole: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
     """This process's slice of a parameter along a dimension, kept as a `DTensor` of the whole."""
     local = whole.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()]
     local = local.clone(memory_format=torch.contiguous_format)  # or the whole would stay in memory

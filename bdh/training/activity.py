@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bdh.data.blocks import ValidationWindows, document_ids, inputs_and_targets
 from bdh.model import BDHForCausalLM
-from bdh.model.modeling_bdh import rotary_phases, rotate
+from bdh.model.modeling_bdh import Gates, rotary_phases, rotate, unit_keys
 from bdh.training.norms import Histogram, histogram
 
 NEURONS = ("x", "y", "z")
@@ -112,14 +112,24 @@ class Look:
             layer.decoder.register_forward_pre_hook(self.decoder),
         ):
             hooks.callback(handle.remove)
+        self.gated = layer.gates is not None
+        if layer.gates is not None:
+            hooks.callback(layer.gates.register_forward_hook(self.gates).remove)
 
     def encoder(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         """A layer begins: X, and with x the synapses that it will have written."""
         self.now = next(self.layers)
         X = F.relu(output[0])  # (T, n)
         self.now.add("x", X, self.with_values)
-        self.now.state_norm += self.synapse_norm(X, inputs[0][0])
+        if self.gated:
+            self.X = X
+        else:
+            self.now.state_norm += self.synapse_norm(X, inputs[0][0])
         self.Y.clear()
+
+    def gates(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Gates) -> None:
+        """The gates of the heads, from the same x as X: what the synapses retain, and what is written into them."""
+        self.now.state_norm += self.synapse_norm(self.X, inputs[0][0], output)
 
     def encoder_v(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         """The Y of one head, (1, T, N)."""
@@ -130,11 +140,12 @@ class Look:
         self.now.add("y", torch.cat(self.Y, -1), self.with_values)  # (T, n)
         self.now.add("z", inputs[0][0], self.with_values)  # (T, n)
 
-    def synapse_norm(self, X: Tensor, x: Tensor) -> float:
+    def synapse_norm(self, X: Tensor, x: Tensor, gates: Gates | None = None) -> float:
         """The norm of S = sum of R_s^T x_s over the last document, from X (T, n) and x (T, D), without making S.
 
         |S|^2 is the sum over all pairs of tokens of (R_s . R_t)(x_s . x_t): two products of (T, T) instead of a sum of
-        n * D numbers, which for a large model is more than a training step leaves room for.
+        n * D numbers, which for a large model is more than a training step leaves room for. With gates, keys k take the
+        place of R, and that of x what has been written and is retained, which differs by head.
         """
         N, chunk = self.config.neurons_per_head, self.config.chunk_size
         positions = torch.arange(len(x), device=x.device)[None]  # (1, T)
@@ -145,11 +156,37 @@ class Look:
         x = x.float()
         total = torch.zeros((), device=x.device)
         with torch.autocast(x.device.type, enabled=False):
-            for X_k in X.unflatten(-1, (-1, N)).unbind(1):  # (T, N)
-                R_k = rotate(X_k.float()[None, None], *phases)[0, 0]  # (T, N)
+            for head, X_k in enumerate(X.unflatten(-1, (-1, N)).unbind(1)):  # (T, N)
+                R_k, values = rotate(X_k.float()[None, None], *phases)[0, 0], x  # (T, N), (T, D)
+                if gates is not None:
+                    R_k, values = self.retained(R_k, x, gates, head)  # (T, N), (T, D)
                 for rows in torch.arange(len(x), device=x.device).split(chunk):
-                    total += ((R_k[rows] @ R_k.mT) * (x[rows] @ x.mT)).sum()
+                    total += ((R_k[rows] @ R_k.mT) * (values[rows] @ values.mT)).sum()
         return total.clamp(min=0).sqrt().item()
+
+    def retained(self, R: Tensor, x: Tensor, gates: Gates, head: int) -> tuple[Tensor, Tensor]:
+        """The keys of a head, (T, N), and what the synapses retain of the vectors written for them, (T, D).
+
+        Arguments are R (T, N) of the head, x (T, D), which is zero before the last document, and the gates of all heads.
+        """
+        T = len(x)
+        u = x.new_zeros(T)  # (T)  cumulative log of the decay
+        if gates.log_decay is not None:
+            u = gates.log_decay[0, head].cumsum(0)  # (T)
+        since = (u[-1] - u).exp()[:, None]  # (T, 1)
+        if gates.write_strength is None:
+            return R, since * x
+        k, beta = unit_keys(R), gates.write_strength[0, head][:, None]  # (T, N), (T, 1)
+        if self.documents is not None:
+            k = k * (self.documents[0] == self.documents[0, -1])[:, None]  # (T, N)
+        U = torch.empty_like(x)  # (T, D)
+        for rows in torch.arange(T, device=x.device).split(self.config.chunk_size):
+            start, end = int(rows[0]), int(rows[-1]) + 1
+            later = (u[rows, None] - u[None, :end]).clamp(max=0).exp()  # (C, end)
+            M = ((k[rows] @ k[:end].mT) * later).tril(start - 1)  # (C, end)
+            U_c = beta[rows] * (x[rows] - M[:, :start] @ U[:start])  # (C, D)
+            U[rows] = torch.linalg.solve_triangular(beta[rows] * M[:, start:], U_c, upper=False, unitriangular=True)
+        return k, since * U
 
 
 def figures(layers: list[LayerActivity], tokens: int, windows: int, neurons: int) -> dict[str, float]:

@@ -29,8 +29,9 @@ def flops_per_token(config: BDHConfig, length: int, carry_state: bool = False) -
 
     Only matrix products are counted, a product and a sum as two; recomputed layers are not counted again. A layer costs
     2 * 3nD for encoder, encoder_v and decoder, and attention by the form that `attend` takes: T tokens at once
-    2 * T * (n + hD), masked half included; a read and a write of the synapses 2 * nD each. Once a token comes the head,
-    2 * DV.
+    2 * T * (n + hD), masked half included; a read and a write of the synapses 2 * nD each. Each gate of the heads takes
+    2 * hD, and the triangular system of the delta rule as much as a product with a matrix of (T, T). Once a token comes
+    the head, 2 * DV.
 
     Args:
         config: The model's.
@@ -41,7 +42,10 @@ def flops_per_token(config: BDHConfig, length: int, carry_state: bool = False) -
     chunked = length > config.chunk_size
     within = 2 * min(length, config.chunk_size) * (n + h * D)
     synapses = 4 * n * D if chunked or carry_state else 0
-    return 3.0 * (config.n_layer * (6 * n * D + within + synapses) + 2 * D * config.vocab_size)
+    gates = 2 * h * D * (config.decay == "gated")
+    if config.write == "delta":
+        gates += 2 * h * D * (1 + min(length, config.chunk_size))
+    return 3.0 * (config.n_layer * (6 * n * D + within + synapses + gates) + 2 * D * config.vocab_size)
 
 
 def peak_flops(device: torch.device, bfloat16: bool) -> float | None:

@@ -1,6 +1,7 @@
 """How active neurons are, and the norm of what they remember, against the definitions."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 from bdh.data.blocks import ValidationWindows, document_ids
 from bdh.data.tokens import Tokens
+from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.training.activity import observe_activity
 from tests.insight.plain import small_model
 
@@ -17,8 +19,17 @@ END = 7
 
 @pytest.mark.parametrize("length", [6, 20])  # the model's chunks are of 8 tokens
 @pytest.mark.parametrize("apart", [False, True])
-def test_figures_are_what_the_definitions_say(length: int, apart: bool) -> None:
+@pytest.mark.parametrize("synapses", [{}, {"decay": "fixed"}, {"decay": "gated", "write": "delta"}])
+def test_figures_are_what_the_definitions_say(length: int, apart: bool, synapses: dict[str, Any]) -> None:
     model = small_model(3).float()
+    if synapses:
+        config = BDHConfig.from_dict(model.config.to_dict() | synapses)
+        gated = BDHForCausalLM(config)
+        for name, parameter in gated.named_parameters():
+            if ".gates." in name:
+                torch.nn.init.normal_(parameter)
+        gated.load_state_dict(model.state_dict(), strict=False)
+        model = gated
     model.train()
     text = np.random.default_rng(1).integers(0, 20, 3 * length + 1)
     windows = ValidationWindows(Tokens([text]), length)

@@ -29,6 +29,20 @@ def test_flops_are_those_that_torch_counts(length: int) -> None:
     assert 3 * counter.get_total_flops() == flops_per_token(config, length, carry_state=True) * tokens.numel()
 
 
+def test_flops_of_gates_are_counted() -> None:
+    """torch counts no triangular systems: each is as large as a product of (T, T) and (T, D) a head."""
+    config = BDHConfig(
+        n_layer=3, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=11, decay="gated", write="delta"
+    )
+    model = BDHForCausalLM(config).eval()
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens, use_cache=False)
+    solved = 3 * 2 * 16 * 16 * 8 * 2  # layers, and twice (T, T) (T, D) for each of two heads
+    counted = counter.get_total_flops() + solved * len(tokens)
+    assert 3 * counted == flops_per_token(config, 16) * tokens.numel()
+
+
 @pytest.mark.parametrize(
     ("name", "bfloat16", "peak"),
     [
