@@ -167,7 +167,7 @@ class Look:
     def retained(self, R: Tensor, x: Tensor, gates: Gates, head: int) -> tuple[Tensor, Tensor]:
         """The keys of a head, (T, N), and what the synapses retain of the vectors written for them, (T, D).
 
-        Arguments are R (T, N) of the head, x (T, D), which is zero before the last document, and the gates of all heads.
+        Arguments are R (T, N) of the head, x (T, D), zero before the last document, and the gates of all heads.
         """
         T = len(x)
         u = x.new_zeros(T)  # (T)  cumulative log of the decay

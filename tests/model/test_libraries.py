@@ -14,10 +14,22 @@ from bdh.model import BDHConfig, BDHForCausalLM
 from tests.conftest import environment
 
 
-@pytest.fixture
-def model() -> BDHForCausalLM:
+@pytest.fixture(params=["add", "delta"])
+def model(request: pytest.FixtureRequest) -> BDHForCausalLM:
     torch.manual_seed(0)
-    return BDHForCausalLM(BDHConfig(n_layer=2, n_embd=64, n_head=2, mlp_internal_dim_multiplier=8, dropout=0.0)).eval()
+    config = BDHConfig(n_layer=2, n_embd=64, n_head=2, mlp_internal_dim_multiplier=8, dropout=0.0)
+    if request.param == "delta":
+        config.decay, config.decay_half_lives, config.write = "gated", [16, 64], "delta"
+    return BDHForCausalLM(config).eval()
+
+
+def gates_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if ".gates." in name}
+
+
+def same_gates(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    after = gates_of(model)
+    return len(after) == len(before) and all(map(torch.equal, after.values(), before.values()))
 
 
 TOKENS = torch.arange(40).view(2, 20) * 5 % 256
@@ -37,7 +49,7 @@ def test_every_matrix_is_a_plain_linear(model: BDHForCausalLM) -> None:
 def test_lora_trains_and_merges(model: BDHForCausalLM) -> None:
     from peft import LoraConfig, get_peft_model
 
-    before = model(TOKENS).logits
+    before, gates = model(TOKENS).logits, gates_of(model)
     adapted = get_peft_model(
         copy.deepcopy(model), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_alpha=16)
     )
@@ -52,7 +64,7 @@ def test_lora_trains_and_merges(model: BDHForCausalLM) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 0.3 and same_gates(adapted, gates)
     adapted.eval()
     tuned = adapted(input_ids=TOKENS).logits
     assert torch.allclose(adapted.merge_and_unload()(TOKENS).logits, tuned, atol=1e-4)
@@ -61,8 +73,9 @@ def test_lora_trains_and_merges(model: BDHForCausalLM) -> None:
 def test_torchao_quantizes_and_generates(model: BDHForCausalLM) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    exact = model(TOKENS).logits
+    exact, gates = model(TOKENS).logits, gates_of(model)
     quantize_(model, Int8WeightOnlyConfig())
+    assert same_gates(model, gates)
     error = (model(TOKENS).logits - exact).norm() / exact.norm()
     assert 0 < error < 0.05
     assert model.generate(TOKENS, max_new_tokens=3, do_sample=False).shape == (2, 23)
@@ -71,11 +84,11 @@ def test_torchao_quantizes_and_generates(model: BDHForCausalLM) -> None:
 def test_bitsandbytes_replaces_the_layers(model: BDHForCausalLM, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    exact = model(TOKENS).logits
+    exact, gates = model(TOKENS).logits, gates_of(model)
     model.save_pretrained(tmp_path)
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, device_map="cpu")
-    assert type(loaded.model.layer.encoder_v[1]).__name__ == "Linear4bit"
+    assert type(loaded.model.layer.encoder_v[1]).__name__ == "Linear4bit" and same_gates(loaded, gates)
     error = (loaded(TOKENS).logits - exact).norm() / exact.norm()
     assert 0 < error < 0.4
 

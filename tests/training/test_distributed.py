@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ MORE_LAYOUTS = {
     "heads4": (4, ("--distributed.tensor_parallel", "4")),
     "both": (4, (*FSDP, *HEADS)),
 }
+# The same of a model whose synapses decay and are written by the delta rule; of two heads, fewer than some processes.
+GATED = ("--model.decay", "gated", "--model.write", "delta", "--model.n_head", "2", "--training.max_steps", "20")
+GATED_LAYOUTS = {"gated ddp2": (2, ()), "gated fsdp2": (2, FSDP), "gated heads2": (2, HEADS)}
+MORE_GATED_LAYOUTS = {"gated fsdp4": (4, FSDP), "gated both": (4, (*FSDP, *HEADS))}
+ONE = ("--distributed.strategy", "ddp", "--distributed.tensor_parallel", "1")
+GATED_GONE_ON = {"gated two": ("gated heads2", 2, (*ONE, *FSDP)), "gated one": ("gated fsdp2", 1, ONE)}
+MORE_GATED_GONE_ON = {"gated 4": ("gated alone", 4, FSDP), "gated apart": ("gated both", 2, (*ONE, *HEADS))}
 Continued = dict[str, tuple[str, int, int, tuple[str, ...]]]  # from which run's step, in how many processes
 GONE_ON: Continued = {
     "one": ("ddp4", 20, 1, ()),
@@ -67,6 +75,17 @@ def train_in(
     (folder / "log").write_text(train_all([*jobs, *more], folder))
 
 
+def gated_jobs(layouts: dict[str, Any], gone_on: dict[str, Any]) -> list[tuple[int, list[str]]]:
+    """Runs of a model with gates, the one of a single process first, and those that went on from their step 10."""
+    begin = ["--data.path", "text.txt", *SMALL, *GATED, "--checkpoint.interval", "10"]
+    jobs = [(1, [*begin, "--run_dir", "gated alone"])]
+    jobs += [(processes, [*begin, "--run_dir", name, *settings]) for name, (processes, settings) in layouts.items()]
+    for name, (whence, processes, settings) in gone_on.items():
+        place = f"{whence}/checkpoints/checkpoint-0000010"
+        jobs.append((processes, ["--resume", place, "--run_dir", name, *settings]))
+    return jobs
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs of the usual layouts, whole ones and those that went on from them."""
@@ -89,7 +108,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (1, [*muon, "--run_dir", "muon"]),
         (2, [*muon, "--run_dir", "muons", "--training.micro_batch_size", "2"]),
     ]
-    train_in(folder, LAYOUTS, GONE_ON, jobs)
+    train_in(folder, LAYOUTS, GONE_ON, [*jobs, *gated_jobs(GATED_LAYOUTS, GATED_GONE_ON)])
     return folder
 
 
@@ -106,7 +125,7 @@ def more_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, [*carried, "--run_dir", "memories", *HEADS]),
         (2, ["--resume", "memories/checkpoints/checkpoint-0000010", "--run_dir", "memory2", HEADS[0], "1"]),
     ]
-    train_in(folder, MORE_LAYOUTS, MORE_GONE_ON, jobs)
+    train_in(folder, MORE_LAYOUTS, MORE_GONE_ON, [*jobs, *gated_jobs(MORE_GATED_LAYOUTS, MORE_GATED_GONE_ON)])
     return folder
 
 
@@ -129,6 +148,16 @@ def test_how_many_share_a_run_does_not_show_in_its_losses(runs: Path, name: str)
 @pytest.mark.parametrize("name", GONE_ON)
 def test_a_checkpoint_goes_on_in_any_other_layout(runs: Path, name: str) -> None:
     assert close(runs / name, runs / "alone") == 50 - GONE_ON[name][1]
+
+
+@pytest.mark.parametrize("name", [*GATED_LAYOUTS, *GATED_GONE_ON])
+def test_gates_are_shared_in_any_layout(runs: Path, name: str) -> None:
+    assert close(runs / name, runs / "gated alone") == (20 if name in GATED_LAYOUTS else 10)
+    gates = [
+        {key: p for key, p in load_model_only(runs / run / "model").state_dict().items() if ".gates." in key}
+        for run in (name, "gated alone")
+    ]
+    assert len(gates[1]) == 5 and all(torch.allclose(gates[0][key], p, atol=1e-5) for key, p in gates[1].items())
 
 
 def test_large_matrices_are_sharded_head_by_head_and_files_do_not_show_it(runs: Path, tmp_path: Path) -> None:
@@ -174,6 +203,12 @@ def test_copies_that_follow_muon_are_one_run(runs: Path) -> None:
 @pytest.mark.parametrize("name", MORE_LAYOUTS)
 def test_nor_does_it_in_other_layouts(more_runs: Path, name: str) -> None:
     assert close(more_runs / name, more_runs / "alone", LOOSE.get(name, 1e-5)) == 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*MORE_GATED_LAYOUTS, *MORE_GATED_GONE_ON])
+def test_gates_are_shared_in_other_layouts(more_runs: Path, name: str) -> None:
+    assert close(more_runs / name, more_runs / "gated alone") == (20 if name in MORE_GATED_LAYOUTS else 10)
 
 
 @pytest.mark.slow
