@@ -11,8 +11,9 @@ import triton
 from torch import Tensor
 
 from bdh.kernels.decode import answer, begin, fire_and_read, fold, gate, halved, head, interleaved, settle
-from bdh.kernels.prefill import gate_tokens, rotate_tokens, scan_synapses
+from bdh.kernels.prefill import attend_chunks, attend_delta, gate_tokens, rotate_tokens, scan_synapses
 from bdh.model import BDHForCausalLM, BDHState
+from bdh.model.modeling_bdh import BDHGates
 
 WAITING = 16  # tokens whose synapses wait to be folded; the smallest a matrix unit takes
 CHUNK = 256  # tokens of a prompt between two synapses
@@ -67,6 +68,7 @@ class Step:
     X: Tensor  # (B, n)
     A: Tensor  # (h, B, D)
     parts: Tensor  # (B, h * max(SPLIT, PARTS), D) float32
+    squares: Tensor  # (B, h, SPLIT) float32
     head_sums: Tensor  # (B, h, D) float32
     tickets: Tensor  # (B, h + 1) int32
     logits: Tensor  # (B, V) float32
@@ -98,11 +100,19 @@ class CUDARunner:
         self.decoder = halved(layer.decoder.weight.detach().mT, h).contiguous()  # (n, D)
         pair = torch.arange(0, self.N, 2, dtype=torch.float64, device=self.device)  # (N/2)
         self.turns_per_token = config.rope_theta ** (-pair / self.N) / (2 * math.pi)  # (N/2)
+        self.gates = layer.gates
+        self.decays, self.delta = config.decay != "none", config.write == "delta"
+        self.gate_weights: Tensor | None = None  # (2, h, D) float32
+        self.gate_constants: Tensor | None = None  # (3, h) float32
+        if self.gates is not None:
+            self.gate_weights, self.gate_constants = gate_constants(self.gates, self.device)
 
         shape = (config.n_layer, n_slots)
         self.S = torch.empty(*shape, self.n, self.D, device=self.device)  # (L, slots, n, D) float32
         self.waiting_R = torch.empty(*shape, WAITING, self.n, device=self.device, dtype=self.dtype)
-        self.waiting_x = torch.empty(*shape, WAITING, self.D, device=self.device, dtype=self.dtype)
+        values = (h, WAITING, self.D) if self.delta else (WAITING, self.D)
+        self.waiting_x = torch.empty(*shape, *values, device=self.device, dtype=self.dtype)
+        self.waiting_c = torch.empty(*shape, h, WAITING, device=self.device) if self.decays else None  # float32
         self.state_nbytes = self.S.nbytes // n_slots
         self.grain, self.prefill_chunk = CHUNK, 4096
         self.position = [0] * n_slots
@@ -137,11 +147,11 @@ class CUDARunner:
         if not slots:
             return
         folding = torch.tensor([slots, [self.waiting[slot] for slot in slots]], device=self.device)  # (2, F)
-        rows = 32
-        grid = (triton.cdiv(self.n, rows), len(slots), self.config.n_layer)
-        fold[grid](
-            folding, self.S, self.waiting_R, self.waiting_x, len(slots), self.n_slots, self.n, self.D,
-            ROWS=rows, W=WAITING, BLOCK_D=block(self.D), num_warps=8,
+        rows, by_head = 32, self.gates is not None
+        blocks = self.config.n_head * triton.cdiv(self.N, rows) if by_head else triton.cdiv(self.n, rows)
+        fold[(blocks, len(slots), self.config.n_layer)](
+            folding, self.S, self.waiting_R, self.waiting_x, self.waiting_c, len(slots), self.n_slots, self.n, self.D,
+            self.N, BY_HEAD=by_head, DELTA=self.delta, ROWS=rows, W=WAITING, BLOCK_D=block(self.D), num_warps=8,
         )  # fmt: skip
         for slot in slots:
             self.waiting[slot] = 0
@@ -190,6 +200,7 @@ class CUDARunner:
             X=numbers(B, self.n, dtype=self.dtype),
             A=numbers(h, B, self.D, dtype=self.dtype),
             parts=numbers(B, h * max(tiles.split, tiles.parts), self.D),
+            squares=numbers(B, h, tiles.split),
             head_sums=numbers(B, h, self.D),
             tickets=numbers(B, h + 1, dtype=torch.int32),
             logits=numbers(B, self.config.vocab_size),
@@ -214,7 +225,7 @@ class CUDARunner:
         tiles = self.tiles(B)
         D, half, eps, wide = self.D, self.N // 2, config.layer_norm_eps, block(self.D)
         cos, sin = step.phases
-        fused = B < MATRIX_BATCH
+        fused, gated = B < MATRIX_BATCH, self.gates is not None
         begin[(B, triton.cdiv(half, 256))](
             step.inputs, self.embed, self.turns_per_token, step.x, step.v, cos, sin, B, D, half, eps,
             BLOCK_D=wide, BLOCK=256,
@@ -224,9 +235,11 @@ class CUDARunner:
                 torch.mm(step.v, self.encoder.T, out=step.X)
             fire_and_read[(config.n_head * tiles.split, B)](
                 step.inputs, step.v, cos, sin, self.encoder, self.S[i], self.waiting_R[i], self.waiting_x[i],
-                step.X, step.parts, step.tickets, step.A, B, self.n, D, half, eps, FIRE=fused, SPLIT=tiles.split,
-                TILES=triton.cdiv(half, tiles.split * tiles.pairs), PAIRS=tiles.pairs, W=WAITING,
-                BLOCK_P=8, BLOCK_D=wide, num_warps=tiles.read_warps,
+                None if self.waiting_c is None else self.waiting_c[i], step.x if gated else None,
+                self.gate_weights, self.gate_constants, step.squares if self.delta else None,
+                step.X, step.parts, step.tickets, step.A, B, self.n, D, half, eps, FIRE=fused, DECAY=config.decay,
+                DELTA=self.delta, SPLIT=tiles.split, TILES=triton.cdiv(half, tiles.split * tiles.pairs),
+                PAIRS=tiles.pairs, W=WAITING, BLOCK_P=8, BLOCK_D=wide, num_warps=tiles.read_warps,
             )  # fmt: skip
             (self.answer_rows if fused else self.answer_batch)(step)
         head[(triton.cdiv(config.vocab_size, 32), B)](
@@ -284,7 +297,7 @@ class CUDARunner:
         R = torch.empty(h, padded, self.N, device=self.device, dtype=self.dtype)
         v = torch.empty(padded, D, device=self.device, dtype=self.dtype)
         R[:, T:], v[T:] = 0, 0
-        before = torch.empty(h, chunks, self.N, D, device=self.device, dtype=self.dtype)
+        before = None if self.delta else torch.empty(h, chunks, self.N, D, device=self.device, dtype=self.dtype)
         begin[(T, triton.cdiv(half, 256))](
             inputs, self.embed, self.turns_per_token, x, v, cos, sin, T, D, half, eps, BLOCK_D=block(D), BLOCK=256
         )
@@ -293,11 +306,22 @@ class CUDARunner:
             rotate_tokens[(T, triton.cdiv(half, 1024))](
                 X, cos, sin, R, self.n, half, padded, h, PAIRS=min(1024, block(half))
             )
-            scan_synapses[(h * triton.cdiv(self.N, 128), triton.cdiv(D, 256))](
-                R, v, self.S[i, slot], before, padded, self.N, D, C,
-                ROWS=128, COLUMNS=min(256, block(D)), TOKENS=min(64, C), num_warps=8, num_stages=stages,
-            )  # fmt: skip
-            A = F.layer_norm(attend_chunks(R, v, before)[:, :T], (D,), eps=eps)  # (h, T, D)
+            u, beta = self.gates_of_chunks(x, chunks, C)  # (h, chunks, C) float32
+            if before is None:
+                assert beta is not None
+                token_vectors = F.pad(x, (0, 0, 0, padded - T))  # (padded, D)
+                A = attend_delta(R, token_vectors, self.S[i, slot].view(h, self.N, D), u, beta)  # (h, padded, D)
+            else:
+                values, remains = v, None
+                if u is not None:
+                    remains = u[..., -1].exp()  # (h, chunks)
+                    values = ((u[..., -1:] - u).exp().view(h, padded, 1) * v).to(self.dtype)  # (h, padded, D)
+                scan_synapses[(h * triton.cdiv(self.N, 128), triton.cdiv(D, 256))](
+                    R, values, remains, self.S[i, slot], before, padded, self.N, D, C,
+                    ROWS=128, COLUMNS=min(256, block(D)), TOKENS=min(64, C), num_warps=8, num_stages=stages,
+                )  # fmt: skip
+                A = attend_chunks(R, v, before, u)  # (h, padded, D)
+            A = F.layer_norm(A[:, :T], (D,), eps=eps).to(self.dtype)  # (h, T, D)
             gate_tokens[(triton.cdiv(T, 128), h * triton.cdiv(self.N, 64 * 16))](
                 A, self.encoder_v, X, Z, T, self.n, D, self.N,
                 TOKENS=128, ROWS=64, TILES=16, WIDTH=width, BLOCK_D=step, STAGES=stages - 1, num_warps=8,
@@ -307,24 +331,37 @@ class CUDARunner:
             v[:T] = x
         return v[:T]
 
+    def gates_of_chunks(self, x: Tensor, chunks: int, C: int) -> tuple[Tensor | None, Tensor | None]:
+        """The gates of tokens x (T, D), padded to whole chunks with tokens that neither decay nor write.
 
-def attend_chunks(R: Tensor, x: Tensor, before: Tensor) -> Tensor:
-    """A = tril(R_c R_c^T, -1) x_c + R_c S_c for all chunks c at once.
+        Returns:
+            The cumulative log-decay since the beginning of each chunk and the write strength, both (h, chunks, C)
+            float32; None where the model has none.
+        """
+        if self.gates is None:
+            return None, None
+        log_decay, beta = (
+            None if gate is None else F.pad(gate[0], (0, chunks * C - len(x))).unflatten(1, (chunks, C))
+            for gate in self.gates(x[None])
+        )  # (h, chunks, C)
+        return None if log_decay is None else log_decay.cumsum(-1), beta  # (h, chunks, C)
 
-    Args:
-        R: Rotated activity, (h, T, N), T a multiple of the chunks' length C.
-        x: Values, (T, D).
-        before: The synapses before each chunk, (h, T / C, N, D).
+
+def gate_constants(gates: BDHGates, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The parameters of the gates as `fire_and_read` takes them, 0 where the model has none.
 
     Returns:
-        A, (h, T, D).
+        The weights of the decay and of the write strength, (2, h, D), and the rate of the decay and the two biases,
+        (3, h), all float32. With a gated decay the rate is that of a token whose gate is 1.
     """
-    h, chunks, N, D = before.shape
-    C = len(x) // chunks
-    R_c, S_c = R.view(h * chunks, C, N), before.view(h * chunks, N, D)  # (h chunks, C, N), (h chunks, N, D)
-    x_c = x.view(chunks, C, D).repeat(h, 1, 1)  # (h chunks, C, D)
-    scores = torch.bmm(R_c, R_c.mT).tril_(-1)  # (h chunks, C, C)
-    return torch.baddbmm(torch.bmm(scores, x_c), R_c, S_c).view(h, chunks * C, D)
+    h, D = gates.config.n_head, gates.config.n_embd
+    parameters = {name: parameter.detach().float() for name, parameter in gates.named_parameters()}
+    rates = torch.tensor([rate or 0.0 for rate in gates.rates()] or [0.0] * h, device=device)  # (h)
+    if "decay_rate" in parameters:
+        rates = parameters["decay_rate"].exp() * (rates > 0)  # (h)
+    weights = [parameters.get(name, rates.new_zeros(h, D)) for name in ("decay_weight", "write_weight")]  # 2 x (h, D)
+    biases = [parameters.get(name, rates.new_zeros(h)) for name in ("decay_bias", "write_bias")]  # 2 x (h)
+    return torch.stack(weights), torch.stack([rates, *biases])
 
 
 def block(size: int) -> int:

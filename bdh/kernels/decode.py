@@ -13,6 +13,15 @@ Writing is put off. A token's (R, x) waits in a list of W places; attention read
 and every W tokens `fold` adds them all to S. So S, by far the largest thing, is read at each token but written at every
 W-th only. What is summed is the same; only the order differs.
 
+With decay and the delta rule (`bdh.model.modeling_bdh`), c_s is the sum of a head's log-decay from the last `fold` up
+to and including token s, c the newest of them (0 if no pair waits), a = 1 / (|R| + eps) for "delta" and 1 for "add".
+Then
+
+    A_t = exp(log_decay_t) a_t [exp(c) R_t S + sum over waiting s of exp(c - c_s) (R_t . R_s) a_s U_s],
+
+where U = x for "add" and beta (x - A) for "delta". The list holds c_s beside R_s, and a_s U_s in place of x_s: for
+"delta" one list for each head. The last of the programs that share a head computes the gates and stores both.
+
 A step is `begin`, then for each layer `fire_and_read` and `answer`, then `head`. Where a sum over neurons is shared by
 many programs, the one that comes last adds up the parts, always in the same order. For larger batches the products with
 the weights are matrix products, and `fire_and_read` takes X from outside; `gate` and `settle` stand for `answer`.
@@ -21,6 +30,10 @@ the weights are matrix products, and `fire_and_read` takes X from outside; `gate
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from bdh.model.modeling_bdh import KEY_EPS
+
+LENGTH_EPS = tl.constexpr(KEY_EPS)
 
 
 def halved(rows: Tensor, n_head: int) -> Tensor:
@@ -60,6 +73,12 @@ def comes_last(ticket, programs: tl.constexpr):
     if last:
         tl.store(ticket, 0)  # for the next launch
     return last
+
+
+@triton.jit
+def gate_of(token, weights, bias):
+    """sigmoid(w . x + b), with a token's vector x and the weights w, both (BLOCK_D), and the bias b."""
+    return 1.0 / (1.0 + tl.exp(-(tl.sum(token * weights, 0) + bias)))
 
 
 @triton.jit
@@ -103,7 +122,12 @@ def fire_and_read(
     encoder,  # (n, D)
     S,  # (slots, n, D) float32: this layer's synapses
     waiting_R,  # (slots, W, n)
-    waiting_x,  # (slots, W, D)
+    waiting_x,  # (slots, W, D); (slots, h, W, D) with DELTA: a_s U_s
+    waiting_c,  # (slots, h, W) float32: cumulative log-decay; None if the synapses do not decay
+    x,  # (B, D) float32; None without gates, as are the next three
+    gate_weights,  # (2, h, D) float32: w of the decay, v of the write strength
+    gate_constants,  # (3, h) float32: the rate of the decay, and the biases of the decay and of the write strength
+    squares,  # (B, h, SPLIT) float32: parts of |R|^2
     X,  # (B, n): out with FIRE, else in, before relu
     parts,  # (B, h, SPLIT, D) float32: to be summed
     tickets,  # (B, h + 1) int32, all 0
@@ -114,6 +138,8 @@ def fire_and_read(
     HALF,
     eps,
     FIRE: tl.constexpr,
+    DECAY: tl.constexpr,  # "none", "fixed" or "gated"
+    DELTA: tl.constexpr,
     SPLIT: tl.constexpr,
     TILES: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -123,12 +149,13 @@ def fire_and_read(
 ):
     """X = relu(E x), R = rope(X), A = LN(R S + sum over waiting s of (R . R_s) x_s); puts (R, x) on the waiting list.
 
-    A program takes 1/SPLIT of one head's pairs for one sequence, PAIRS at a time.
+    With decay or DELTA, A and what is put on the list are as the docstring of this module says. A program takes 1/SPLIT
+    of one head's pairs for one sequence, PAIRS at a time.
     """
     program, b = tl.program_id(0), tl.program_id(1)
     slot = tl.load(inputs + B + b)
     if slot >= 0:
-        k, part = program // SPLIT, program % SPLIT
+        k, part, heads = program // SPLIT, program % SPLIT, tl.num_programs(0) // SPLIT
         count = tl.load(inputs + 3 * B + b)
         d = tl.arange(0, BLOCK_D)
         w = tl.arange(0, W)
@@ -137,6 +164,12 @@ def fire_and_read(
         value32 = value.to(tl.float32)
         sums = tl.zeros((PAIRS, BLOCK_D), tl.float32)  # of S's rows; added up at the end, once
         scores = tl.zeros((W, PAIRS), tl.float32)  # of R . R_s, likewise
+        if DECAY != "none":
+            list_c = waiting_c + (slot * heads + k) * W
+            c_s = tl.load(list_c + w, mask=w < count, other=0.0)  # (W)
+            c_newest = tl.load(list_c + count - 1, mask=count > 0, other=0.0)
+        if DELTA:
+            square = tl.zeros((PAIRS,), tl.float32)  # of |R|^2, likewise
         for tile in range(TILES):
             i = (part * TILES + tile) * PAIRS + tl.arange(0, PAIRS)  # pairs of the head
             exists = i < HALF
@@ -171,16 +204,53 @@ def fire_and_read(
             W_odd = tl.load(list_R + odd[None, :], mask=waits, other=0.0).to(tl.float32)  # (W, PAIRS)
             scores += W_even * R_even[None, :] + W_odd * R_odd[None, :]  # (W, PAIRS)
             sums += R_even[:, None] * S_even + R_odd[:, None] * S_odd  # (PAIRS, D)
-        list_x = waiting_x + (slot * W + w)[:, None] * D + d[None, :]
+            if DELTA:
+                square += R_even * R_even + R_odd * R_odd  # (PAIRS)
+        if DELTA:
+            place = (slot * heads + k) * W  # of the list
+        else:
+            place = slot * W
+        list_x = waiting_x + (place + w)[:, None] * D + d[None, :]
         values = tl.load(list_x, mask=(w < count)[:, None] & here, other=0.0).to(tl.float32)  # (W, D)
-        total = tl.sum(sums, 0) + tl.sum(tl.sum(scores, 1)[:, None] * values, 0)  # (D)
-        parts += (b * (tl.num_programs(0) // SPLIT) + k) * SPLIT * D
+        past = tl.sum(sums, 0)  # (D)
+        weights = tl.sum(scores, 1)  # (W)
+        if DECAY != "none":
+            past *= tl.exp(c_newest)
+            weights *= tl.exp(c_newest - c_s)
+        total = past + tl.sum(weights[:, None] * values, 0)  # (D)
+        parts += (b * heads + k) * SPLIT * D
         tl.store(parts + part * D + d, total, mask=d < D)
-        if program == 0:
-            tl.store(waiting_x + (slot * W + count) * D + d, value, mask=d < D)
-        if comes_last(tickets + b * (tl.num_programs(0) // SPLIT + 1) + k, SPLIT):
-            whole = layer_norm(sum_of_parts(parts, d, D, SPLIT, BLOCK_P, BLOCK_D), d < D, D, eps)  # (D)
-            tl.store(A + (k * B + b) * D + d, whole, mask=d < D)
+        if DELTA:
+            list_squares = squares + (b * heads + k) * SPLIT
+            tl.store(list_squares + part, tl.sum(square, 0))
+        elif program == 0:
+            tl.store(waiting_x + (place + count) * D + d, value, mask=d < D)
+        if comes_last(tickets + b * (heads + 1) + k, SPLIT):
+            # Everything is loaded before the first sum, so that the loads are under way together.
+            if DECAY != "none":
+                rate = tl.load(gate_constants + k)
+            if DECAY == "gated":
+                decay_bias = tl.load(gate_constants + heads + k)
+                decay_weight = tl.load(gate_weights + k * D + d, mask=d < D, other=0.0)  # (D)
+            if DELTA:
+                write_bias = tl.load(gate_constants + 2 * heads + k)
+                write_weight = tl.load(gate_weights + (heads + k) * D + d, mask=d < D, other=0.0)  # (D)
+                all_squares = tl.load(list_squares + tl.arange(0, SPLIT))  # (SPLIT)
+            if DELTA or DECAY == "gated":
+                token = tl.load(x + b * D + d, mask=d < D, other=0.0)  # (D)
+            whole = sum_of_parts(parts, d, D, SPLIT, BLOCK_P, BLOCK_D)  # (D)
+            if DECAY != "none":
+                log_decay = -rate
+                if DECAY == "gated":
+                    log_decay *= gate_of(token, decay_weight, decay_bias)
+                tl.store(list_c + count, c_newest + log_decay)
+                whole *= tl.exp(log_decay)
+            if DELTA:
+                beta = gate_of(token, write_weight, write_bias)
+                a = 1.0 / (tl.sqrt(tl.sum(all_squares, 0)) + LENGTH_EPS)
+                whole *= a
+                tl.store(waiting_x + (place + count) * D + d, beta * a * (token - whole), mask=d < D)
+            tl.store(A + (k * B + b) * D + d, layer_norm(whole, d < D, D, eps), mask=d < D)
 
 
 @triton.jit
@@ -289,31 +359,53 @@ def fold(
     folding,  # (2, F) int64: slots, and how many pairs wait in each
     S,  # (L, slots, n, D) float32, in and out
     waiting_R,  # (L, slots, W, n)
-    waiting_x,  # (L, slots, W, D)
+    waiting_x,  # (L, slots, W, D); (L, slots, h, W, D) with DELTA
+    waiting_c,  # (L, slots, h, W) float32; None if the synapses do not decay
     F,
     slots,
     n,
     D,
+    N,
+    BY_HEAD: tl.constexpr,  # whether a program's rows are of one head: they must be, with decay or DELTA
+    DELTA: tl.constexpr,
     ROWS: tl.constexpr,
     W: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """S += sum over the waiting pairs of R_s^T x_s, for some slots and all layers."""
+    """S += sum over the waiting pairs of R_s^T x_s, for some slots and all layers.
+
+    With decay S = exp(c) S + sum of exp(c - c_s) R_s^T x_s, where c is the newest c_s.
+    """
     f = tl.program_id(1)
     slot = tl.load(folding + f)
     count = tl.load(folding + F + f)
     place = tl.program_id(2) * slots + slot  # of this layer's slot
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    if BY_HEAD:
+        blocks = tl.cdiv(N, ROWS)
+        k = tl.program_id(0) // blocks
+        j = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)  # neurons of the head
+        rows = (k * N + j).to(tl.int64)
+        exists = j < N
+    else:
+        rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        exists = rows < n
     d = tl.arange(0, BLOCK_D)
     w = tl.arange(0, W)
-    inside = (rows < n)[:, None] & (d[None, :] < D)
+    inside = exists[:, None] & (d[None, :] < D)
     R = tl.load(
-        waiting_R + (place * W + w)[None, :] * n + rows[:, None],
-        mask=(w < count)[None, :] & (rows < n)[:, None],
-        other=0.0,
+        waiting_R + (place * W + w)[None, :] * n + rows[:, None], mask=(w < count)[None, :] & exists[:, None], other=0.0
     )  # (ROWS, W)
-    x = tl.load(
-        waiting_x + (place * W + w)[:, None] * D + d[None, :], mask=(w < count)[:, None] & (d[None, :] < D), other=0.0
-    )  # (W, D)
+    if DELTA:
+        list_x = waiting_x + ((place * (n // N) + k) * W + w)[:, None] * D + d[None, :]
+    else:
+        list_x = waiting_x + (place * W + w)[:, None] * D + d[None, :]
+    x = tl.load(list_x, mask=(w < count)[:, None] & (d[None, :] < D), other=0.0)  # (W, D)
     tile = S + place * n * D + rows[:, None] * D + d[None, :]
-    tl.store(tile, tl.load(tile, mask=inside, other=0.0) + tl.dot(R, x, input_precision="ieee"), mask=inside)
+    before = tl.load(tile, mask=inside, other=0.0)  # (ROWS, D)
+    if waiting_c is not None:
+        list_c = waiting_c + (place * (n // N) + k) * W
+        c_newest = tl.load(list_c + count - 1)
+        remains = tl.exp(c_newest - tl.load(list_c + w, mask=w < count, other=0.0))  # (W)
+        x = (x.to(tl.float32) * remains[:, None]).to(waiting_x.dtype.element_ty)  # (W, D)
+        before *= tl.exp(c_newest)
+    tl.store(tile, before + tl.dot(R, x, input_precision="ieee"), mask=inside)

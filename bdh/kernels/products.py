@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from bdh.model.modeling_bdh import synapse_dtype
+
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b: (G, C, I), (G, I, J) or (I, J) -> (G, C, J)."""
@@ -25,3 +27,13 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         out.copy_(a @ b)
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, summed and returned in float32 at least: (G, I, J), (G, J, K) -> (G, I, K)."""
+    wide = synapse_dtype(a.dtype)
+    if a.dtype == wide:
+        return torch.bmm(a, b)  # (G, I, K)
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=wide)  # (G, I, K)
+    return torch.bmm(a.to(wide), b.to(wide))  # (G, I, K)

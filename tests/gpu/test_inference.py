@@ -10,6 +10,7 @@ from bdh.inference.engine import Engine
 from bdh.inference.llm import LLM
 from bdh.inference.params import SamplingParams
 from bdh.inference.request import Event, Request
+from bdh.inference.runner import cast
 from bdh.inference.runner_cuda import CUDARunner
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from tests.inference.small import BYTES
@@ -23,14 +24,39 @@ pytestmark = [
 
 def model_of(dtype: torch.dtype = torch.float32, **sizes: Any) -> BDHForCausalLM:
     torch.manual_seed(0)
-    return BDHForCausalLM(BDHConfig(**sizes)).eval().to("cuda", dtype)
+    model = BDHForCausalLM(BDHConfig(**sizes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.model.layer.named_parameters():
+            if name.startswith("gates.") and name != "gates.decay_rate":
+                parameter.normal_(std=0.1)
+    return cast(model.to("cuda"), dtype)
 
 
 def error(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize("sizes", [{}, {"n_embd": 96, "n_head": 3, "mlp_internal_dim_multiplier": 10, "n_layer": 2}])
+ODD: dict[str, Any] = {"n_embd": 96, "n_head": 3, "mlp_internal_dim_multiplier": 10, "n_layer": 2}
+HALF_LIVES = [4.0, None, 300.0]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        ODD,
+        {"decay": "fixed"},
+        {"decay": "gated"},
+        {"decay": "gated", "write": "delta"},
+        {**ODD, "write": "delta"},
+        *(
+            {**ODD, "decay": decay, "decay_half_lives": HALF_LIVES, "write": write}
+            for decay in ("fixed", "gated")
+            for write in ("add", "delta")
+        ),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @torch.inference_mode()
 def test_the_runner_equals_the_model(sizes: dict[str, Any], dtype: torch.dtype, bar: float) -> None:
@@ -56,8 +82,9 @@ def test_the_runner_equals_the_model(sizes: dict[str, Any], dtype: torch.dtype, 
     assert error(runner.prefill(3, tokens[660:]), expected[699]) < bar
 
 
-def test_random_requests_each_equal_to_running_alone() -> None:
-    model = model_of(n_layer=2, n_embd=64, mlp_internal_dim_multiplier=16, initializer_range=0.3)
+@pytest.mark.parametrize("gates", [{}, {"decay": "gated"}, {"decay": "gated", "write": "delta"}], ids=str)
+def test_random_requests_each_equal_to_running_alone(gates: dict[str, Any]) -> None:
+    model = model_of(n_layer=2, n_embd=64, mlp_internal_dim_multiplier=16, initializer_range=0.3, **gates)
     rng = random.Random(3)
     requests = [random_request(rng, f"request {i}") for i in range(60)]
     requests = [request for request in requests if request.params.regex is None]

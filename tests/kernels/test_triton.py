@@ -1,6 +1,8 @@
 """The Triton kernels under Triton's interpreter: the runner for GPUs against the model, on odd sizes."""
 
+import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,13 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bdh.inference import runner_cuda
-from bdh.inference.runner_cuda import CUDARunner, Tiles, attend_chunks
+from bdh.inference.runner import ModelRunner, cast
+from bdh.inference.runner_cuda import CUDARunner, Tiles
 from bdh.kernels.decode import halved, interleaved
+from bdh.kernels.prefill import attend_chunks, attend_delta
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
-from bdh.model.modeling_bdh import attention_quadratic
+from bdh.model.modeling_bdh import Gates, attention_quadratic, gated_attention_recurrent, unit_keys
 
 
-def model_of(n_layer: int, n_head: int, n_embd: int, multiplier: int, vocab_size: int = 37) -> BDHForCausalLM:
+def model_of(
+    n_layer: int, n_head: int, n_embd: int, multiplier: int, vocab_size: int = 37, **gates: Any
+) -> BDHForCausalLM:
     torch.manual_seed(n_layer + 10 * n_head + n_embd)
     config = BDHConfig(
         n_layer=n_layer,
@@ -22,11 +28,15 @@ def model_of(n_layer: int, n_head: int, n_embd: int, multiplier: int, vocab_size
         n_embd=n_embd,
         mlp_internal_dim_multiplier=multiplier,
         vocab_size=vocab_size,
+        **gates,
     )
     model = BDHForCausalLM(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(6)  # so that attention weighs against the residual, and logits differ
+        for name, parameter in model.model.layer.named_parameters():
+            if name.startswith("gates.") and name != "gates.decay_rate":
+                parameter.normal_()
     return model
 
 
@@ -66,6 +76,92 @@ def test_decoding_for_longer_than_the_waiting_list() -> None:
     runner.clear(0)
     for t in range(40):
         assert torch.allclose(runner.decode([0], [int(tokens[0, t])])[0], expected[t], atol=1e-5)
+
+
+GATES = [
+    {"decay": decay, "write": write, **({} if decay == "none" else {"decay_half_lives": [3.0, None]})}
+    for decay, write in [("fixed", "add"), ("gated", "add"), ("none", "delta"), ("fixed", "delta"), ("gated", "delta")]
+]
+
+
+@pytest.mark.parametrize(
+    ("gates", "sizes", "matrix_batch"),
+    list(
+        zip(
+            GATES, [(1, 2, 8, 4), (2, 2, 8, 4), (1, 2, 8, 4), (2, 2, 8, 4), (1, 2, 12, 6)], [8, 1, 1, 1, 8], strict=True
+        )
+    ),
+    ids=lambda value: f"{value['decay']}-{value['write']}" if isinstance(value, dict) else None,
+)
+@torch.inference_mode()
+def test_decay_and_the_delta_rule_equal_the_model(
+    gates: dict[str, Any], sizes: tuple[int, int, int, int], matrix_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sequences with different numbers of waiting pairs, past the waiting list; states carried, prompts read."""
+    monkeypatch.setattr(runner_cuda, "MATRIX_BATCH", matrix_batch)
+    model = model_of(*sizes, **gates)
+    runner, reference = CUDARunner(model, 4), ModelRunner(model, 4)
+    for slot in range(4):
+        runner.clear(slot)
+        reference.clear(slot)
+
+    def prefill(slot: int, count: int) -> None:
+        tokens = torch.randint(37, (count,)).tolist()
+        assert torch.allclose(runner.prefill(slot, tokens), reference.prefill(slot, tokens), atol=2e-5)
+
+    def decode(slots: list[int]) -> None:
+        tokens = torch.randint(37, (len(slots),)).tolist()
+        assert torch.allclose(runner.decode(slots, tokens), reference.decode(slots, tokens), atol=2e-5)
+
+    prefill(1, 7)
+    for _ in range(2):
+        decode([3])
+    for _ in range(15):
+        decode([1, 3])
+    decode([3, 0, 1])
+    decode([1])
+    for S, expected in zip(runner.read_state(1).synapses, reference.read_state(1).synapses, strict=True):
+        assert torch.allclose(S, expected, atol=2e-5)
+    for each in (runner, reference):
+        each.write_state(2, each.read_state(3))
+        each.clear(3)
+    decode([2, 3])
+    prefill(2, 18)
+    decode([3, 2])
+
+
+@pytest.mark.parametrize("gates", GATES, ids=lambda gates: f"{gates['decay']}-{gates['write']}")
+@torch.inference_mode()
+def test_prompts_of_several_chunks_with_decay_and_the_delta_rule(
+    gates: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_cuda, "CHUNK", 16)
+    model = model_of(1, 2, 8, 4, **gates)
+    runner, reference = CUDARunner(model, 2), ModelRunner(model, 1)
+    for each, slot in ((runner, 0), (runner, 1), (reference, 0)):
+        each.clear(slot)
+    tokens = torch.randint(37, (40,)).tolist()
+    logits = runner.prefill(0, tokens)
+    assert torch.allclose(logits, reference.prefill(0, tokens), atol=2e-5)
+    runner.prefill(1, tokens[:16])
+    assert torch.allclose(runner.prefill(1, tokens[16:]), logits, atol=1e-5)
+    state = reference.read_state(0).synapses[0]
+    for slot in (0, 1):
+        assert torch.allclose(runner.read_state(slot).synapses[0], state, atol=2e-5)
+
+
+@torch.inference_mode()
+def test_decoding_in_bfloat16_with_decay_and_the_delta_rule() -> None:
+    """Without products of matrices, which Triton's interpreter does not know in bfloat16."""
+    exact = model_of(1, 2, 8, 16, decay="gated", write="delta", decay_half_lives=[3.0, None])
+    reference = ModelRunner(exact, 1)
+    runner = CUDARunner(cast(copy.deepcopy(exact), torch.bfloat16), 1)
+    reference.clear(0)
+    reference.prefill(0, torch.randint(37, (20,)).tolist())
+    runner.write_state(0, reference.read_state(0))
+    for token in torch.randint(37, (8,)).tolist():
+        expected = reference.decode([0], [token])[0]  # (V)
+        assert (runner.decode([0], [token])[0] - expected).norm() < 0.03 * expected.norm()
 
 
 @torch.inference_mode()
@@ -146,3 +242,40 @@ def test_attention_in_chunks_equals_all_pairs(h: int, chunks: int, C: int, seed:
     before = S[:, None] + written.cumsum(1) - written
     expected = attention_quadratic(R[None], x[None], S[None])[0]  # (h, T, D)
     assert torch.allclose(attend_chunks(R, x, before), expected)
+
+
+@settings(max_examples=20)
+@given(
+    h=st.integers(1, 3),
+    chunks=st.integers(1, 4),
+    C=st.sampled_from([1, 2, 8]),
+    decays=st.booleans(),
+    delta=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_attention_in_chunks_with_decay_and_the_delta_rule_equals_token_by_token(
+    h: int, chunks: int, C: int, decays: bool, delta: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    T, N, D = chunks * C, 6, 5
+    R, x, S = (torch.randn(*shape, dtype=torch.float64) for shape in ((h, T, N), (T, D), (h, N, D)))
+    log_decay = -torch.rand(h, T, dtype=torch.float64) * 2  # (h, T)
+    beta = torch.rand(h, T, dtype=torch.float64)  # (h, T)
+    if not decays:
+        log_decay.zero_()
+    gates = Gates(log_decay[None], beta[None] if delta else None)
+    keys = unit_keys(R) if delta else R  # (h, T, N)
+    expected, after = gated_attention_recurrent(keys[None], x[None], S[None].clone(), gates)
+    u = log_decay.view(h, chunks, C).cumsum(-1)  # (h, chunks, C)
+    if delta:
+        A = attend_delta(R, x, S, u if decays else None, beta.view(h, chunks, C))  # (h, T, D)
+        assert torch.allclose(S, after[0])
+    else:
+        before = [S]
+        for c in range(chunks - 1):
+            now = slice(c * C, (c + 1) * C)
+            before.append(
+                gated_attention_recurrent(R[None, :, now], x[None, now], before[-1][None], gates.at(now))[1][0]
+            )
+        A = attend_chunks(R, x, torch.stack(before, 1), u)  # (h, T, D)
+    assert torch.allclose(A, expected[0])
