@@ -14,6 +14,7 @@ from benchmarks.variants import TimeLimit, Trainer, Variant
 
 SHORTEST = 64  # distance in tokens; from there they double
 REPORT_EVERY = 100  # steps
+PASSKEY_ROWS = 4  # times as many sequences of this task, of which each has few scored bytes
 
 
 def padded(batches: list[Batch], length: int) -> tuple[Tensor, Tensor]:
@@ -99,7 +100,8 @@ def evaluate(
         right, scored = dict.fromkeys(distances, 0), dict.fromkeys(distances, 0)
         for distance in distances:
             source = Source(torch.Generator(text.device).manual_seed(distance), text)
-            batch = evaluation_batch(task, source, rows, distance, scale)
+            number = PASSKEY_ROWS * rows if task == "passkey" else rows
+            batch = evaluation_batch(task, source, number, distance, scale)
             marked = batch.labels != IGNORED  # (B, T)
             hit = predictions(trainer, batch, piece) == batch.labels[marked]  # (scored)
             at = batch.distances[marked]  # (scored)
