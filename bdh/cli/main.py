@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "let a model write on from a prompt, or from many",
     "chat": "talk with a model",
     "eval": "score a model on a text: loss, perplexity, bits per byte, accuracy",
+    "calibrate": "find the decay that lets a model read beyond the block it was trained on",
     "convert": "turn a published checkpoint into an export, or back",
     "average": "average the weights of several checkpoints into an export",
     "tokenizer": "learn a vocabulary from text, look at one, encode and decode",
