@@ -24,9 +24,9 @@ from bdh.kernels.cpu import (
     Int8Matrices,
     Int8WeightMatrices,
     PackedMatrices,
-    fold,
+    flush,
     lazy_zeros,
-    read_waiting,
+    read_pending,
     rotate_pairs,
     runs_of,
     sum_rows,
@@ -76,14 +76,14 @@ def reading(rows: int) -> Forms:
 
 
 def writing(rows: int) -> Forms:
-    """S + R^T x: now, or a list of tokens at once; and what the list costs while it waits. By slot."""
+    """S + R^T x: now, or a list of tokens at once; and the cost of reading the list while it is pending. By slot."""
     S = lazy_zeros(1, H, N, D)
     R, x = lazy_zeros(1, H, 32, N).copy_(activity(32, 0.55).transpose(0, 1)), torch.randn(1, 32, D)
     A, table = torch.zeros(1, H, D), S.view(-1, D)
     forms: Forms = {"one token, addr_": lambda: table.addr_(R[0, :, 0].flatten(), x[0, 0])}
     for W in (8, 16, 32):
-        forms[f"{W} tokens, baddbmm_ (each {W} tokens)"] = partial(fold, S[0], R[0, :, :W], x[0, :W])
-        forms[f"{W // 2} waiting tokens read"] = partial(read_waiting, R[:, :, 0], A, R, x, runs_of([0], [W // 2]))
+        forms[f"{W} tokens, baddbmm_ (each {W} tokens)"] = partial(flush, S[0], R[0, :, :W], x[0, :W])
+        forms[f"{W // 2} pending tokens read"] = partial(read_pending, R[:, :, 0], A, R, x, runs_of([0], [W // 2]))
     return forms
 
 

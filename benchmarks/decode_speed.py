@@ -1,6 +1,7 @@
 """Decoding and reading prompts with the engine against the published way, by context and by batch.
 
     python -m benchmarks.decode_speed [--device cpu|cuda] [--settings float32 int8 …] [--model DIR]
+    python -m benchmarks.decode_speed --variants none gated-delta … [--device cpu|cuda] [--turns N] [--threads N]
 
 Without --model: the default 25.3 M model with random weights, whose activity is denser than a trained one (50 % of the
 neurons fire, not 35 %), so that a trained model is faster. "published" is its way: for every token the whole
@@ -11,6 +12,12 @@ synapses of a prompt of 512 tokens: nothing else of a past is ever read. Context
 one process, so that a machine that drifts treats all alike; tokens/s are of the mean step, in which the synapses are
 written now and then.
 Writes results/decode_speed_DEVICE.json and .png.
+
+With --variants: only the speed of decay and of the delta rule beside that of the published model, "none", for models of
+the quickstart's and of the default size, one and 64 sequences at once. The variants take turns of 16 tokens, in which
+each sequence's synapses are written once, and a second engine of "none" takes turns too: its speed beside the first is
+the noise. Speeds are compared turn by turn, by wall time and by the processor time of the process, which does not
+count the time that other work on the machine takes; the least of it, of the turn that was least disturbed, too. Writes results/decode_speed_decay_DEVICE.json.
 """
 
 import argparse
@@ -38,6 +45,24 @@ SETTINGS = {  # name: dtype and quantization
     "bfloat16": ("bfloat16", None),
     "int8": ("auto", "int8"),
     "int4": ("auto", "int4"),
+}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "fixed": {"decay": "fixed"},
+    "gated": {"decay": "gated"},
+    "delta": {"write": "delta"},
+    "fixed-delta": {"decay": "fixed", "write": "delta"},
+    "gated-delta": {"decay": "gated", "write": "delta"},
+}
+CONTROL = "none (control)"
+TURN = 16  # tokens
+QUICKSTART = {"n_layer": 3, "mlp_internal_dim_multiplier": 16}
+COMPARED: dict[str, tuple[dict[str, int], int]] = {  # name: sizes that are not the default, sequences at once
+    "quickstart, batch 1": (QUICKSTART, 1),
+    "quickstart, batch 64": (QUICKSTART, 64),
+    "default, batch 1": ({}, 1),
+    "default with 1 layer, batch 64": ({"n_layer": 1}, 64),  # of 6 layers, the state of a sequence takes 201 MB
 }
 
 
@@ -145,7 +170,7 @@ def overhead(rounds: int, batch: int = 8, tokens: int = 100) -> dict[str, float]
 
 def small_model() -> BDHForCausalLM:
     """The size of the quickstart."""
-    return BDHForCausalLM(BDHConfig(n_layer=3, mlp_internal_dim_multiplier=16)).eval()
+    return BDHForCausalLM(BDHConfig(**QUICKSTART)).eval()
 
 
 def measure(args: argparse.Namespace, model: BDHForCausalLM, name: str) -> dict[str, Any]:
@@ -167,6 +192,48 @@ def measure(args: argparse.Namespace, model: BDHForCausalLM, name: str) -> dict[
     }
 
 
+def compare(names: Sequence[str], sizes: dict[str, int], batch: int, device: str, turns: int) -> dict[str, Any]:
+    """The speed of variants that take turns, for a model of these sizes: figures by variant."""
+    engines = {}
+    for name in [*names, CONTROL]:
+        torch.manual_seed(0)
+        config = BDHConfig(**sizes, **VARIANTS["none" if name == CONTROL else name])  # type: ignore[arg-type]
+        runner = make_runner(BDHForCausalLM(config).eval().to(device), batch)
+        engines[name] = writing(runner, after_prompt(runner), 512, batch)
+    wall: dict[str, list[float]] = {name: [] for name in engines}
+    processor: dict[str, list[float]] = {name: [] for name in engines}
+    order = list(engines)
+    for _ in range(turns + 1):
+        for name in order:
+            started = time.process_time()
+            wall[name].append(seconds(lambda: [engines[name].step() for _ in range(TURN)]))  # noqa: B023
+            processor[name].append(time.process_time() - started)
+        order = [*order[1:], order[0]]
+    return {
+        name: {
+            "tokens_per_second": batch * TURN / statistics.median(wall[name][1:]),
+            "speed_over_none": speed_over(wall["none"][1:], wall[name][1:]),
+            "speed_over_none_by_processor_time": speed_over(processor["none"][1:], processor[name][1:]),
+            "speed_over_none_of_least_processor_times": min(processor["none"][1:]) / min(processor[name][1:]),
+        }
+        for name in engines
+    }
+
+
+def speed_over(base: Sequence[float], other: Sequence[float]) -> float:
+    """The median over turns of the speed of one engine over another's."""
+    return statistics.median(before / after for before, after in zip(base, other, strict=True))
+
+
+def compare_variants(args: argparse.Namespace) -> None:
+    figures: dict[str, Any] = {"turns": args.turns, "tokens_of_a_turn": TURN}
+    for name in args.cases:
+        sizes, batch = COMPARED[name]
+        figures[name] = compare(args.variants, sizes, batch, args.device, args.turns)
+        print(name, *(f"\n  {variant}: {rounded(values)}" for variant, values in figures[name].items()), flush=True)
+        print(save(f"decode_speed_decay_{args.device}", figures))
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
@@ -182,7 +249,18 @@ def main() -> None:
     parser.add_argument("--published", type=int, nargs="*", help="contexts for the published way")
     parser.add_argument("--steps", type=int, help="tokens of one measurement")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="compare these, and nothing else")
+    parser.add_argument("--cases", nargs="+", choices=list(COMPARED), default=list(COMPARED), help="of --variants")
+    parser.add_argument("--turns", type=int, default=24, help="of --variants")
+    parser.add_argument("--threads", type=int, help="of the processor; default: torch's choice")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.variants:
+        if "none" not in args.variants:
+            parser.error("--variants must include none, which the others are compared with")
+        compare_variants(args)
+        return
     on_gpu = args.device == "cuda"
     args.settings = args.settings or (["bfloat16", "float32"] if on_gpu else list(SETTINGS))
     args.batches = args.batches or ([1, 8, 64] if on_gpu else [1, 2, 4, 8])

@@ -10,19 +10,25 @@ from bdh.errors import BDHError
 from bdh.inference.runner import GRAIN, pieces
 from bdh.kernels.cpu import (
     INT4_GROUP,
+    Decays,
+    DecayStep,
     Phases,
     Run,
-    fold,
+    TokenGates,
+    flush,
+    flush_gated,
     lazy_zeros,
     make_matrices,
-    read_waiting,
+    read_gated_pending,
+    read_pending,
     rotate_pairs,
     runs_of,
     sum_rows,
 )
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
+from bdh.model.modeling_bdh import KEY_EPS
 
-WAITING = 16  # a slot's synapses are written at every position divisible by this
+MAX_PENDING = 16  # a slot's synapses are written at every position divisible by this
 SHORT = 4  # tokens of a prompt that are sooner decoded one by one than sent through the model
 LARGE = 1 << 21  # numbers in the decoder from which up to `FEW_ROWS` sequences sum the rows they need of it
 FEW_ROWS = 4  # at the activity of a trained model; from about 8 all of the decoder is sooner read
@@ -36,14 +42,16 @@ class Step:
         phases: Of the rows' positions, (B, 1, N/2) complex64.
         runs: The rows by their slots.
         starts: The first row of each sequence's synapses in the table (slots * n, D) of a layer; B numbers.
-        places: Where R and x are to wait: rows of a layer's tables (slots * h * W, N) and (slots * W, D); (B * h) and
-            (B), int64.
+        places: Where R and x are kept while they are pending: rows of a layer's tables (slots * h * W, N) and
+            (slots * W, D); (B * h) and (B), int64. U, of a model with gates, has the same rows as R.
+        decays: How the synapses and the pending tokens decay; None if they do not.
     """
 
     phases: Tensor
     runs: list[Run]
     starts: list[int]
     places: tuple[Tensor, Tensor]
+    decays: DecayStep | None
 
 
 class CPURunner:
@@ -51,7 +59,7 @@ class CPURunner:
 
     Args:
         model: On the CPU; put into `dtype` and into evaluation mode. Its weights are copied into the kernels' layout.
-        n_slots: Slots of the pool; each takes `state_nbytes` once used, and 16 / `n_embd` more for tokens that wait.
+        n_slots: Slots of the pool; each takes `state_nbytes` once used, and 16 / `n_embd` more for pending tokens.
         dtype: float32 or bfloat16: of weights and activity. Synapses and what is read from them are float32 in either.
         quantization: None, "int8" or "int4": of `encoder` and `encoder_v` while decoding; longer prompts are read with
             the weights as they are.
@@ -81,18 +89,25 @@ class CPURunner:
         self.encoder_v = make_matrices(list(layer.encoder_v.parameters()), dtype, quantization, relu=True)
         self.decoder = make_matrices([layer.decoder.weight], dtype)
         self.lm_head = make_matrices([model.lm_head.weight], dtype)
+        gates, layer.gates = layer.gates, None
         self.model = model.to(dtype).eval()  # after the matrices, which are quantised from the weights as they came
+        layer.gates = None if gates is None else gates.float()  # at any dtype: bfloat16 would round the half-lives
+        self.gates = None if gates is None else TokenGates(gates)
         self.embed = model.model.embed_tokens.weight.detach()  # (V, D)
         self.decoder_rows = layer.decoder.weight.detach().T.contiguous()  # (n, D)
         with torch.inference_mode():  # only so does the model write them in place
             self.synapses = [lazy_zeros(n_slots, h, N, D) for _ in range(config.n_layer)]
-        self.waiting_R = [lazy_zeros(n_slots, h, WAITING, N) for _ in range(config.n_layer)]
-        self.waiting_x = [lazy_zeros(n_slots, WAITING, D) for _ in range(config.n_layer)]
-        self.phases = Phases(n_slots, N, config.rope_theta, WAITING)
+        self.pending_R = [lazy_zeros(n_slots, h, MAX_PENDING, N) for _ in range(config.n_layer)]
+        if self.gates is None:
+            self.pending_x = [lazy_zeros(n_slots, MAX_PENDING, D) for _ in range(config.n_layer)]
+        else:
+            self.pending_U = [lazy_zeros(n_slots, h, MAX_PENDING, D) for _ in range(config.n_layer)]
+        self.decays = None if config.decay == "none" else Decays(config.n_layer, n_slots, h, MAX_PENDING)
+        self.phases = Phases(n_slots, N, config.rope_theta, MAX_PENDING)
         self.few_rows = FEW_ROWS if h * N * D >= LARGE else 0
         self.clean = [True] * n_slots  # whether a slot's synapses are zero
         self.position = [0] * n_slots  # tokens read
-        self.folded = [0] * n_slots  # how many of these are in the synapses; the others wait
+        self.flushed = [0] * n_slots  # how many of these are in the synapses; the others are pending
 
     # -------------------------------------------------------------------------------------------- reading tokens
 
@@ -108,13 +123,13 @@ class CPURunner:
         return logits[0]
 
     def read_long(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        self.fold(slot)
+        self.flush(slot)
         self.clean[slot] = False  # also if this fails halfway
         synapses = [S[slot : slot + 1] for S in self.synapses]  # L x (1, h, N, D), which the model writes in place
         state = BDHState(synapses, torch.tensor([self.position[slot]]), self.position[slot])
         ids = torch.tensor([tokens])  # (1, T)
         logits = self.model(ids, past_key_values=state, use_cache=True, logits_to_keep=1).logits  # (1, 1, V)
-        self.position[slot] = self.folded[slot] = state.length
+        self.position[slot] = self.flushed[slot] = state.length
         return logits[0, 0].float()  # (V,)
 
     @torch.inference_mode()
@@ -123,18 +138,20 @@ class CPURunner:
         x = self.norm(self.embed[torch.tensor(tokens)].float())  # (B, D)
         for i in range(len(self.synapses)):
             x = self.layer(x, i, step)  # (B, D)
+        if self.decays is not None and step.decays is not None:
+            self.decays.end(step.decays)
         for slot in slots:
             self.position[slot] += 1
-            if self.position[slot] % WAITING == 0:
-                self.fold(slot)
+            if self.position[slot] % MAX_PENDING == 0:
+                self.flush(slot)
         return self.lm_head(x[:, None]).float()  # (B, V)
 
     def begin(self, slots: Sequence[int]) -> Step:
         """Plans a step of a token in each of these slots."""
-        counts = [self.position[slot] - self.folded[slot] for slot in slots]
-        first = [slot * WAITING + count for slot, count in zip(slots, counts, strict=True)]
+        counts = [self.position[slot] - self.flushed[slot] for slot in slots]
+        first = [slot * MAX_PENDING + count for slot, count in zip(slots, counts, strict=True)]
         heads = [
-            (slot * self.h + k) * WAITING + count
+            (slot * self.h + k) * MAX_PENDING + count
             for slot, count in zip(slots, counts, strict=True)
             for k in range(self.h)
         ]
@@ -143,23 +160,43 @@ class CPURunner:
             runs=runs_of(slots, counts),
             starts=[slot * self.h * self.N for slot in slots],
             places=(torch.tensor(heads), torch.tensor(first)),
+            decays=None if self.decays is None else self.decays.begin(slots, counts),
         )
 
     def layer(self, x: Tensor, i: int, step: Step) -> Tensor:
-        """Layer i: x (B, D) float32 -> the next x. The tokens are left waiting."""
+        """Layer i: x (B, D) float32 -> the next x. The tokens are left pending."""
         B, h, N, D = x.shape[0], self.h, self.N, self.D
         X = self.encoder(x[:, None])  # (B, n)
         R = rotate_pairs(X.float().view(B, h, N), step.phases)  # (B, h, N) float32
         A = sum_rows(R, self.synapses[i].view(-1, D), step.starts)  # (B, h, D) float32
-        read_waiting(R, A, self.waiting_R[i], self.waiting_x[i], step.runs)
-        self.waiting_R[i].view(-1, N).index_copy_(0, step.places[0], R.view(-1, N))
-        self.waiting_x[i].view(-1, D).index_copy_(0, step.places[1], x)
+        if self.gates is None:
+            read_pending(R, A, self.pending_R[i], self.pending_x[i], step.runs)
+            self.pending_x[i].view(-1, D).index_copy_(0, step.places[1], x)
+        else:
+            self.attend_gated(R, x, A, i, step)
+        self.pending_R[i].view(-1, N).index_copy_(0, step.places[0], R.view(-1, N))
         Z = self.encoder_v(self.norm(A)).mul_(X)  # (B, n)
         if B <= self.few_rows:
             out = sum_rows(Z.view(B, h, N), self.decoder_rows, [0] * B).sum(1)  # (B, D)
         else:
             out = self.decoder(Z[:, None])  # (B, D)
         return self.norm(x + self.norm(out.float()))  # (B, D)
+
+    def attend_gated(self, R: Tensor, x: Tensor, A: Tensor, i: int, step: Step) -> None:
+        """Makes attention with decay and the delta rule out of A = R S, (B, h, D), and leaves U pending."""
+        assert self.gates is not None
+        log_decay, beta = self.gates(x)  # (B, h)
+        since = None
+        if step.decays is not None and log_decay is not None:
+            since = step.decays.since(i, log_decay)  # (B, h, 1 + longest)
+        read_gated_pending(R, A, since, self.pending_R[i], self.pending_U[i], step.runs)
+        if beta is None:
+            U = x[:, None].expand_as(A).reshape(-1, self.D)  # (B * h, D)
+        else:
+            scale = torch.linalg.vector_norm(R, dim=-1, keepdim=True).add_(KEY_EPS).reciprocal_()  # (B, h, 1)
+            A.mul_(scale)  # (B, h, D)
+            U = (x[:, None] - A).mul_(scale.mul_(beta[..., None])).view(-1, self.D)  # (B * h, D)
+        self.pending_U[i].view(-1, self.D).index_copy_(0, step.places[0], U)
 
     def norm(self, x: Tensor) -> Tensor:
         return torch.layer_norm(x, (self.D,), eps=self.eps)
@@ -172,24 +209,30 @@ class CPURunner:
             for S in self.synapses:
                 S[slot].zero_()
         self.clean[slot] = True
-        self.position[slot] = self.folded[slot] = 0
+        self.position[slot] = self.flushed[slot] = 0
 
-    def fold(self, slot: int) -> None:
-        """Writes a slot's waiting tokens into its synapses."""
-        self.clean[slot] = self.clean[slot] and self.position[slot] == self.folded[slot]
-        self.fold_into([S[slot] for S in self.synapses], slot)
-        self.folded[slot] = self.position[slot]
+    def flush(self, slot: int) -> None:
+        """Writes a slot's pending tokens into its synapses."""
+        self.clean[slot] = self.clean[slot] and self.position[slot] == self.flushed[slot]
+        self.flush_into([S[slot] for S in self.synapses], slot)
+        self.flushed[slot] = self.position[slot]
 
-    def fold_into(self, synapses: Sequence[Tensor], slot: int) -> None:
-        """Adds a slot's waiting tokens to synapses, L x (h, N, D), its own or a copy."""
-        if count := self.position[slot] - self.folded[slot]:
-            for S, R, x in zip(synapses, self.waiting_R, self.waiting_x, strict=True):
-                fold(S, R[slot, :, :count], x[slot, :count])
+    def flush_into(self, synapses: Sequence[Tensor], slot: int) -> None:
+        """Writes a slot's pending tokens into synapses, L x (h, N, D), its own or a copy."""
+        count = self.position[slot] - self.flushed[slot]
+        if count and self.gates is not None:
+            since = None if self.decays is None else self.decays.since(slot, count)  # (L, h, 1 + count)
+            for i, S in enumerate(synapses):
+                R, U = self.pending_R[i][slot, :, :count], self.pending_U[i][slot, :, :count]  # (h, count, N or D)
+                flush_gated(S, R, U, None if since is None else since[i])
+        elif count:
+            for S, R, x in zip(synapses, self.pending_R, self.pending_x, strict=True):
+                flush(S, R[slot, :, :count], x[slot, :count])
 
     @torch.inference_mode()
     def read_state(self, slot: int) -> BDHState:
         synapses = [S[slot].clone() for S in self.synapses]  # L x (h, N, D)
-        self.fold_into(synapses, slot)
+        self.flush_into(synapses, slot)
         return BDHState([S[None] for S in synapses], torch.tensor([self.position[slot]]), self.position[slot])
 
     @torch.inference_mode()
@@ -197,7 +240,7 @@ class CPURunner:
         self.clean[slot] = False
         for mine, S in zip(self.synapses, state.synapses, strict=True):
             mine[slot].copy_(S[0])
-        self.position[slot] = self.folded[slot] = int(state.position[0])
+        self.position[slot] = self.flushed[slot] = int(state.position[0])
 
 
 def check_sizes(config: BDHConfig, quantization: str | None) -> None:

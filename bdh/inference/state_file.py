@@ -21,8 +21,14 @@ SIZES = ("vocab_size", "n_embd", "n_head", "n_layer", "n_neurons", "rope_theta",
 
 
 def model_fingerprint(model: BDHForCausalLM) -> str:
-    """SHA-256 of a model's sizes and its weights rounded to bfloat16: the same in whichever dtype it is loaded."""
+    """SHA-256 of a model's sizes and its weights rounded to bfloat16: the same in whichever dtype it is loaded.
+
+    It covers how synapses decay and are written, where they do so in another way than the published one.
+    """
     sizes = {name: getattr(model.config, name) for name in SIZES}
+    if model.config.has_gates:
+        half_lives = [None if life is None else float(life) for life in model.config.decay_half_lives or []]
+        sizes.update(decay=model.config.decay, decay_half_lives=half_lives, write=model.config.write)
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)}".encode())

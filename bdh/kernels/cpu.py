@@ -5,26 +5,35 @@ At one token a weight is used once, so the speed of the memory is the limit, and
 * Matrices are laid out once as oneDNN wants them; it then reads them as fast as the memory goes, while a plain
   `F.linear` of one row takes up to five times as long.
 * Sums over neurons (`sum_rows`) touch the rows of active neurons only, and take them where they lie.
-* Writing into the synapses is put off: the last tokens' (R, x) wait in a list that attention reads beside the
-  synapses (`read_waiting`),
+* Writing into the synapses is put off: the last tokens' (R, x) are kept in a list that attention reads beside the
+  synapses (`read_pending`),
 
-      A = R S + sum over waiting s of (R . R_s) x_s,
+      A = R S + sum over pending s of (R . R_s) x_s,
 
-  and one matrix product adds the whole list to S (`fold`). What is summed is the same; only the order differs.
+  and one matrix product adds the whole list to S (`flush`). What is summed is the same; only the order differs.
+* With decay and the delta rule (`read_gated_pending`, `flush_gated`) the list holds (R, U) for each head, and the
+  cumulative log-decay c since the last flush, c = 0 at the flush. A head that scales its keys by r = 1 / (|R| + eps)
+  (delta; r = 1 for add) reads
+
+      A = r (exp(c) R S + sum over pending s of exp(c - c_s) (R . R_s) U_s),
+
+  and U = x for add, r beta (x - A) for delta. As c never rises, no exponent is above 0.
 * Rotary phases (`Phases`) are a complex number a pair of neurons, the product of two that are kept.
 
-Shapes in comments: B sequences, D `n_embd`, h heads, N neurons of a head, n = h * N, W tokens that may wait.
+Shapes in comments: B sequences, D `n_embd`, h heads, N neurons of a head, n = h * N, W tokens that may be pending.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bdh.model.modeling_bdh import BDHGates
 
 # ------------------------------------------------------------------------------------------------ matrices
 
@@ -234,7 +243,7 @@ def sum_rows(activity: Tensor, table: Tensor, starts: Sequence[int]) -> Tensor:
     return sums[0].view(B, h, -1)
 
 
-# ------------------------------------------------------------------------------------------------ waiting tokens
+# ------------------------------------------------------------------------------------------------ pending tokens
 
 
 @dataclass(frozen=True)
@@ -244,53 +253,216 @@ class Run:
     Attributes:
         rows: Of the batch.
         slots: Of the pool.
-        longest: Tokens that wait in the fullest of these slots.
-        waits: (rows, 1, longest) bool, which places hold a waiting token; None if all do.
+        longest: Pending tokens of the slot that has the most.
+        is_pending: (rows, 1, longest) bool, which places hold a pending token; None if all do.
     """
 
     rows: slice
     slots: slice
     longest: int
-    waits: Tensor | None
+    is_pending: Tensor | None
 
 
 def runs_of(slots: Sequence[int], counts: Sequence[int]) -> list[Run]:
-    """A batch in runs. Its rows are in `slots`, and `counts` tokens wait in each of these."""
+    """A batch in runs. Its rows are in `slots`, and `counts` tokens are pending in each of these."""
     cuts = [b for b in range(1, len(slots)) if slots[b] != slots[b - 1] + 1]
     runs = []
     for start, stop in zip([0, *cuts], [*cuts, len(slots)], strict=True):
         longest = max(counts[start:stop])
-        waits = None
+        is_pending = None
         if min(counts[start:stop]) < longest:
-            waits = torch.arange(longest) < torch.tensor(counts[start:stop])[:, None, None]  # (rows, 1, longest)
-        runs.append(Run(slice(start, stop), slice(slots[start], slots[stop - 1] + 1), longest, waits))
+            is_pending = torch.arange(longest) < torch.tensor(counts[start:stop])[:, None, None]  # (rows, 1, longest)
+        runs.append(Run(slice(start, stop), slice(slots[start], slots[stop - 1] + 1), longest, is_pending))
     return runs
 
 
-def read_waiting(R: Tensor, A: Tensor, waiting_R: Tensor, waiting_x: Tensor, runs: Sequence[Run]) -> None:
-    """Adds to A what the waiting tokens say: the sum over them of (R . R_s) x_s.
+def read_pending(R: Tensor, A: Tensor, pending_R: Tensor, pending_x: Tensor, runs: Sequence[Run]) -> None:
+    """Adds the pending tokens to A: the sum over them of (R . R_s) x_s.
 
     Args:
         R: (B, h, N), float32.
         A: (B, h, D), float32.
-        waiting_R: (slots, h, W, N), float32.
-        waiting_x: (slots, W, D), float32.
+        pending_R: (slots, h, W, N), float32.
+        pending_x: (slots, W, D), float32.
         runs: The batch's.
     """
     for run in runs:
         if run.longest == 0:
             continue
-        past = waiting_R[run.slots, :, : run.longest].flatten(0, 1)  # (rows * h, longest, N)
+        past = pending_R[run.slots, :, : run.longest].flatten(0, 1)  # (rows * h, longest, N)
         scores = torch.bmm(R[run.rows].flatten(0, 1)[:, None], past.mT)  # (rows * h, 1, longest)
         scores = scores.view(-1, R.shape[1], run.longest)  # (rows, h, longest)
-        if run.waits is not None:
-            scores = scores.where(run.waits, 0)  # (rows, h, longest)
-        A[run.rows].baddbmm_(scores, waiting_x[run.slots, : run.longest])  # (rows, h, D)
+        if run.is_pending is not None:
+            scores = scores.where(run.is_pending, 0)  # (rows, h, longest)
+        A[run.rows].baddbmm_(scores, pending_x[run.slots, : run.longest])  # (rows, h, D)
 
 
-def fold(S: Tensor, waiting_R: Tensor, waiting_x: Tensor) -> None:
-    """Adds waiting tokens to the synapses: S (h, N, D) += R^T x, of R (h, w, N) and x (w, D), all float32."""
-    S.baddbmm_(waiting_R.mT, waiting_x.expand(S.shape[0], -1, -1))  # (h, N, D)
+def flush(S: Tensor, pending_R: Tensor, pending_x: Tensor) -> None:
+    """Adds pending tokens to the synapses: S (h, N, D) += R^T x, of R (h, w, N) and x (w, D), all float32."""
+    S.baddbmm_(pending_R.mT, pending_x.expand(S.shape[0], -1, -1))  # (h, N, D)
+
+
+class TokenGates:
+    """Computes the gates of one token a row: `BDHGates` with one matrix product for all gates of all heads.
+
+    Args:
+        gates: Of the model, float32; what it computes is copied here.
+    """
+
+    def __init__(self, gates: BDHGates):
+        config = gates.config
+        self.h = config.n_head
+        self.gated, self.delta = config.decay == "gated", config.write == "delta"
+        rates = torch.tensor([rate or 0.0 for rate in gates.rates()])  # (h)
+        decays = torch.tensor([float(rate is not None) for rate in gates.rates()])  # (h)
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        if self.gated:
+            rates = gates.decay_rate.detach().float().exp() * decays  # (h)
+            weights.append(gates.decay_weight)
+            biases.append(gates.decay_bias)
+        if self.delta:
+            weights.append(gates.write_weight)
+            biases.append(gates.write_bias)
+        self.log_decay = -rates if config.decay != "none" else None  # (h), of a gate that is fully open
+        if weights:
+            self.weight = torch.cat(weights).detach().float().mT.contiguous()  # (D, h or 2h)
+            self.bias = torch.cat(biases).detach().float()  # (h or 2h)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The logarithm of the retention and the write strength of tokens x (B, D), float32: (B, h) each.
+
+        Either is None if the model does not have it.
+        """
+        fixed = None if self.log_decay is None or self.gated else self.log_decay.expand(len(x), -1)  # (B, h)
+        if not self.gated and not self.delta:
+            return fixed, None
+        gates = torch.addmm(self.bias, x, self.weight).sigmoid_()  # (B, h or 2h)
+        if not self.gated:
+            return fixed, gates
+        assert self.log_decay is not None
+        return gates[:, : self.h] * self.log_decay, gates[:, self.h :] if self.delta else None  # (B, h)
+
+
+class Decays:
+    """The cumulative log-decay of each slot's pending tokens, by layer and head.
+
+    Args:
+        n_layer: Layers (L).
+        n_slots: Slots of the pool.
+        n_head: Heads.
+        max_pending: Tokens that may be pending (W).
+    """
+
+    def __init__(self, n_layer: int, n_slots: int, n_head: int, max_pending: int):
+        self.h, self.width = n_head, 1 + max_pending
+        # c since the last flush: 0 at place 0, and that of pending token s at place 1 + s.
+        self.c = torch.zeros(n_layer, n_slots, n_head, self.width)  # (L, slots, h, 1 + W)
+
+    def begin(self, slots: Sequence[int], counts: Sequence[int]) -> "DecayStep":
+        """Prepares a step of a token in each of these slots, in which `counts` tokens are pending."""
+        longest = max(counts)
+        rows, places = torch.tensor(slots), torch.tensor(counts)  # (B)
+        c = self.c.index_select(1, rows)[..., : 1 + longest]  # (L, B, h, 1 + longest)
+        last = c.gather(-1, places[None, :, None, None].expand(*c.shape[:-1], 1))  # (L, B, h, 1)
+        before = last - c  # (L, B, h, 1 + longest)
+        if min(counts) < longest:
+            before.masked_fill_(torch.arange(1 + longest) > places[:, None, None], -math.inf)
+        return DecayStep(rows, places, last[..., 0], before)
+
+    def end(self, step: "DecayStep") -> None:
+        """Keeps the cumulative log-decay of the tokens of a step."""
+        c = step.last + torch.stack(step.log_decays)  # (L, B, h)
+        self.c[:, step.slots, :, 1 + step.counts] = c.transpose(0, 1)  # (B, L, h)
+
+    def since(self, slot: int, count: int) -> Tensor:
+        """Retention from the last flush (place 0), and from each of `count` pending tokens, to the last of these.
+
+        Returns:
+            (L, h, 1 + count), each at most 1.
+        """
+        c = self.c[:, slot, :, : 1 + count]  # (L, h, 1 + count)
+        return (c[..., -1:] - c).exp_()  # (L, h, 1 + count)
+
+
+@dataclass
+class DecayStep:
+    """The decays of a decoding step.
+
+    Attributes:
+        slots: Of the rows, (B) int64.
+        counts: Pending tokens of these slots, (B) int64.
+        last: Cumulative log-decay of the token before each row's token, (L, B, h).
+        before: Log-decay to that token from the last flush (place 0) and from each pending token; -inf at places
+            without a token: (L, B, h, 1 + longest).
+        log_decays: Of the rows' tokens, one (B, h) a layer, as the layers compute them.
+    """
+
+    slots: Tensor
+    counts: Tensor
+    last: Tensor
+    before: Tensor
+    log_decays: list[Tensor] = field(default_factory=list)
+
+    def since(self, i: int, log_decay: Tensor) -> Tensor:
+        """Retention from the last flush and from each pending token to the rows' tokens, in layer i.
+
+        Args:
+            i: The layer; layers come in order.
+            log_decay: Of the rows' tokens, (B, h).
+
+        Returns:
+            (B, h, 1 + longest), each at most 1; 0 at places without a token.
+        """
+        self.log_decays.append(log_decay)
+        return (self.before[i] + log_decay[:, :, None]).exp_()  # (B, h, 1 + longest)
+
+
+def read_gated_pending(
+    R: Tensor, A: Tensor, since: Tensor | None, pending_R: Tensor, pending_U: Tensor, runs: Sequence[Run]
+) -> None:
+    """Makes g A + the sum over pending tokens of g_s (R . R_s) U_s out of A, where g is the retention since then.
+
+    Args:
+        R: (B, h, N), float32.
+        A: (B, h, D), float32.
+        since: g of the synapses (place 0) and of the pending tokens, (B, h, 1 + longest), float32; None if all are 1.
+        pending_R: (slots, h, W, N), float32.
+        pending_U: The vectors to be written, scaled as their keys are: (slots, h, W, D), float32.
+        runs: The batch's.
+    """
+    h = R.shape[1]
+    if since is not None:
+        A.mul_(since[:, :, :1])  # (B, h, D)
+    for run in runs:
+        longest = run.longest
+        if longest == 0:
+            continue
+        past = pending_R[run.slots, :, :longest].flatten(0, 1)  # (rows * h, longest, N)
+        scores = torch.bmm(R[run.rows].flatten(0, 1)[:, None], past.mT)  # (rows * h, 1, longest)
+        if since is not None:
+            scores.view(-1, h, longest).mul_(since[run.rows, :, 1 : 1 + longest])  # (rows, h, longest)
+        elif run.is_pending is not None:
+            scores = scores.view(-1, h, longest).where(run.is_pending, 0).view(-1, 1, longest)  # (rows * h, 1, longest)
+        values = pending_U[run.slots, :, :longest].flatten(0, 1)  # (rows * h, longest, D)
+        A[run.rows].flatten(0, 1)[:, None].baddbmm_(scores, values)  # (rows * h, 1, D)
+
+
+def flush_gated(S: Tensor, pending_R: Tensor, pending_U: Tensor, since: Tensor | None) -> None:
+    """Writes pending tokens into the synapses: S (h, N, D) <- g S + sum over s of R_s^T g_s U_s, all float32.
+
+    Args:
+        S: Synapses, (h, N, D).
+        pending_R: (h, w, N).
+        pending_U: (h, w, D).
+        since: g of the synapses and of the tokens, (h, 1 + w); None if all are 1.
+    """
+    if since is None:
+        S.baddbmm_(pending_R.mT, pending_U)  # (h, N, D)
+        return
+    U = pending_U * since[:, 1:, None]  # (h, w, D)
+    for k, retained in enumerate(since[:, 0].tolist()):  # one pass over S; mul_ and baddbmm_ would take two
+        S[k].addmm_(pending_R[k].mT, U[k], beta=retained)  # (N, D)
 
 
 def lazy_zeros(*shape: int) -> Tensor:

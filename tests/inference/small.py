@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,26 @@ CHAT = train_tokenizer("bytes", [], 0)  # bytes, six special tokens and a chat t
 LETTERS = {byte: -100.0 for byte in range(262) if chr(byte) not in " .abcdefghijklmnopqrstuvwxyz"}
 
 
-def small_model(seed: int = 0, vocab_size: int = 256) -> BDHForCausalLM:
+def random_gates(model: BDHForCausalLM) -> BDHForCausalLM:
+    """The model with random parameters of its gates, if it has any; they begin as zeros, the same in all heads."""
+    generator = torch.Generator().manual_seed(0)
+    if model.model.layer.gates is not None:
+        for parameter in model.model.layer.gates.parameters():
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return model
+
+
+def small_model(seed: int = 0, vocab_size: int = 256, **changes: Any) -> BDHForCausalLM:
     torch.manual_seed(seed)
-    config = BDHConfig(
-        n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8, initializer_range=0.4, vocab_size=vocab_size
-    )
-    return BDHForCausalLM(config).eval()
+    sizes: dict[str, Any] = {
+        "n_layer": 2,
+        "n_embd": 16,
+        "n_head": 2,
+        "mlp_internal_dim_multiplier": 8,
+        "initializer_range": 0.4,
+    }
+    config = BDHConfig(**{**sizes, "vocab_size": vocab_size, **changes})
+    return random_gates(BDHForCausalLM(config).eval())
 
 
 def letters(vocab_size: int = 256, **settings: object) -> SamplingParams:
@@ -34,8 +49,9 @@ def letters(vocab_size: int = 256, **settings: object) -> SamplingParams:
     return SamplingParams(**{"max_new_tokens": 30, "seed": 7, "logit_bias": bias, **settings})  # type: ignore[arg-type]
 
 
-def small_llm(tokenizer: PreTrainedTokenizerFast = BYTES, n_slots: int = 4) -> LLM:
-    return LLM(small_model(vocab_size=256 if tokenizer is BYTES else 262), tokenizer, max_batch_size=n_slots)
+def small_llm(tokenizer: PreTrainedTokenizerFast = BYTES, n_slots: int = 4, **changes: Any) -> LLM:
+    model = small_model(vocab_size=256 if tokenizer is BYTES else 262, **changes)
+    return LLM(model, tokenizer, max_batch_size=n_slots)
 
 
 class Tripwire(ModelRunner):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bdh.errors import BDHError
 from bdh.inference.runner import ModelRunner, make_runner
-from bdh.inference.runner_cpu import SHORT, WAITING, CPURunner
+from bdh.inference.runner_cpu import MAX_PENDING, SHORT, CPURunner, Step
 from bdh.kernels.cpu import (
     FEW,
     INT4_GROUP,
@@ -33,6 +33,7 @@ from bdh.kernels.cpu import (
 )
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import rotary_phases, rotate
+from tests.inference.small import random_gates
 
 SLOTS = 4
 
@@ -40,10 +41,21 @@ SLOTS = 4
 def random_model(**changes: object) -> BDHForCausalLM:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "mlp_internal_dim_multiplier": 4, "initializer_range": 0.3}
-    return BDHForCausalLM(BDHConfig(**{**sizes, **changes})).eval()
+    return random_gates(BDHForCausalLM(BDHConfig(**{**sizes, **changes})).eval())
 
 
 MODEL = random_model()
+HALF_LIVES = [None, 5.0]
+MODELS = {  # by decay and write
+    "none-add": MODEL,
+    "none-delta": random_model(write="delta"),
+    **{
+        f"{decay}-{write}": random_model(decay=decay, decay_half_lives=HALF_LIVES, write=write)
+        for decay in ("fixed", "gated")
+        for write in ("add", "delta")
+    },
+}
+all_models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 
 
 def runner(model: BDHForCausalLM = MODEL, n_slots: int = SLOTS, **settings: object) -> CPURunner:
@@ -101,10 +113,11 @@ def take(step: tuple, on: CPURunner | ModelRunner, tokens: np.random.Generator) 
     return None
 
 
-@settings(max_examples=60)
-@given(st.lists(steps, min_size=1, max_size=8))
-def test_any_schedule_gives_what_the_plain_runner_gives(schedule: list[tuple]) -> None:
-    fast, slow = runner(), plain()
+@all_models
+@settings(max_examples=20)
+@given(schedule=st.lists(steps, min_size=1, max_size=8))
+def test_any_schedule_gives_what_the_plain_runner_gives(model: BDHForCausalLM, schedule: list[tuple]) -> None:
+    fast, slow = runner(model), plain(model)
     ours, theirs = np.random.default_rng(0), np.random.default_rng(0)
     for step in schedule:
         got, wanted = take(step, fast, ours), take(step, slow, theirs)
@@ -115,8 +128,9 @@ def test_any_schedule_gives_what_the_plain_runner_gives(schedule: list[tuple]) -
         assert_same_state(fast.read_state(at), slow.read_state(at))
 
 
-def test_greedy_text_is_the_models_own() -> None:
-    fast, model = runner(), MODEL
+@all_models
+def test_greedy_text_is_the_models_own(model: BDHForCausalLM) -> None:
+    fast = runner(model)
     prompt = text(21)
     wanted = model.generate(torch.tensor([prompt]), max_new_tokens=100, do_sample=False, eos_token_id=-1)[0, 21:]
     logits, written = fast.prefill(2, prompt)[None], []
@@ -126,8 +140,9 @@ def test_greedy_text_is_the_models_own() -> None:
     assert written == wanted.tolist()
 
 
-def test_the_company_in_a_batch_changes_nothing() -> None:
-    alone, together = runner(), runner()
+@all_models
+def test_the_company_in_a_batch_changes_nothing(model: BDHForCausalLM) -> None:
+    alone, together = runner(model), runner(model)
     prompt, rest = text(30), text(50, seed=1)
     for made in (alone, together):
         made.prefill(1, prompt)
@@ -142,15 +157,16 @@ def test_the_company_in_a_batch_changes_nothing() -> None:
 def test_synapses_are_written_at_positions_of_the_slot_only() -> None:
     made = runner()
     made.prefill(0, text(37))
-    assert made.folded[0] == 37
+    assert made.flushed[0] == 37
     for position in range(38, 70):
         made.decode([0], [5])
-        assert made.folded[0] == max(37, position - position % WAITING)
+        assert made.flushed[0] == max(37, position - position % MAX_PENDING)
 
 
-def test_a_prompt_cut_at_the_grain_gives_the_same_bits() -> None:
+@all_models
+def test_a_prompt_cut_at_the_grain_gives_the_same_bits(model: BDHForCausalLM) -> None:
     tokens = text(150 + SHORT)
-    made = runner()
+    made = runner(model)
     whole = made.prefill(0, tokens)
     made.prefill(1, tokens[:64])
     made.write_state(2, made.read_state(1))
@@ -160,32 +176,35 @@ def test_a_prompt_cut_at_the_grain_gives_the_same_bits() -> None:
     assert all(torch.equal(mine, other) for mine, other in zip(*(state.synapses for state in states), strict=True))
 
 
-def test_a_state_read_is_a_copy_and_reading_it_changes_nothing() -> None:
-    made = runner()
+@all_models
+def test_a_state_read_is_a_copy_and_reading_it_changes_nothing(model: BDHForCausalLM) -> None:
+    made = runner(model)
     made.prefill(0, text(20))
     made.decode([0], [1])
     state = made.read_state(0)
     before = state.clone()
-    assert made.folded[0] == 20
+    assert made.flushed[0] == 20
     made.decode([0], [2])
     made.clear(0)
     assert_same_state(state, before, tolerance=0)
     assert made.state_nbytes == state.nbytes
 
 
-def test_states_pass_between_runner_and_model() -> None:
-    made = runner()
+@all_models
+def test_states_pass_between_runner_and_model(model: BDHForCausalLM) -> None:
+    made = runner(model)
     made.prefill(0, text(40))
     made.decode([0], [7])
     with torch.inference_mode():
-        output = MODEL(torch.tensor([text(9, seed=1)]), past_key_values=made.read_state(0), use_cache=True)
+        output = model(torch.tensor([text(9, seed=1)]), past_key_values=made.read_state(0), use_cache=True)
     made.write_state(1, output.past_key_values)
     assert_near(made.prefill(0, text(9, seed=1))[None], output.logits[:, -1])
     assert_near(made.decode([1], [3]), made.decode([0], [3]))
 
 
-def test_far_positions() -> None:
-    fast, slow = runner(), plain()
+@all_models
+def test_far_positions(model: BDHForCausalLM) -> None:
+    fast, slow = runner(model), plain(model)
     state = BDHState.zeros(MODEL.config, 1)
     state.position, state.length = torch.tensor([1_999_990]), 1_999_990
     for made in (fast, slow):
@@ -195,8 +214,10 @@ def test_far_positions() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5])
-def test_a_model_with_large_matrices(rows: int) -> None:
-    model = random_model(n_layer=1, n_embd=64, n_head=1, mlp_internal_dim_multiplier=512, initializer_range=0.05)
+@pytest.mark.parametrize("gates", [{}, {"decay": "gated", "write": "delta"}], ids=["none-add", "gated-delta"])
+def test_a_model_with_large_matrices(rows: int, gates: dict[str, str]) -> None:
+    sizes = {"n_layer": 1, "n_embd": 64, "n_head": 1, "mlp_internal_dim_multiplier": 512, "initializer_range": 0.05}
+    model = random_model(**sizes, **gates)
     fast, slow = runner(model, rows), plain(model, rows)
     assert fast.few_rows == 4 and isinstance(fast.encoder, PackedMatrices)
     for token in text(3):
@@ -208,15 +229,74 @@ def test_a_model_with_large_matrices(rows: int) -> None:
     ("dtype", "quantization", "tolerance"),
     [("bfloat16", None, 0.02), ("bfloat16", "int8", 0.05), ("float32", "int8", 0.05), ("bfloat16", "int4", 0.4)],
 )
-def test_lower_precision_stays_near(dtype: str, quantization: str | None, tolerance: float) -> None:
-    fast = make_runner(copy.deepcopy(MODEL), SLOTS, dtype, quantization)
-    slow = plain()
+@all_models
+def test_lower_precision_stays_near(
+    model: BDHForCausalLM, dtype: str, quantization: str | None, tolerance: float
+) -> None:
+    fast = make_runner(copy.deepcopy(model), SLOTS, dtype, quantization)
+    slow = plain(model)
     for made in (fast, slow):
         made.prefill(1, text(11))
     for token in text(40, seed=1):
         got, wanted = (made.decode([1, 3], [token, 9]) for made in (fast, slow))
         assert got.dtype == torch.float32
         assert_near(got, wanted, tolerance)
+
+
+def test_gates_stay_in_float32_beside_weights_in_bfloat16() -> None:
+    """A half-life that bfloat16 would round by some percent: the synapses lose exactly what they should."""
+    model = random_model(decay="fixed", decay_half_lives=[None, 1000.0])
+    gated = MODELS["gated-delta"]
+    assert runner(gated, dtype=torch.bfloat16).model.model.layer.gates.decay_rate.dtype == torch.float32
+    made = runner(model, dtype=torch.bfloat16)
+    state = BDHState.zeros(model.config, 1)
+    for S in state.synapses:
+        S.fill_(1e6)  # beside which nothing that is written counts
+    made.write_state(0, state)
+    made.prefill(0, text(40))
+    for token in text(23):
+        made.decode([0], [token])
+    for S in made.read_state(0).synapses:
+        torch.testing.assert_close(S[0, 0] / 1e6, torch.ones_like(S[0, 0]), rtol=0, atol=1e-3)
+        torch.testing.assert_close(S[0, 1] / 1e6, torch.full_like(S[0, 1], 2 ** (-63 / 1000)), rtol=0, atol=1e-3)
+
+
+class Interrupted(CPURunner):
+    """A runner whose decoding steps fail after the second layer while `fails` is set."""
+
+    fails = False
+
+    def layer(self, x: Tensor, i: int, step: Step) -> Tensor:
+        x = super().layer(x, i, step)  # (B, D)
+        if self.fails and i == 1:
+            raise KeyboardInterrupt
+        return x
+
+
+@all_models
+def test_a_step_that_fails_halfway_can_be_taken_again(model: BDHForCausalLM) -> None:
+    fast, slow = Interrupted(copy.deepcopy(model), SLOTS), plain(model)
+    for made in (fast, slow):
+        made.prefill(0, text(21))
+        made.prefill(1, text(18, seed=1))
+    for token in text(30, seed=2):
+        fast.fails = token % 2 == 0
+        if fast.fails:
+            with pytest.raises(KeyboardInterrupt):
+                fast.decode([0, 1], [200, 201])
+        fast.fails = False
+        assert_near(fast.decode([0, 1], [token, 9]), slow.decode([0, 1], [token, 9]))
+
+
+def test_a_head_may_forget_all_at_once() -> None:
+    """A retention that underflows, and one of a half-life near 0: no number overflows, and the rest is as it was."""
+    model = random_model(decay="gated", write="delta", decay_half_lives=[0.001, 1e-6])
+    fast, slow = runner(model), plain(model)
+    for made in (fast, slow):
+        made.prefill(0, text(40))
+    for token in text(40, seed=1):
+        assert_near(fast.decode([0], [token]), slow.decode([0], [token]))
+    assert_same_state(fast.read_state(0), slow.read_state(0))
 
 
 @pytest.mark.parametrize(
@@ -320,8 +400,8 @@ def test_runs_take_every_row_once(order: list[int], size: int, seed: int) -> Non
     for run in runs_of(slots, counts):
         rows = range(run.rows.start, run.rows.stop)
         assert [slots[row] for row in rows] == list(range(run.slots.start, run.slots.stop))
-        waits = torch.ones(len(rows), 1, run.longest).bool() if run.waits is None else run.waits
-        assert waits.sum((1, 2)).tolist() == [counts[row] for row in rows]
+        is_pending = torch.ones(len(rows), 1, run.longest).bool() if run.is_pending is None else run.is_pending
+        assert is_pending.sum((1, 2)).tolist() == [counts[row] for row in rows]
         seen += rows
     assert seen == list(range(size))
 
