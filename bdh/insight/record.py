@@ -3,7 +3,8 @@
 A neuron's activity is a function of the vector x that comes into its layer, X = relu(x E), and so are the synapses that
 a token writes and reads. So of each token the record keeps that one vector a layer, and what is asked about neurons and
 synapses is worked out again, exactly, when it is asked (`bdh.insight.study`). Kept sparsely, the activity itself would
-take some forty times the memory.
+take some forty times the memory. Where synapses decay, the record also keeps each token's retention; with the delta
+rule, what a token writes depends on all tokens before it, so the attention A is kept too.
 
 A *raster* is a picture of a layer's activity in at most `BINS` bytes: see `raster_of`.
 """
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdh.model import BDHConfig, BDHState
+from bdh.model.modeling_bdh import synapse_dtype
 
 BINS = 256
 
@@ -29,6 +31,11 @@ class Record:
         vectors: What came into each layer, (max_tokens, L, D), in the model's dtype, on the CPU.
         rasters: (max_tokens, L, bins) uint8.
         shares: Which part of the neurons was active, (max_tokens, L) float32.
+        log_decay: Logarithm of the retention of each head, (max_tokens, L, h); None if the synapses do not decay. This
+            and the next two in float32, or in float64 if the model is.
+        write_strength: beta of each head, (max_tokens, L, h); None without the delta rule, as the next two.
+        key_lengths: Length of each head's activity, by which its key is divided, (max_tokens, L, h).
+        attention: A of each head, (max_tokens, L, h, D), in the model's dtype.
         base: The synapses before token 0, None if there were none. Nobody changes them.
         start: Position of token 0 in the text.
     """
@@ -41,6 +48,12 @@ class Record:
         self.vectors = torch.empty(max_tokens, L, config.n_embd, dtype=dtype)  # memory is taken where it is written
         self.rasters = np.empty((max_tokens, L, bins_of(config.n_neurons)), dtype=np.uint8)
         self.shares = np.empty((max_tokens, L), dtype=np.float32)
+        h, wide = config.n_head, synapse_dtype(dtype)
+        delta = config.write == "delta"
+        self.log_decay = None if config.decay == "none" else torch.empty(max_tokens, L, h, dtype=wide)
+        self.write_strength = torch.empty(max_tokens, L, h, dtype=wide) if delta else None
+        self.key_lengths = torch.empty(max_tokens, L, h, dtype=wide) if delta else None
+        self.attention = torch.empty(max_tokens, L, h, config.n_embd, dtype=dtype) if delta else None
         self.base: BDHState | None = None
         self.start = 0
 
@@ -49,12 +62,37 @@ class Record:
 
     @property
     def token_nbytes(self) -> int:
-        """Bytes that a token takes; 7704 at the default sizes in float32."""
-        return (self.vectors.nbytes + self.rasters.nbytes + self.shares.nbytes) // self.max_tokens
+        """Bytes that a token takes; 7704 at the default sizes in float32, and 32568 with decay and the delta rule."""
+        gates = (self.log_decay, self.write_strength, self.key_lengths, self.attention)
+        nbytes = self.vectors.nbytes + self.rasters.nbytes + self.shares.nbytes
+        return (nbytes + sum(values.nbytes for values in gates if values is not None)) // self.max_tokens
 
-    def add(self, tokens: Sequence[int], vectors: Tensor, rasters: Tensor, shares: Tensor) -> None:
-        """Adds T tokens, as many as there is room for: vectors (T, L, D), rasters (T, L, bins) uint8, shares (T, L)."""
+    def add(
+        self,
+        tokens: Sequence[int],
+        vectors: Tensor,
+        rasters: Tensor,
+        shares: Tensor,
+        log_decay: Tensor | None = None,
+        write_strength: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        attention: Tensor | None = None,
+    ) -> None:
+        """Adds T tokens, as many as there is room for: vectors (T, L, D), rasters (T, L, bins) uint8, shares (T, L).
+
+        Where the model has gates: log_decay, write_strength and key_lengths (T, L, h), and attention (T, L, h, D).
+        """
         rows = slice(len(self), len(self) + len(tokens))
+        gates = (
+            (self.log_decay, log_decay),
+            (self.write_strength, write_strength),
+            (self.key_lengths, key_lengths),
+            (self.attention, attention),
+        )
+        for kept, values in gates:
+            assert (kept is None) == (values is None)
+            if kept is not None and values is not None:
+                kept[rows] = values.cpu()
         self.vectors[rows] = vectors.cpu()
         self.rasters[rows] = rasters.cpu().numpy()
         self.shares[rows] = shares.cpu().numpy()

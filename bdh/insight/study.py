@@ -10,6 +10,10 @@ Seen from token t, in its own rotary frame, the synapses are
 
 and what they mean between a neuron i that sends and a neuron j of the same head that receives is M(i,:) . E_v(:,j): a
 positive number excites j when i fires. X_t(i) times that is what i brought j this time.
+
+Where synapses decay, S_t is what the token reads, after its own decay: with u the cumulative sum of a head's log-decay
+over the record, what token s wrote counts exp(u_t - u_s), and S_0 exp(u_t). With the delta rule, X / |X| of the head is
+in the place of X, and U_s = beta_s (x_s - A_s), which differs by head, in the place of x_s.
 """
 
 from dataclasses import dataclass
@@ -20,7 +24,7 @@ from torch import Tensor
 
 from bdh.insight.record import Record
 from bdh.model import BDHForCausalLM
-from bdh.model.modeling_bdh import rotary_phases, rotate, synapse_dtype
+from bdh.model.modeling_bdh import KEY_EPS, rotary_phases, rotate, synapse_dtype
 
 PIECE = 64  # earlier tokens looked at together
 NEURONS, SYNAPSES, SOURCES = 32, 16, 16  # how many of the strongest are told
@@ -48,10 +52,13 @@ class LayerView:
         active: How many neurons fired (X > 0).
         share: The same as a part of all.
         neurons: Which fired most, and their activity X.
-        written: What the token added to synapses, X(i) * (x . E_v(:,j)).
+        written: What the token added to synapses, X(i) * (x . E_v(:,j)); with the delta rule X(i) / |X| and U.
         read: What the past brought to neurons that it made fire (Y > 0), X(i) * (M(i,:) . E_v(:,j)).
         sources: Earlier tokens of the record, and how much of each the token takes up: the weight R_t . R_s of its x_s,
-            summed over heads.
+            summed over heads; times exp(u_t - u_s) where synapses decay. With the delta rule, the weight of U_s times
+            |U_s| / sqrt(D), as sqrt(D) is the length of x_s.
+        log_decay: Logarithm of the retention of each head at the token; None if the synapses do not decay.
+        write_strength: beta of each head at the token; None without the delta rule.
     """
 
     layer: int
@@ -61,6 +68,8 @@ class LayerView:
     written: list[Synapse]
     read: list[Synapse]
     sources: list[tuple[int, float]]
+    log_decay: list[float] | None = None
+    write_strength: list[float] | None = None
 
 
 class LayerStudy:
@@ -77,7 +86,9 @@ class LayerStudy:
     Attributes:
         pieces: Earlier tokens, `PIECE` at a time.
         rows: The token's rows, ascending, (r) int64.
-        brought: X_t(i) M(i,:) for each of them, (r, D); complete when all pieces are read. Its sum over a head is A_t.
+        activity: X_t of each of them, (r); with the delta rule divided by the length of its head's, as a key is.
+        brought: activity(i) M(i,:) for each of them, (r, D); complete when all pieces are read. Its sum over a head is
+            A_t.
     """
 
     @torch.inference_mode()
@@ -90,7 +101,12 @@ class LayerStudy:
         self.X = F.relu(self.module.encoder(self.x))[0].to(self.dtype)  # (n)
         pairs = self.X.unflatten(0, (-1, 2)).any(1).nonzero()  # (r / 2, 1)
         self.rows = torch.cat((2 * pairs, 2 * pairs + 1), dim=1).flatten()  # (r)
-        self.activity = self.X[self.rows]  # (r)
+        self.heads = self.rows // model.config.neurons_per_head  # (r)
+        self.key = self.X  # (n)
+        if record.key_lengths is not None:
+            lengths = self.recorded(record.key_lengths, slice(index, index + 1))[0] + KEY_EPS  # (h)
+            self.key = (self.X.unflatten(0, (len(lengths), -1)) / lengths[:, None]).flatten()  # (n)
+        self.activity = self.key[self.rows]  # (r)
         self.encoder = self.module.encoder.weight[self.rows]  # (r, D)
         self.scores = self.activity.new_zeros(index)  # (t)
         self.M = self.base()  # (r, D)
@@ -98,6 +114,29 @@ class LayerStudy:
     def vectors(self, tokens: slice) -> Tensor:
         """What came into the layer, (C, D)."""
         return self.record.vectors[tokens, self.layer].to(self.model.device)
+
+    def recorded(self, values: Tensor, tokens: slice) -> Tensor:
+        """What the record keeps of each head in the layer: (max_tokens, L, h, ...) -> (C, h, ...)."""
+        return values[tokens, self.layer].to(self.model.device, self.dtype)
+
+    def remains(self, tokens: slice) -> Tensor | None:
+        """exp(u_t - u_s): the part of what tokens s wrote that token t finds, (C, h); None where nothing decays.
+
+        Token -1 stands for all that was written before the record.
+        """
+        if self.record.log_decay is None:
+            return None
+        later = self.record.log_decay[tokens.start + 1 : self.index + 1, self.layer].double()  # (t - start, h)
+        since = later.flip(0).cumsum(0).flip(0)[: tokens.stop - tokens.start]  # (C, h)
+        return since.exp().to(self.model.device, self.dtype)  # (C, h)
+
+    def written_vectors(self, tokens: slice) -> Tensor | None:
+        """U of the delta rule, (C, h, D); None where tokens write their x."""
+        if self.record.write_strength is None or self.record.attention is None:
+            return None
+        beta = self.recorded(self.record.write_strength, tokens)  # (C, h)
+        A = self.recorded(self.record.attention, tokens)  # (C, h, D)
+        return beta[:, :, None] * (self.vectors(tokens).to(self.dtype)[:, None] - A)  # (C, h, D)
 
     def turned(self, X: Tensor, positions: Tensor) -> Tensor:
         """Activity of the token's rows (C, r), turned as at these positions (C)."""
@@ -112,6 +151,9 @@ class LayerStudy:
         if base is None:
             return self.activity.new_zeros(len(self.rows), self.model.config.n_embd)
         S = base.synapses[self.layer][0].flatten(0, 1)[self.rows].to(self.dtype)  # (r, D)
+        remains = self.remains(slice(-1, 0))  # (1, h)
+        if remains is not None:
+            S = S * remains[0, self.heads, None]  # (r, D)
         back = torch.tensor([-self.record.start - self.index], device=S.device)  # (1)
         return self.turned(S.mT, back).mT.contiguous()  # (r, D)
 
@@ -122,8 +164,19 @@ class LayerStudy:
         X = F.relu(F.linear(x, self.encoder)).to(self.dtype)  # (C, r)
         distance = torch.arange(piece.start, piece.stop, device=x.device) - self.index  # (C)
         G = self.turned(X, distance)  # (C, r)
-        self.scores[piece] = G @ self.activity  # (C)
-        self.M.addmm_(G.mT, x.to(self.dtype))  # (r, D)
+        if (remains := self.remains(piece)) is not None:
+            G = G * remains[:, self.heads]  # (C, r)
+        U = self.written_vectors(piece)  # (C, h, D)
+        if U is None or self.record.key_lengths is None:
+            self.scores[piece] = G @ self.activity  # (C)
+            self.M.addmm_(G.mT, x.to(self.dtype))  # (r, D)
+            return
+        G = G / (self.recorded(self.record.key_lengths, piece) + KEY_EPS)[:, self.heads]  # (C, r)
+        lengths = U.norm(dim=-1) / U.shape[-1] ** 0.5  # (C, h)
+        self.scores[piece] = ((G * self.activity) * lengths[:, self.heads]).sum(1)  # (C)
+        for k, U_k in enumerate(U.unbind(1)):  # (C, D)
+            head = self.heads == k  # (r)
+            self.M[head] += G[:, head].mT @ U_k  # (rows of the head, D)
 
     @property
     def brought(self) -> Tensor:
@@ -133,6 +186,7 @@ class LayerStudy:
     def view(self) -> LayerView:
         """What was found."""
         active = int((self.X > 0).sum())
+        log_decay, beta = self.record.log_decay, self.record.write_strength
         return LayerView(
             layer=self.layer,
             active=active,
@@ -141,14 +195,18 @@ class LayerStudy:
             written=self.written(),
             read=self.read(),
             sources=strongest(self.scores, SOURCES),
+            log_decay=None if log_decay is None else log_decay[self.index, self.layer].tolist(),
+            write_strength=None if beta is None else beta[self.index, self.layer].tolist(),
         )
 
     def written(self) -> list[Synapse]:
         found = Strongest()
         N = self.model.config.neurons_per_head
+        U = self.written_vectors(slice(self.index, self.index + 1))  # (1, h, D)
         for k, encoder_v in enumerate(self.module.encoder_v):
-            sent = self.X[k * N : (k + 1) * N]  # (N)
-            received = encoder_v(self.x)[0].to(self.dtype)  # (N)
+            sent = self.key[k * N : (k + 1) * N]  # (N)
+            vector = self.x if U is None else U[:, k].to(self.x.dtype)  # (1, D)
+            received = encoder_v(vector)[0].to(self.dtype)  # (N)
             # The largest products are those of the largest factors.
             senders = sent.topk(min(SYNAPSES, N)).indices
             receivers = received.abs().topk(min(SYNAPSES, N)).indices
@@ -160,7 +218,7 @@ class LayerStudy:
         N = self.model.config.neurons_per_head
         brought = self.brought  # (r, D)
         for k, encoder_v in enumerate(self.module.encoder_v):
-            head = (self.rows // N == k) & (self.activity > 0)  # (r)
+            head = (self.heads == k) & (self.activity > 0)  # (r)
             P = brought[head]  # (senders, D)
             A = P.sum(0).to(self.x.dtype)  # (D)
             receivers = encoder_v(self.module.norm(A)).gt(0).nonzero()[:, 0]  # (receivers)

@@ -425,6 +425,11 @@ def gated_attend(
     return gated_attention_chunked(k, x, S, gates, chunk_size, documents)
 
 
+def per_head(values: list[float], like: Tensor) -> Tensor:
+    """Numbers as a tensor (h), made on the device of `like`: a copy from the host would wait for the device."""
+    return torch.stack([like.new_full((), value) for value in values])  # (h)
+
+
 class BDHGates(nn.Module):
     """Computes the retention and the write strength of each head from a token's vector; all layers share it.
 
@@ -432,13 +437,14 @@ class BDHGates(nn.Module):
     gated:  log g_h = -exp(a_h) sigmoid(w_h . x + b_h), which starts at the half-lives of the configuration
     delta:  beta_h = sigmoid(v_h . x + c_h)
 
-    Parameters: `decay_rate` a (h), `decay_weight` w (h, D) and `decay_bias` b (h) if the decay is gated; `write_weight` v
-    (h, D) and `write_bias` c (h) for the delta rule. A head whose half-life is None never decays.
+    Parameters: `decay_rate` a (h), `decay_weight` w (h, D) and `decay_bias` b (h) if the decay is gated; `write_weight`
+    v (h, D) and `write_bias` c (h) for the delta rule. A head whose half-life is None never decays.
     """
 
     def __init__(self, config: BDHConfig):
         super().__init__()
         self.config = config
+        self.attention = nn.Identity()  # A (B, h, T, D) passes through it, before its layer norm: a place for hooks
         h, D = config.n_head, config.n_embd
         if config.decay == "gated":
             self.decay_rate = nn.Parameter(torch.empty(h))
@@ -468,10 +474,11 @@ class BDHGates(nn.Module):
             log_decay = self.log_decay(x)  # (B, T, h)
             beta = None
             if self.config.write == "delta":
-                beta = torch.sigmoid(F.linear(x, self.local("write_weight", x), self.local("write_bias", x)))  # (B, T, h)
-            gates = (log_decay, beta)
+                weight, bias = self.local("write_weight", x), self.local("write_bias", x)  # (h, D), (h)
+                beta = torch.sigmoid(F.linear(x, weight, bias))  # (B, T, h)
+            gates = [log_decay, beta]
             if mask is not None:
-                gates = tuple(None if gate is None else gate * mask for gate in gates)
+                gates = [None if gate is None else gate * mask for gate in gates]
             return Gates(*(None if gate is None else gate.transpose(1, 2) for gate in gates))  # (B, h, T)
 
     def log_decay(self, x: Tensor) -> Tensor | None:
@@ -480,12 +487,12 @@ class BDHGates(nn.Module):
             return None
         rates = self.rates()
         if self.config.decay == "fixed":
-            rate = x.new_tensor([rate or 0.0 for rate in rates])  # (h)
+            rate = per_head([rate or 0.0 for rate in rates], x)  # (h)
             return -rate.expand(*x.shape[:2], -1)  # (B, T, h)
         share = torch.sigmoid(F.linear(x, self.local("decay_weight", x), self.local("decay_bias", x)))  # (B, T, h)
         result = -self.local("decay_rate", x).exp() * share  # (B, T, h)
         if None in rates:
-            result = result * x.new_tensor([float(rate is not None) for rate in rates])  # (B, T, h)
+            result = result * per_head([float(rate is not None) for rate in rates], x)  # (B, T, h)
         return result
 
     def local(self, name: str, x: Tensor) -> Tensor:
@@ -576,6 +583,7 @@ class BDHLayer(GradientCheckpointingLayer):
             A, S = attend(R, values, S, self.config.chunk_size, documents)  # (B, h, T, D)
         else:
             A, S = gated_attend(R, values, S, self.gates(x, mask), self.config.chunk_size, documents)  # (B, h, T, D)
+            A = self.gates.attention(A)  # (B, h, T, D)
         A = self.norm(A)  # (B, h, T, D)
         Z = torch.cat(  # (B, T, n)  X o Y, head by head
             [
@@ -599,7 +607,7 @@ class BDHPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BDHLayer"]
-    _keep_in_fp32_modules_strict = ["gates"]  # a half-life of 1024 tokens is a rate that bfloat16 rounds by some percent
+    _keep_in_fp32_modules_strict = ["gates"]  # bfloat16 would round a half-life of 1024 tokens by some percent
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, BDHGates):

@@ -1,5 +1,8 @@
 """What is told of neurons and synapses is what the equations say."""
 
+from typing import Literal
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +11,7 @@ from torch import Tensor
 from bdh.insight import LayerStudy, LayerView, Observer, Synapse, neuron_activity
 from bdh.insight.study import NEURONS, SENDERS, SOURCES, SYNAPSES, Strongest
 from bdh.model import BDHForCausalLM, BDHState
-from tests.insight.plain import plainly, random_state, small_model
+from tests.insight.plain import VARIANTS, plainly, random_state, small_model
 
 
 def studied(study: LayerStudy) -> LayerView:
@@ -34,6 +37,7 @@ def same_synapses(found: list[Synapse], all_of_them: Tensor) -> bool:
     )
 
 
+@pytest.mark.parametrize(("decay", "write"), VARIANTS)
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -48,6 +52,8 @@ def same_synapses(found: list[Synapse], all_of_them: Tensor) -> bool:
     data=st.data(),
 )
 def test_views_are_what_the_equations_say(
+    decay: Literal["none", "fixed", "gated"],
+    write: Literal["add", "delta"],
     seed: int,
     n_layer: int,
     h: int,
@@ -59,7 +65,7 @@ def test_views_are_what_the_equations_say(
     with_state: bool,
     data: st.DataObject,
 ) -> None:
-    model = small_model(seed, n_layer, h, width, pairs)
+    model = small_model(seed, n_layer, h, width, pairs, decay, write)
     tokens = torch.randint(0, 20, (skipped + length,)).tolist()
     state = random_state(model, position) if with_state else None
     observer = Observer(model, 200, state)
@@ -93,6 +99,11 @@ def test_views_are_what_the_equations_say(
     if index == 0 and not skipped and not with_state:
         assert not view.read and not view.sources
 
+    for found, expected in ((view.log_decay, plain.log_decay), (view.write_strength, plain.write_strength)):
+        assert (found is None) == (expected is None)
+        if found is not None and expected is not None:
+            assert torch.allclose(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-9, atol=1e-12)
+
     neuron = data.draw(st.integers(0, n - 1))
     activity = neuron_activity(model, observer.record, layer, neuron)
     assert len(activity) == length and torch.allclose(activity[index], X[neuron])
@@ -113,8 +124,11 @@ def attention_of(model: BDHForCausalLM, tokens: list[int], state: BDHState) -> l
     return [seen[i : i + h] for i in range(0, len(seen), h)]
 
 
-def test_what_was_brought_is_the_models_own_attention() -> None:
-    model = small_model(3)
+@pytest.mark.parametrize(("decay", "write"), VARIANTS)
+def test_what_was_brought_is_the_models_own_attention(
+    decay: Literal["none", "fixed", "gated"], write: Literal["add", "delta"]
+) -> None:
+    model = small_model(3, decay=decay, write=write)
     state = random_state(model, 77)
     tokens = torch.randint(0, 20, (70,)).tolist()
     observer = Observer(model, 100, state)
