@@ -84,6 +84,14 @@ class BrainLayer(BaseModel):
         description="What the past brought the neurons on the right because those on the left fired.", max_length=16
     )
     sources: list[Source] = Field(description="Earlier tokens that it reads most from.", max_length=16)
+    log_decay: list[float] | None = Field(
+        description="Of each head, the logarithm of the part of its synapses that the token retains; null if no "
+        "synapses decay."
+    )
+    write_strength: list[float] | None = Field(
+        description="Of each head, how much of the difference between the token's vector and what the synapses already "
+        "return is written, from 0 to 1; null if the model does not write by the delta rule."
+    )
 
 
 class TokenDetails(BaseModel):

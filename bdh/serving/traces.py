@@ -29,8 +29,8 @@ class BrainSettings:
     """What is kept of what models did while they wrote, for requests with `"brain": true`.
 
     Such a request reads its text a second time, and while it lasts it takes the memory of a state. A token that is kept
-    takes 8 kB at the default sizes; a trace that goes on from a session, or from a prompt longer than it keeps, has the
-    state from before its first token too.
+    takes 8 kB at the default sizes, 33 kB if the model writes by the delta rule; a trace that goes on from a session,
+    or from a prompt longer than it keeps, has the state from before its first token too.
 
     Attributes:
         enabled: Whether requests may ask for it.

@@ -89,6 +89,8 @@ def view(llm: "LLM", study: "LayerStudy") -> dict[str, Any]:
         "written": synapses(found.written),
         "read": synapses(found.read),
         "sources": found.sources,
+        "log_decay": found.log_decay,
+        "write_strength": found.write_strength,
     }
 
 

@@ -28,6 +28,16 @@ def server(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
 
 
 @pytest.fixture(scope="session")
+def gated_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of a model whose first head decays and whose tokens write by the delta rule. Leave it as it was."""
+    folder = tmp_path_factory.mktemp("gated")
+    model = small_model(vocab_size=262, decay="gated", decay_half_lives=[16, None], write="delta")
+    save_export(model, CHAT, folder / "tiny", "A tiny model for tests.\n")
+    with running(folder, "--model", f"tiny={folder / 'tiny'}") as it:
+        yield it
+
+
+@pytest.fixture(scope="session")
 def guarded(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     """A server of that model with keys and small limits. Leave it as it was."""
     with guarded_server(export, tmp_path_factory.mktemp("guarded")) as it:

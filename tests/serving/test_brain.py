@@ -70,6 +70,26 @@ def test_tokens_and_neurons_can_be_asked_about(server: Running) -> None:
         assert httpx.request(method, f"{server.url}/v1/brain/{id}").status_code == 404
 
 
+def test_gates_are_told_of_models_that_have_them(server: Running, gated_server: Running) -> None:
+    for one in (server, gated_server):
+        id = httpx.post(f"{one.url}/v1/completions", json={**ASKED, "prompt": "A dragon"}, timeout=60).json()["brain"]
+        tokens = [TokenDetails.model_validate(get(one, f"{id['trace']}/tokens/{index}")) for index in (0, 19)]
+        layers = [layer for token in tokens for layer in token.layers]
+        if one is server:
+            assert all(layer.log_decay is None and layer.write_strength is None for layer in layers)
+            continue
+        assert all(
+            bool(layer.read) == bool(layer.sources) == (token is tokens[1])
+            for token in tokens
+            for layer in token.layers
+        )
+        for layer in layers:
+            assert layer.log_decay is not None and layer.write_strength is not None
+            assert layer.log_decay[0] < 0 and layer.log_decay[1] == 0
+            assert len(layer.write_strength) == 2 and all(0 < beta < 1 for beta in layer.write_strength)
+        assert len({str(layer.log_decay) for layer in layers}) > 1  # they depend on the token
+
+
 def test_mistakes_are_answered_as_such(server: Running) -> None:
     id = httpx.post(f"{server.url}/v1/completions", json={**ASKED, "prompt": "A"}).json()["brain"]["trace"]
     cases = {

@@ -322,6 +322,18 @@ def test_the_brain_view_fills_and_leads_from_tokens_to_neurons_and_back(visitor:
     expect(page.locator("#share-table tbody tr")).to_have_count(options.count())
 
 
+def test_the_brain_view_tells_what_heads_retain_and_how_strongly_they_write(
+    visitor: Visitor, gated_server: Running
+) -> None:
+    visit = visitor(gated_server.url)
+    visit.set(regex="naïve dragons", seed=1)
+    visit.say("Hi")
+    visit.page.locator("#tokens [role=option]").last.click()
+    details = visit.page.locator("#details")
+    expect(details).to_contain_text(re.compile(r"Synapses retained, by head: \d\d(\.\d+)? %, 100 %\."))
+    expect(details).to_contain_text(re.compile(r"Write strength, by head: \d+(\.\d+)? %, \d+(\.\d+)? %\."))
+
+
 def test_the_brain_view_can_be_switched_off_and_looks_into_older_answers(visitor: Visitor) -> None:
     visit = visitor()
     visit.set(regex="[a-z]{10}")

@@ -10,7 +10,8 @@ import { quoted } from "./raster.js";
  * @typedef {{index: number, text: string, activity: number}} Excitement
  * @typedef {{neuron: number, activity: number}} Neuron
  * @typedef {{neurons: Neuron[], written: Synapse[], read: Synapse[], sources: Source[]}} Lists
- * @typedef {{layer: number, active: number, share: number} & Lists} Layer
+ * @typedef {{log_decay: number[] | null, write_strength: number[] | null}} Gates
+ * @typedef {{layer: number, active: number, share: number} & Lists & Gates} Layer
  * @typedef {{index: number, id: number, text: string, layers: Layer[]}} TokenDetails
  * @typedef {{layer: number, neuron: number, head: number}} Place
  * @typedef {{fired: number, of: number, tokens: Excitement[]} & Place} NeuronDetails
@@ -98,7 +99,7 @@ export class Details {
       bars("Synapses it wrote", synapses(layer.written, neuron), "None."),
       bars("Synapses it read", synapses(layer.read, neuron), "None."),
     );
-    this.#replace(title, this.#layers(token), make("p", { class: "small" }, about), lists);
+    this.#replace(title, this.#layers(token), make("p", { class: "small" }, about), ...gates(layer), lists);
     this.onMark(weights(layer.sources.map(({ index, weight }) => [index, weight])));
   }
 
@@ -167,6 +168,23 @@ function synapses(all, neuron) {
   return all.map(({ from, to, strength }) => {
     return { label: make("span", {}, neuron(from), " → ", neuron(to)), value: strength };
   });
+}
+
+/**
+ * The gates of a model that has them: what each head retains of its synapses, and how strongly it writes.
+ *
+ * @param {Gates} layer
+ * @returns {Node[]}
+ */
+function gates({ log_decay, write_strength }) {
+  const percent = (/** @type {number} */ part) =>
+    `${(100 * part).toLocaleString("en", { maximumSignificantDigits: 4 })} %`;
+  const line = (/** @type {string} */ name, /** @type {number[]} */ heads) =>
+    make("p", { class: "small" }, `${name}, by head: ${heads.map(percent).join(", ")}.`);
+  return [
+    ...(log_decay ? [line("Synapses retained", log_decay.map(Math.exp))] : []),
+    ...(write_strength ? [line("Write strength", write_strength)] : []),
+  ];
 }
 
 /**
