@@ -47,6 +47,8 @@ class Chat:
         self.written = 0  # tokens
         self.speed: float | None = None  # of the last answer, in tokens a second
         self.over = False
+        self.notices: list[str] = []  # about the model, to be shown after an answer
+        llm.notify = self.notices.append
 
     def run(self, lines: Iterable[str]) -> None:
         """Takes lines until they end, or /quit."""
@@ -62,6 +64,9 @@ class Chat:
                 if not self.watched:
                     raise
                 self.tell("stopped", self.err)
+            for notice in self.notices:
+                self.tell(f"notice: {notice}", self.err)
+            self.notices.clear()
             if self.over:
                 return
 

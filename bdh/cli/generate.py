@@ -100,6 +100,8 @@ def write(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
 
 def stream(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
     """Shows what is written as it comes."""
+    notices: list[str] = []
+    tell, llm.notify = llm.notify, notices.append  # after the text, not in the middle of it
     deltas = llm.stream(prompt, params)
     logprobs: list[TokenLogprob] = []
     show(prompt, sys.stdout)
@@ -107,6 +109,8 @@ def stream(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
         show(delta.text, sys.stdout)
         logprobs += delta.logprobs or ()
     show("\n" + "".join(table(llm, logprobs)), sys.stdout)
+    for line in notices:
+        tell(line)
 
 
 def table(llm: "LLM", logprobs: "Sequence[TokenLogprob]") -> Iterator[str]:

@@ -35,7 +35,9 @@ def run(argv: list[str]) -> int:
         print(f"  step {record['step']:>5}   {figures}")
     print(f"  drawn in {outcome.run_dir / 'loss.png'}\n\nThree samples:")
     params = [SamplingParams(max_new_tokens=240, temperature=0.6, seed=seed) for seed in range(len(PROMPTS))]
-    for prompt, completion in zip(PROMPTS, LLM(outcome.run_dir / "model").generate(PROMPTS, params), strict=True):
+    llm = LLM(outcome.run_dir / "model")
+    llm.notify = lambda line: None  # the figures above say it
+    for prompt, completion in zip(PROMPTS, llm.generate(PROMPTS, params), strict=True):
         text = prompt + completion.text
         print("\n".join(f"  | {line}" for line in text.splitlines()) + "\n")
     bdh, folder = shlex.quote(command_name()), shlex.quote(str(outcome.run_dir / "model"))

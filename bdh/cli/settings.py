@@ -3,11 +3,13 @@
 import argparse
 import difflib
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdh.cli.parsing import Parser
+from bdh.cli.terminal import show
 from bdh.errors import BDHError
 
 if TYPE_CHECKING:
@@ -134,6 +136,13 @@ def open_model(args: Any, batch_size: int | None) -> "LLM":
     """The model that `add_model`'s flags name. Raises BDHError."""
     from bdh.inference.llm import LLM
 
-    return LLM(
+    llm = LLM(
         args.model, device=args.device, dtype=args.dtype, quantization=args.quantization, max_batch_size=batch_size
     )
+    llm.notify = notify
+    return llm
+
+
+def notify(line: str) -> None:
+    """Shows a line about the model, that is no error and no part of its text, on stderr."""
+    show(f"notice: {line}\n", sys.stderr)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bdh.cli.settings import open_model
+from bdh.cli.settings import notify, open_model
 from bdh.errors import BDHError
 
 if TYPE_CHECKING:
@@ -69,7 +69,10 @@ def open_shared(args: Any, processes: "Processes") -> "LLM":
     from bdh.inference.heads import load_shared
 
     random.seed(processes.on_main(lambda: random.getrandbits(63)))  # requests without a seed draw one of these
-    return load_shared(args.model, processes.mesh["heads"], processes.device, args.dtype, args.batch_size)
+    llm = load_shared(args.model, processes.mesh["heads"], processes.device, args.dtype, args.batch_size)
+    llm.name = args.model
+    llm.notify = notify if processes.is_main else lambda line: None
+    return llm
 
 
 def fingerprint(llm: "LLM", args: Any, processes: "Processes") -> str:

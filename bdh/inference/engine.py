@@ -55,6 +55,12 @@ class Branch:
         return list(self.request.prompt[self.read : stop])
 
     @property
+    def position(self) -> int:
+        """Tokens that the slot has read, those of the request's state included, once the last written one is read."""
+        before = 0 if self.request.state is None else self.request.state.length
+        return before + self.read + len(self.output)
+
+    @property
     def prompt_is_read(self) -> bool:
         return self.read == len(self.request.prompt)
 
@@ -111,6 +117,7 @@ class Engine:
         self.writing: list[Branch] = []  # have a slot and a last token to go on from
         self.free = list(range(runner.n_slots))  # a heap
         self.counts = EngineStats()
+        self.longest_position = 0  # tokens of the longest sequence that was read so far
 
     @property
     def busy(self) -> bool:
@@ -220,6 +227,7 @@ class Engine:
             logits.append(after[None])  # (1, V)
         if not rows:
             return []
+        self.longest_position = max(self.longest_position, *(row.position for row in rows))
         sampled, errors = self.choose(rows, logits[0] if len(logits) == 1 else torch.cat(logits))
         events = []
         for i, row in enumerate(rows):

@@ -244,6 +244,7 @@ class Worker:
             log.error("the engine failed, and begins anew", exc_info=error)
             self.line.send("failed", plain(error))
             return
+        self.llm.check_length(self.llm.engine.longest_position)
         self.tell(events)
 
     def stopped(self, event: "Event") -> "Event":

@@ -70,6 +70,7 @@ class LLM(TextEngine):
         if max_batch_size is not None and (not whole or max_batch_size < 1):
             raise BDHError(f"max_batch_size is {max_batch_size!r}; it must be a whole number, at least 1")
         if isinstance(model, str | Path):
+            self.name = str(model)
             where = choose_device(device)
             if tokenizer is None:
                 model, tokenizer = load_export(model)

@@ -1,7 +1,8 @@
 """Text requests on one engine: what `LLM` and `Session` drive, and `AsyncLLM` has driven in a thread."""
 
+import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 from transformers import PreTrainedTokenizerFast
@@ -16,7 +17,9 @@ from bdh.inference.params import SamplingParams
 from bdh.inference.request import Event, Request
 from bdh.inference.runner import Runner
 from bdh.inference.texts import Texts
-from bdh.model import BDHForCausalLM
+from bdh.model import BDHConfig, BDHForCausalLM
+
+log = logging.getLogger(__name__)
 
 
 class TextEngine(Texts):
@@ -31,7 +34,13 @@ class TextEngine(Texts):
         end_token_ids: Tokens that end a text.
         prefix_cache_bytes: What kept states of prompts' beginnings may take.
         queue_size: Continuations that may wait for a slot.
+
+    Attributes:
+        name: The model's, for messages to users.
+        notify: Called once with a line, when a model without decay has read past the block that it was trained on.
     """
+
+    name = "MODEL"
 
     def __init__(
         self,
@@ -47,6 +56,8 @@ class TextEngine(Texts):
         self.model = model
         self.prefix_cache_bytes = prefix_cache_bytes
         self.queue_size = queue_size
+        self.notify: Callable[[str], None] = log.warning
+        self._reliable_length = reliable_length(runner.config)
         self.engine = self._new_engine()
         self.answers: dict[str, Answer] = {}  # of requests in work
         self._stepping = False
@@ -94,6 +105,7 @@ class TextEngine(Texts):
                 self._stepping = False
             while self._dropped:
                 self.engine.cancel(self._dropped.popleft())
+            self.check_length(self.engine.longest_position)
 
     def drop(self, answer: Answer) -> None:
         """Ends what is left of a request; nothing more comes of it."""
@@ -169,7 +181,22 @@ class TextEngine(Texts):
         """The likeliest continuations; nothing else goes on meanwhile. Raises BDHError as `check`."""
         self.check(asked)
         assert self.model is not None
-        return beam_search(self.model, self.tokenizer, asked)
+        completion = beam_search(self.model, self.tokenizer, asked)
+        written = max(len(choice.tokens) for choice in completion.choices)
+        self.check_length(len(asked.request.prompt) + written)
+        return completion
+
+    def check_length(self, position: int) -> None:
+        """Notifies, the first time that a sequence is longer than the model is reliable for."""
+        if self._reliable_length is not None and position > self._reliable_length:
+            hint = ""
+            if self.runner.config.write == "add":
+                hint = f"; bdh calibrate {self.name} --data.path TEXT --output DIR gives it a decay"
+            self.notify(
+                f"{self.name} has read past the {self._reliable_length:,} tokens of its training block, and has no "
+                f"decay: its text becomes unreliable{hint}"
+            )
+            self._reliable_length = None
 
     def _new_engine(self) -> Engine:
         return Engine(self.runner, queue_size=self.queue_size, prefix_cache_bytes=self.prefix_cache_bytes)
@@ -211,3 +238,8 @@ class TextEngine(Texts):
         old.groups.clear()
         for branches in (old.waiting, old.reading, old.writing):
             branches.clear()
+
+
+def reliable_length(config: BDHConfig) -> int | None:
+    """Tokens up to which a model is reliable: its training block, if it has no decay; None for no limit, or unknown."""
+    return config.training_block_size if config.decay == "none" else None
