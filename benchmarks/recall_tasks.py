@@ -130,9 +130,18 @@ def passkey(source: Source, rows: int, distance: int, before: int = 0) -> Batch:
     return Batch(tokens, labels, torch.full_like(tokens, distance))
 
 
-def induction(source: Source, rows: int, distance: int, length: int) -> Batch:
-    """Random bytes that repeat themselves after `distance` bytes, `length` bytes in all."""
-    string = source.integers(0, 256, rows, distance)  # (B, distance)
+def induction(source: Source, rows: int, distance: int, length: int, alphabet: int = 256) -> Batch:
+    """Random bytes that repeat themselves after `distance` bytes, `length` bytes in all.
+
+    Args:
+        source: Of random numbers.
+        rows: Sequences.
+        distance: Bytes of the string.
+        length: Bytes of a sequence.
+        alphabet: Different bytes that a string may have; each row draws its own.
+    """
+    known = source.permutations(rows, 256)[:, :alphabet]  # (B, alphabet)
+    string = known.gather(1, source.integers(0, alphabet, rows, distance))  # (B, distance)
     tokens = string.repeat(1, length // distance + 1)[:, :length]  # (B, T)
     labels = torch.full_like(tokens, IGNORED)  # (B, T)
     labels[:, distance + CUE - 1 : -1] = tokens[:, distance + CUE :]
@@ -147,7 +156,8 @@ def training_batches(source: Source, sizes: random.Random, rows: int, length: in
 
     Args:
         source: Of random numbers and filler.
-        sizes: Of the numbers of keys and the distances, which are uniform in the logarithm, so short ones are frequent.
+        sizes: Of the numbers of keys, the distances and the alphabets, which are uniform in the logarithm, so that
+            small ones are frequent.
         rows: Sequences of each task.
         length: Longest sequence.
     """
@@ -161,7 +171,8 @@ def training_batches(source: Source, sizes: random.Random, rows: int, length: in
         made[name] = make(source, rows, n, between(1, length - 2 * n * pair + 1) - 1)
     distance = between(2 * DIGITS, length - DIGITS - 1)
     made["passkey"] = passkey(source, rows, distance, sizes.randint(0, length - distance - DIGITS - 1))
-    made["induction"] = induction(source, rows, between(2 * CUE, length - 4 * CUE), length)
+    # Strings of few different bytes are easier to begin with: they can be guessed from the bytes that were seen.
+    made["induction"] = induction(source, rows, between(2 * CUE, length - 4 * CUE), length, between(8, 256))
     return made
 
 
