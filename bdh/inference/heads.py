@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from bdh.errors import BDHError
 from bdh.inference.llm import LLM, default_batch_size
-from bdh.inference.runner import DTYPES, ModelRunner, choose_dtype
+from bdh.inference.runner import DTYPES, ModelRunner, cast, choose_dtype
 from bdh.model.export import load_export
 from bdh.model.heads import part_of
 
@@ -54,7 +54,7 @@ def load_shared(
     model, tokenizer = load_export(directory)
     part, _ = part_of(model, mesh)
     del model
-    part.to(device, DTYPES[choose_dtype(dtype, device.type)])
+    part = cast(part.to(device), DTYPES[choose_dtype(dtype, device.type)])
     part.lm_head.register_forward_hook(Agree(mesh))
     return LLM(ModelRunner(part, max_batch_size or common_batch_size(part.config, mesh, device)), tokenizer)
 
