@@ -16,8 +16,9 @@ Writes results/decode_speed_DEVICE.json and .png.
 With --variants: only the speed of decay and of the delta rule beside that of the published model, "none", for models of
 the quickstart's and of the default size, one and 64 sequences at once. The variants take turns of 16 tokens, in which
 each sequence's synapses are written once, and a second engine of "none" takes turns too: its speed beside the first is
-the noise. Speeds are compared turn by turn, by wall time and by the processor time of the process, which does not
-count the time that other work on the machine takes; the least of it, of the turn that was least disturbed, too. Writes results/decode_speed_decay_DEVICE.json.
+the noise. Speeds are compared turn by turn, by wall time and by the processor time of the process, which does not count
+the time that other work on the machine takes; and by the least processor time of a turn, the least disturbed.
+Writes results/decode_speed_decay_DEVICE.json.
 """
 
 import argparse

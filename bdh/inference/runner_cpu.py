@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -193,9 +194,9 @@ class CPURunner:
         if beta is None:
             U = x[:, None].expand_as(A).reshape(-1, self.D)  # (B * h, D)
         else:
-            scale = torch.linalg.vector_norm(R, dim=-1, keepdim=True).add_(KEY_EPS).reciprocal_()  # (B, h, 1)
-            A.mul_(scale)  # (B, h, D)
-            U = (x[:, None] - A).mul_(scale.mul_(beta[..., None])).view(-1, self.D)  # (B * h, D)
+            scale = 1 / (torch.linalg.vector_norm(R, dim=-1).numpy() + np.float32(KEY_EPS))  # (B, h)
+            A.mul_(torch.from_numpy(scale)[..., None])  # (B, h, D)
+            U = (x[:, None] - A).mul_(torch.from_numpy(scale * beta)[..., None]).view(-1, self.D)  # (B * h, D)
         self.pending_U[i].view(-1, self.D).index_copy_(0, step.places[0], U)
 
     def norm(self, x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bdh.model.modeling_bdh import BDHGates
@@ -40,6 +41,8 @@ from bdh.model.modeling_bdh import BDHGates
 SMALL = 1 << 20  # numbers in a matrix up to which `SmallMatrices` may gain
 FEW = 700_000  # products of numbers that take about as long as it takes to call oneDNN
 INT4_GROUP = 32  # inputs that share a scale
+
+Array = NDArray[np.float32]
 
 
 class Matrices(ABC):
@@ -305,43 +308,52 @@ def flush(S: Tensor, pending_R: Tensor, pending_x: Tensor) -> None:
 class TokenGates:
     """Computes the gates of one token a row: `BDHGates` with one matrix product for all gates of all heads.
 
+    Gates are a few numbers a token, so they are computed by numpy, whose calls take a fraction of the time of torch's.
+    As sigmoid(z) = (1 + tanh(z / 2)) / 2, no number overflows.
+
     Args:
-        gates: Of the model, float32; what it computes is copied here.
+        gates: Of the model, float32; copied.
     """
 
     def __init__(self, gates: BDHGates):
         config = gates.config
-        self.h = config.n_head
+        self.h = h = config.n_head
         self.gated, self.delta = config.decay == "gated", config.write == "delta"
         rates = torch.tensor([rate or 0.0 for rate in gates.rates()])  # (h)
-        decays = torch.tensor([float(rate is not None) for rate in gates.rates()])  # (h)
         weights: list[Tensor] = []
         biases: list[Tensor] = []
+        scales: list[Tensor] = []
         if self.gated:
-            rates = gates.decay_rate.detach().float().exp() * decays  # (h)
+            decays = torch.tensor([float(rate is not None) for rate in gates.rates()])  # (h)
             weights.append(gates.decay_weight)
             biases.append(gates.decay_bias)
+            scales.append(-gates.decay_rate.exp() * decays)
         if self.delta:
             weights.append(gates.write_weight)
             biases.append(gates.write_bias)
-        self.log_decay = -rates if config.decay != "none" else None  # (h), of a gate that is fully open
+            scales.append(torch.ones(h))
+        self.fixed = -rates.numpy() if config.decay == "fixed" else None  # (h)
         if weights:
-            self.weight = torch.cat(weights).detach().float().mT.contiguous()  # (D, h or 2h)
-            self.bias = torch.cat(biases).detach().float()  # (h or 2h)
+            self.weight = (torch.cat(weights) / 2).detach().mT.contiguous().numpy()  # (D, h or 2h)
+            self.bias = (torch.cat(biases) / 2).detach().numpy()  # (h or 2h)
+            self.scale = (torch.cat(scales) / 2).detach().numpy()  # (h or 2h)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def __call__(self, x: Tensor) -> tuple[Array | None, Array | None]:
         """The logarithm of the retention and the write strength of tokens x (B, D), float32: (B, h) each.
 
         Either is None if the model does not have it.
         """
-        fixed = None if self.log_decay is None or self.gated else self.log_decay.expand(len(x), -1)  # (B, h)
+        fixed = None if self.fixed is None else np.broadcast_to(self.fixed, (len(x), self.h))  # (B, h)
         if not self.gated and not self.delta:
             return fixed, None
-        gates = torch.addmm(self.bias, x, self.weight).sigmoid_()  # (B, h or 2h)
+        gates = x.numpy() @ self.weight  # (B, h or 2h)
+        gates += self.bias
+        np.tanh(gates, out=gates)
+        gates += 1
+        gates *= self.scale
         if not self.gated:
             return fixed, gates
-        assert self.log_decay is not None
-        return gates[:, : self.h] * self.log_decay, gates[:, self.h :] if self.delta else None  # (B, h)
+        return gates[:, : self.h], gates[:, self.h :] if self.delta else None  # (B, h)
 
 
 class Decays:
@@ -355,25 +367,23 @@ class Decays:
     """
 
     def __init__(self, n_layer: int, n_slots: int, n_head: int, max_pending: int):
-        self.h, self.width = n_head, 1 + max_pending
         # c since the last flush: 0 at place 0, and that of pending token s at place 1 + s.
-        self.c = torch.zeros(n_layer, n_slots, n_head, self.width)  # (L, slots, h, 1 + W)
+        self.c = np.zeros((n_slots, n_layer, n_head, 1 + max_pending), np.float32)  # (slots, L, h, 1 + W)
 
     def begin(self, slots: Sequence[int], counts: Sequence[int]) -> "DecayStep":
         """Prepares a step of a token in each of these slots, in which `counts` tokens are pending."""
         longest = max(counts)
-        rows, places = torch.tensor(slots), torch.tensor(counts)  # (B)
-        c = self.c.index_select(1, rows)[..., : 1 + longest]  # (L, B, h, 1 + longest)
-        last = c.gather(-1, places[None, :, None, None].expand(*c.shape[:-1], 1))  # (L, B, h, 1)
-        before = last - c  # (L, B, h, 1 + longest)
+        rows, places = np.array(slots), np.array(counts)  # (B)
+        c = self.c[rows, :, :, : 1 + longest]  # (B, L, h, 1 + longest)
+        last = self.c[rows, :, :, places]  # (B, L, h)
+        before = last[..., None] - c  # (B, L, h, 1 + longest)
         if min(counts) < longest:
-            before.masked_fill_(torch.arange(1 + longest) > places[:, None, None], -math.inf)
-        return DecayStep(rows, places, last[..., 0], before)
+            before[np.broadcast_to(np.arange(1 + longest) > places[:, None, None, None], before.shape)] = -math.inf
+        return DecayStep(rows, places, last, before)
 
     def end(self, step: "DecayStep") -> None:
         """Keeps the cumulative log-decay of the tokens of a step."""
-        c = step.last + torch.stack(step.log_decays)  # (L, B, h)
-        self.c[:, step.slots, :, 1 + step.counts] = c.transpose(0, 1)  # (B, L, h)
+        self.c[step.slots, :, :, 1 + step.counts] = step.last + np.stack(step.log_decays, axis=1)  # (B, L, h)
 
     def since(self, slot: int, count: int) -> Tensor:
         """Retention from the last flush (place 0), and from each of `count` pending tokens, to the last of these.
@@ -381,8 +391,8 @@ class Decays:
         Returns:
             (L, h, 1 + count), each at most 1.
         """
-        c = self.c[:, slot, :, : 1 + count]  # (L, h, 1 + count)
-        return (c[..., -1:] - c).exp_()  # (L, h, 1 + count)
+        c = self.c[slot, :, :, : 1 + count]  # (L, h, 1 + count)
+        return torch.from_numpy(np.exp(c[..., -1:] - c))  # (L, h, 1 + count)
 
 
 @dataclass
@@ -392,19 +402,19 @@ class DecayStep:
     Attributes:
         slots: Of the rows, (B) int64.
         counts: Pending tokens of these slots, (B) int64.
-        last: Cumulative log-decay of the token before each row's token, (L, B, h).
+        last: Cumulative log-decay of the token before each row's token, (B, L, h).
         before: Log-decay to that token from the last flush (place 0) and from each pending token; -inf at places
-            without a token: (L, B, h, 1 + longest).
+            without a token: (B, L, h, 1 + longest).
         log_decays: Of the rows' tokens, one (B, h) a layer, as the layers compute them.
     """
 
-    slots: Tensor
-    counts: Tensor
-    last: Tensor
-    before: Tensor
-    log_decays: list[Tensor] = field(default_factory=list)
+    slots: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    last: Array
+    before: Array
+    log_decays: list[Array] = field(default_factory=list)
 
-    def since(self, i: int, log_decay: Tensor) -> Tensor:
+    def since(self, i: int, log_decay: Array) -> Tensor:
         """Retention from the last flush and from each pending token to the rows' tokens, in layer i.
 
         Args:
@@ -415,7 +425,8 @@ class DecayStep:
             (B, h, 1 + longest), each at most 1; 0 at places without a token.
         """
         self.log_decays.append(log_decay)
-        return (self.before[i] + log_decay[:, :, None]).exp_()  # (B, h, 1 + longest)
+        since = self.before[:, i] + log_decay[:, :, None]  # (B, h, 1 + longest)
+        return torch.from_numpy(np.exp(since, out=since))  # (B, h, 1 + longest)
 
 
 def read_gated_pending(
