@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bdh.errors import BDHError
-from bdh.kernels.neurons import join, neurons
+from bdh.kernels.neurons import NO_GATES, join, neurons
 from bdh.kernels.operations import Operations
 from bdh.kernels.reading import Reading, Weights
 from bdh.kernels.torch_operations import TorchOperations
@@ -151,7 +151,8 @@ class Way:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor | None]:
         encoder, *encoder_v, decoder = (here(linear) for linear in linear_maps(self.layer))
-        return neurons(self.reading, x, S, encoder, encoder_v, decoder)
+        gates = NO_GATES if self.layer.gates is None else self.layer.gates(x)
+        return neurons(self.reading, x, S, encoder, encoder_v, decoder, gates)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def join(self, x: Tensor, y: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
     X = relu(x E^T), R = rope(X), A_t = sum over s<t of (R_t . R_s) x_s (+ R_t S),
     y = sum over heads of dropout(X o relu(LN(A) Ev^T)) Dec^T
 
+(for A with decay and the delta rule see `bdh.kernels.gated_attention`).
+
 It is the function of `BDHLayer.forward`, made so that nothing of size (B, T, N) is there for more than one head at a
 time, and for the backward pass nothing of that size is kept: X, R, Y and Z are worked out again. Kept are x and, for
 each head, LN(A), the scores, and the synapses before each chunk. A reading may ask for X, R and Z to be kept too.
@@ -19,15 +21,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bdh.kernels.attention import Attention, PlainAttention
+from bdh.kernels.gated_attention import ChunkedGates, GatedAttention
 from bdh.kernels.operations import Dropout, Past
 from bdh.kernels.products import add_product_, product_into
 from bdh.kernels.reading import Reading
-from bdh.kernels.torch_operations import turn_rows
-from bdh.model.modeling_bdh import synapse_dtype
+from bdh.kernels.torch_gated_operations import turn_rows
+from bdh.model.modeling_bdh import Gates, synapse_dtype
+
+NO_GATES = Gates(None, None)  # the published model
 
 
 def neurons(
-    reading: Reading, x: Tensor, S: Tensor | None, encoder: Tensor, encoder_v: Sequence[Tensor], decoder: Tensor
+    reading: Reading,
+    x: Tensor,
+    S: Tensor | None,
+    encoder: Tensor,
+    encoder_v: Sequence[Tensor],
+    decoder: Tensor,
+    gates: Gates = NO_GATES,
 ) -> tuple[Tensor, Tensor | None]:
     """What a layer's neurons make of x: y, what its decoder says, and the synapses after these tokens if any came in.
 
@@ -41,6 +53,7 @@ def neurons(
         encoder: (n, D). The three are what gradients are for; `reading.weights` is what is computed with.
         encoder_v: h x (N, D).
         decoder: (D, n).
+        gates: Retention and write strength of each head at each token.
 
     Returns:
         y (B, T, D) in x's dtype; the synapses after, (B, h, N, D) float32 or float64, or None.
@@ -53,12 +66,12 @@ def neurons(
         cos, sin = reading.first_phases  # (B, 1, N/2)
         S = turn_rows(S.to(cos.dtype), cos, -sin)  # (B, h, N, D)
     weights = (encoder, decoder, *encoder_v)
-    inputs = weights + ((x,) if S is None else (x, S))
-    keep = torch.is_grad_enabled() and any(one.requires_grad for one in inputs)
+    inputs = (*weights, x, S, *gates)
+    keep = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs)
     seed = int(torch.randint(2**63 - 1, (), device="cpu")) if reading.dropout > 0 else 0
     padded = F.pad(x, (0, 0, 0, c * C - T)) if c * C > T else x  # (B, c * C, D)
     with torch.autocast(x.device.type, enabled=False):
-        y, S = Neurons.apply(reading, seed, keep, padded.view(B, c, C, D), S, *weights)
+        y, S = Neurons.apply(reading, seed, keep, padded.view(B, c, C, D), S, *gates, *weights)
     if S is not None:
         assert reading.next_phases is not None
         S = turn_rows(S, *reading.next_phases)  # (B, h, N, D)
@@ -93,7 +106,7 @@ class Join(torch.autograd.Function):
 
 
 class Neurons(torch.autograd.Function):
-    """x, S and weights -> y and the synapses after, both in the frames of chunks. Not differentiable twice."""
+    """x, S, gates and weights -> y and the synapses after, both in the frames of chunks. Not differentiable twice."""
 
     @staticmethod
     def forward(
@@ -103,70 +116,116 @@ class Neurons(torch.autograd.Function):
         keep: bool,  # whether a backward pass may come
         x: Tensor,  # (B, c, C, D), of any dtype
         S: Tensor | None,  # (B, h, N, D), in the frame of the first chunk
+        log_decay: Tensor | None,  # (B, h, T)
+        write_strength: Tensor | None,  # (B, h, T)
         encoder: Tensor,  # (n, D)
         decoder: Tensor,  # (D, n)
         *encoder_v: Tensor,  # h x (N, D)
     ) -> tuple[Tensor, Tensor | None]:
-        op, phases, documents = reading.operations, reading.token_phases, reading.documents
+        op, phases = reading.operations, reading.token_phases
         all_neurons = keep and reading.keeps
         B, c, C, D = x.shape
         xs = x.to(phases[0].dtype).view(B * c, C, D)  # (G, C, D)
         y = xs.new_zeros(B * c, C, D, dtype=synapse_dtype(xs.dtype))  # (G, C, D)
-        values = xs if documents is None else xs * documents.writes  # (G, C, D)
-        saved, ends = [xs], []
-        for head in range(reading.weights.n_head):
-            E, Ev, Dec = reading.weights.head(head)
-            X, R = op.excite(xs, E, *phases, all_neurons)  # (G, C, N)
-            P = op.scores(R, None if documents is None else documents.of)  # (G, C, C)
-            A = P @ xs  # (G, C, D)
-            U = None
-            if S is not None or c > 1:
-                U = (R.mT @ values).unflatten(0, (B, c))  # (B, c, N, D)
-                before = None if S is None else S[:, head].contiguous()  # (B, N, D)
-                kept = None if documents is None else documents.kept  # (B, c)
-                U, end = op.scan(U, before, *reading.chunk_phases, kept)  # (B, c, N, D), (B, N, D)
-                ends.append(end)
-                U = U.flatten(0, 1)  # (G, N, D)  S before each chunk
-                if documents is None:
-                    add_product_(A, R, U)  # (G, C, D)
-                else:
-                    A += (R @ U) * documents.sees_past  # (G, C, D)
-            A, rstd = op.norm(A, reading.eps)  # (G, C, D), (G, C, 1)
-            Z = op.gate(A, Ev, X, Dropout(reading.dropout, seed, head), Dec, y, all_neurons)  # (G, C, N)
+        attention = attention_of(reading, xs, B, Gates(log_decay, write_strength), S is not None)
+        if isinstance(attention, GatedAttention):
+            attention.wants_decay = keep and ctx.needs_input_grad[5]
+        saved: list[Tensor | None] = []
+        ends = []
+        for heads in blocks_of_heads(attention, reading):
+            X, R = excite_heads(reading, xs, heads, all_neurons)  # k x (G, C, N), (k * G, C, N)
+            before = None if S is None else S[:, heads].transpose(0, 1).flatten(0, 1).contiguous()  # (k * B, N, D)
+            A, end, of_attention = attention.forward(heads, R, before)  # (k * G, C, D), (k * B, N, D)
+            A, rstd = op.norm(A, reading.eps)  # (k * G, C, D), (k * G, C, 1)
+            Zs = []
+            for head, X_k, A_k in zip(range(heads.start, heads.stop), X, A.split(len(xs)), strict=True):
+                _, Ev, Dec = reading.weights.head(head)
+                dropout = Dropout(reading.dropout, seed, head)
+                Zs.append(op.gate(A_k, Ev, X_k, dropout, Dec, y, all_neurons))  # (G, C, N)
             if keep:
-                saved += [P, A, rstd, *([] if U is None else [U])]
-            if Z is not None:
-                saved += [X, R, Z]
+                saved += [A, rstd, *of_attention]
+            if all_neurons:
+                saved += [R, *X, *Zs]
+            if end is not None:
+                ends.append(end.unflatten(0, (-1, B)).transpose(0, 1))  # (B, k, N, D)
         if keep:
-            ctx.reading, ctx.seed, ctx.dtypes = reading, seed, (x.dtype, encoder.dtype)
-            ctx.save_for_backward(*saved)
+            ctx.reading, ctx.seed, ctx.attention, ctx.dtypes = reading, seed, attention, (x.dtype, encoder.dtype)
+            ctx.tokens = None if log_decay is None and write_strength is None else tokens_of(log_decay, write_strength)
+            ctx.save_for_backward(xs, *saved)
         if reading.dropout > 0:
             y *= Dropout(reading.dropout).scale
-        return y.view(x.shape).to(x.dtype), None if S is None else torch.stack(ends, 1)  # (B, h, N, D)
+        return y.view(x.shape).to(x.dtype), None if S is None else torch.cat(ends, 1)  # (B, h, N, D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dS: Tensor | None) -> tuple[Tensor | None, ...]:
         reading, (xs, *saved) = ctx.reading, ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):
-            way_back = WayBack(reading, ctx.seed, xs, dy, dS)
-            each = len(saved) // reading.weights.n_head
-            for head in range(reading.weights.n_head):
-                one = saved[head * each : (head + 1) * each]
-                kept = tuple(one[-3:]) if reading.keeps else None
-                way_back.through(head, kept, *(one[:-3] if kept else one))
+            backward = LayerBackward(reading, ctx.attention, ctx.seed, xs, dy, dS)
+            blocks = blocks_of_heads(ctx.attention, reading)
+            each = len(saved) // len(blocks)
+            for i, heads in enumerate(blocks):
+                backward.accumulate_heads(heads, saved[i * each : (i + 1) * each])
         of_x, of_weights = ctx.dtypes
-        dx = way_back.dx.view(dy.shape).to(of_x)  # (B, c, C, D)
-        of_S = torch.stack(way_back.dS, 1) if ctx.needs_input_grad[4] else None  # (B, h, N, D)
-        gradients = (way_back.dE.flatten(0, 1), way_back.dDec, *way_back.dEv)
-        return None, None, None, dx, of_S, *(gradient.to(of_weights) for gradient in gradients)
+        dx = backward.dx.view(dy.shape).to(of_x)  # (B, c, C, D)
+        of_S = None
+        if ctx.needs_input_grad[4]:
+            of_S = torch.cat([before.unflatten(0, (-1, len(dy))).transpose(0, 1) for before in backward.dS], 1)
+        gradients = (backward.dE.flatten(0, 1), backward.dDec, *backward.dEv)
+        of_gates = gate_gradients(ctx, len(dy))  # 2 x (B, h, T)
+        return None, None, None, dx, of_S, *of_gates, *(gradient.to(of_weights) for gradient in gradients)
 
 
-class WayBack:
-    """A backward pass through a layer's neurons, to be led `through` each head.
+def attention_of(reading: Reading, xs: Tensor, B: int, gates: Gates, with_state: bool) -> Attention:
+    """The attention of a layer that reads xs (G, C, D), of B sequences."""
+    if gates.log_decay is None and gates.write_strength is None:
+        return PlainAttention(reading, xs, B)
+    return GatedAttention(reading, ChunkedGates.cut(gates, reading), xs, B, with_state)
+
+
+def tokens_of(log_decay: Tensor | None, write_strength: Tensor | None) -> int:
+    """T of gates (B, h, T)."""
+    some = log_decay if log_decay is not None else write_strength
+    assert some is not None
+    return some.shape[-1]
+
+
+def gate_gradients(ctx: Any, B: int) -> list[Tensor | None]:
+    """The gradients of log_decay and of the write strength, (B, h, T), where these are needed."""
+    attention = ctx.attention
+    if not isinstance(attention, GatedAttention):
+        return [None, None]
+    wants_decay, wants_beta = ctx.needs_input_grad[5:7]
+    gradients = (
+        attention.decay_gradient() if wants_decay else None,  # (h, B, c * C)
+        attention.d_beta.unflatten(1, (B, -1)).flatten(2) if wants_beta else None,  # (h, B, c * C)
+    )
+    return [None if each is None else each.transpose(0, 1)[..., : ctx.tokens] for each in gradients]  # (B, h, T)
+
+
+def blocks_of_heads(attention: Attention, reading: Reading) -> list[slice]:
+    """The heads that an attention computes together."""
+    k = attention.heads_at_once
+    return [slice(start, start + k) for start in range(0, reading.weights.n_head, k)]
+
+
+def excite_heads(reading: Reading, xs: Tensor, heads: slice, keep: bool = False) -> tuple[list[Tensor], Tensor]:
+    """X of each head, k x (G, C, N), and R of all of them, (k * G, C, N)."""
+    op, E, phases = reading.operations, reading.weights.E[heads], reading.token_phases
+    if len(E) == 1:
+        X, R = op.excite(xs, E[0], *phases, keep)  # (G, C, N) twice
+        return [X], R
+    Rs = xs.new_empty(len(E), *xs.shape[:2], len(E[0]))  # (k, G, C, N)
+    Xs = [op.excite(xs, E_k, *phases, True, R_k)[0] for E_k, R_k in zip(E, Rs, strict=True)]  # k x (G, C, N)
+    return Xs, Rs.flatten(0, 1)
+
+
+class LayerBackward:
+    """The backward pass through a layer's neurons, accumulated over heads.
 
     Args:
         reading: That of the forward pass.
+        attention: That of the forward pass.
         seed: Of dropout.
         xs: (G, C, D) dt.
         dy: Gradient of what the forward pass returned, (B, c, C, D).
@@ -177,16 +236,15 @@ class WayBack:
         dE: (h, N, D).
         dEv: (h, N, D).
         dDec: (D, n).
-        dS: Of the synapses before, h x (B, N, D), where there are any or chunks go on from each other.
+        dS: Of the synapses before, by block of heads (k * B, N, D), where any come in or chunks follow each other.
     """
 
-    def __init__(self, reading: Reading, seed: int, xs: Tensor, dy: Tensor, dS: Tensor | None):
-        self.reading, self.seed = reading, seed
-        self.B, self.c, _, D = dy.shape
+    def __init__(self, reading: Reading, attention: Attention, seed: int, xs: Tensor, dy: Tensor, dS: Tensor | None):
+        self.reading, self.attention, self.seed = reading, attention, seed
         if reading.dropout > 0:
             dy = dy * Dropout(reading.dropout).scale  # (B, c, C, D)
         self.x, self.dy, self.dS_after = xs, dy.to(xs.dtype).view(xs.shape), dS  # (G, C, D) twice
-        h, N = reading.weights.n_head, len(reading.weights.E[0])
+        h, N, D = reading.weights.n_head, len(reading.weights.E[0]), xs.shape[-1]
         wide = synapse_dtype(xs.dtype)
         self.dx = xs.new_zeros(xs.shape, dtype=wide)  # (G, C, D)
         self.dE, self.dEv = (xs.new_empty(h, N, D, dtype=wide) for _ in range(2))  # (h, N, D)
@@ -194,43 +252,50 @@ class WayBack:
         self.dDec = xs.new_empty(h * N, D, dtype=wide).mT if xs.is_cuda else xs.new_empty(D, h * N, dtype=wide)
         self.dS: list[Tensor] = []
 
-    def through(
-        self, head: int, kept: tuple[Tensor, ...] | None, P: Tensor, A: Tensor, rstd: Tensor, S: Tensor | None = None
-    ) -> None:
-        """One head: X, R and Z if they were kept, 3 x (G, C, N), scores (G, C, C), LN(A) (G, C, D), its 1 / deviation
-        (G, C, 1), synapses (G, N, D) or None."""
-        op, phases, x, documents = self.reading.operations, self.reading.token_phases, self.x, self.reading.documents
-        E, Ev, Dec = self.reading.weights.head(head)
+    def accumulate_heads(self, heads: slice, saved: Sequence[Tensor]) -> None:
+        """The heads of a block, from what the forward pass has saved of it."""
+        op, k, G = self.reading.operations, heads.stop - heads.start, len(self.x)
+        A, rstd, *of_attention = saved  # (k * G, C, D), (k * G, C, 1)
+        Zs: Sequence[Tensor | None]
+        if self.reading.keeps:
+            R, X, Zs = of_attention[-2 * k - 1], of_attention[-2 * k : -k], of_attention[-k:]
+            of_attention = of_attention[: -2 * k - 1]
+        else:
+            X, R = excite_heads(self.reading, self.x, heads)  # k x (G, C, N), (k * G, C, N)
+            Zs = [None] * k
+        dXs, dA = [], torch.empty_like(A)  # (k * G, C, D)
+        for head, X_k, A_k, Z, dA_k in zip(range(heads.start, heads.stop), X, A.split(G), Zs, dA.split(G), strict=True):
+            dXs.append(self.back_through_gate(head, A_k, X_k, Z, dA_k))  # (G, C, N)
+        dA = op.norm_backward(dA, A, rstd)  # (k * G, C, D)
+        after = self.dS_after
+        if after is not None:
+            after = after[:, heads].transpose(0, 1).flatten(0, 1).contiguous()  # (k * B, N, D)
+        found = self.attention.backward(heads, R, dA, of_attention, after, self.dx)
+        if found.S is not None:
+            self.dS.append(found.S)
+        for i, head in enumerate(range(heads.start, heads.stop)):
+            part = slice(i * G, (i + 1) * G)
+            past: Past | None = None
+            if found.past is not None:
+                read, states, values, of_written = (each[part] for each in found.past)
+                past = (read, states, values, of_written)
+            self.back_through_excite(head, found.scores[part], R[part], X[i], dXs[i], past)
+
+    def back_through_gate(self, head: int, A: Tensor, X: Tensor, Z: Tensor | None, dA: Tensor) -> Tensor:
+        """One head: dX (G, C, N) by the gate. The gradient of LN(A) is put into dA (G, C, D)."""
+        op, (E, Ev, Dec) = self.reading.operations, self.reading.weights.head(head)
         dDec, dEv = self.dDec[:, head * len(E) : (head + 1) * len(E)], self.dEv[head]  # (D, N), (N, D)
-        if kept is None:
-            X, R = op.excite(x, E, *phases)  # (G, C, N)
+        if Z is None:
             dropout = Dropout(self.reading.dropout, self.seed, head)
             dY, dX = op.gate_backward(self.dy, Dec, A, Ev, X, dropout, dDec, dEv)  # (G, C, N)
         else:
-            X, R, Z = kept
             dY, dX = op.gate_backward_kept(self.dy, Dec, A, X, Z, dDec, dEv)  # (G, C, N)
-        dA = op.norm_backward(dY @ Ev, A, rstd)  # (G, C, D)
-        add_product_(self.dx, P.mT, dA)  # (G, C, D)
-        past = None if S is None else self.past(R, dA, S)
-        dP = op.scores_backward(dA, x, None if documents is None else documents.of)  # (G, C, C)
-        dX = op.excite_backward(dP, R, X, dX, *phases, past)  # (G, C, N)
-        product_into(self.dE[head], dX.flatten(0, 1).mT, x.flatten(0, 1))  # (N, D)
-        add_product_(self.dx, dX, E)  # (G, C, D)
+        torch.mm(dY.flatten(0, 1), Ev, out=dA.flatten(0, 1))  # (G * C, D)
+        return dX
 
-    def past(self, R: Tensor, dA: Tensor, S: Tensor) -> Past:
-        """What comes by the synapses: back through the chunks, and to what was written."""
-        documents = self.reading.documents
-        head = len(self.dS)
-        dA = dA if documents is None else dA * documents.sees_past  # (G, C, D)
-        values = self.x if documents is None else self.x * documents.writes  # (G, C, D)
-        V = (R.mT @ dA).unflatten(0, (self.B, self.c))  # (B, c, N, D)
-        after = None if self.dS_after is None else self.dS_after[:, head].contiguous()  # (B, N, D)
-        kept = None if documents is None else documents.kept  # (B, c)
-        V, before = self.reading.operations.scan_backward(V, after, *self.reading.chunk_phases, kept)
-        self.dS.append(before)  # (B, N, D)
-        V = V.flatten(0, 1)  # (G, N, D)  now the gradient of what each chunk wrote
-        if documents is None:
-            add_product_(self.dx, R, V)  # (G, C, D)
-        else:
-            self.dx += (R @ V) * documents.writes  # (G, C, D)
-        return dA, S, values, V
+    def back_through_excite(self, head: int, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, past: Past | None) -> None:
+        """One head: from the gradients of the scores (G, C, C), of X (G, C, N), and what comes by the synapses."""
+        op, E = self.reading.operations, self.reading.weights.E[head]
+        dX = op.excite_backward(dP, R, X, dX, *self.reading.token_phases, past)  # (G, C, N)
+        product_into(self.dE[head], dX.flatten(0, 1).mT, self.x.flatten(0, 1))  # (N, D)
+        add_product_(self.dx, dX, E)  # (G, C, D)

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bdh.kernels.gated_operations import GatedOperations
+
 
 @dataclass(frozen=True)
 class Dropout:
@@ -44,12 +46,20 @@ Past = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Operations(Protocol):
-    """The steps of one head."""
+    """The steps of one head.
+
+    Attributes:
+        gated_attention: The steps of attention with decay and with the delta rule.
+    """
+
+    gated_attention: GatedOperations
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether it can be computed in."""
 
-    def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor, keep: bool = False) -> tuple[Tensor, Tensor]:
+    def excite(
+        self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor, keep: bool = False, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """X = relu(x E^T) and R = rope(X).
 
         Args:
@@ -58,6 +68,7 @@ class Operations(Protocol):
             cos: (C, N/2) dt.
             sin: (C, N/2) dt.
             keep: Whether they are to last; else they do until the next head's turn.
+            out: Where R is written, (G, C, N) dt, contiguous; None allocates it.
 
         Returns:
             X and R, (G, C, N) dt.

@@ -11,8 +11,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from bdh.kernels.gated_operations import GatedOperations
 from bdh.kernels.operations import SMALLEST, Dropout, Past
 from bdh.kernels.products import add_product_, product_into
+from bdh.kernels.torch_gated_operations import TorchGatedOperations, turn_rows
 
 PIECE = 1 << 18  # numbers of a tensor (G, C, N) that are turned at once, so that a processor's cache holds them
 BLOCK = 128  # rows of scores worked out at once; what lies above their diagonal is worth leaving out
@@ -22,6 +24,7 @@ class TorchOperations:
     """See `Operations`. On a CPU what is returned of size (G, C, N) and not kept lasts until the next head's turn."""
 
     def __init__(self, device: torch.device):
+        self.gated_attention: GatedOperations = TorchGatedOperations()
         self.rooms = Rooms(device)
         self.turning: tuple[Tensor, ...] = ()  # cos and sin, and what `phases` has made of them
         self.lying: tuple[Tensor, ...] = ()  # dy, and what `transposed` has made of it
@@ -29,9 +32,11 @@ class TorchOperations:
     def takes(self, dtype: torch.dtype) -> bool:
         return True
 
-    def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor, keep: bool = False) -> tuple[Tensor, Tensor]:
+    def excite(
+        self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor, keep: bool = False, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         X = relu_(self.product("X", x, E.mT, keep))  # (G, C, N)
-        R = self.rooms.take("R", X.shape, X.dtype, keep)  # (G, C, N)
+        R = self.rooms.take("R", X.shape, X.dtype, keep) if out is None else out  # (G, C, N)
         self.turn(X, self.phases(cos, sin), R)
         return X, R
 
@@ -269,13 +274,6 @@ def pieces(X: Tensor) -> list[slice]:
 def paired(X: Tensor) -> Tensor:
     """Pairs of neurons as complex numbers: (G, C, N) -> (G, C, N/2)."""
     return torch.view_as_complex(X.unflatten(-1, (-1, 2)))
-
-
-def turn_rows(S: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns synapses (…, N, D) by phases (N/2), or (…, N/2), of their neurons."""
-    even, odd = S.unflatten(-2, (-1, 2)).unbind(-2)  # 2 x (…, N/2, D)
-    cos, sin = cos[..., None], sin[..., None]  # (…, N/2, 1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-2).flatten(-3, -2)  # (…, N, D)
 
 
 # ------------------------------------------------------------------------------------------------ dropout

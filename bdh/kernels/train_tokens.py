@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 
 from bdh.kernels.train_parts import add_product, load, store
+from bdh.model import modeling_bdh
+
+KEY_EPS = tl.constexpr(modeling_bdh.KEY_EPS)
 
 # ------------------------------------------------------------------------------------------------ pairs of tokens
 
@@ -16,7 +19,11 @@ def pairs(
     a,  # (G, C, K)
     b,  # (G, C, K)
     documents,  # (G, C) int32 or int64, or None: all tokens are of one
+    u,  # (G, C) float32, cumulative log-decay, or None
+    squares,  # (G, C) float32, |R|^2 of keys of unit length, or None
+    diagonal,  # (G, C) float32, or None
     P,  # (G, C, C), out
+    squares_out,  # (G, C) float32, out: the diagonal of a b^T, or None
     C,
     K,
     SAME: tl.constexpr,  # whether a is b
@@ -26,6 +33,9 @@ def pairs(
     EVEN: tl.constexpr,
 ):
     """P = tril(a b^T, -1), 0 where documents differ: one square tile on or below a chunk's diagonal.
+
+    With u, P_ts is scaled by exp(u_t - u_s), and with squares by the inverse lengths of both keys; `diagonal` is put on
+    the diagonal of the result.
 
     The tile above the diagonal that mirrors it is written too: with zeros or, BOTH_WAYS, with this one's transpose.
     """
@@ -54,15 +64,43 @@ def pairs(
         of_s = tl.load(documents + g * C + s, mask=s < C, other=0)  # (BLOCK)
         seen = seen & (of_t[:, None] == of_s[None, :])  # (BLOCK, BLOCK)
     result = tl.where(seen, total, 0.0)  # (BLOCK, BLOCK)
+    if u is not None:
+        of_keys = u if squares is None else squares
+        result *= pair_weights(u + g * C, of_keys + g * C, t, s, C, squares is not None)  # (BLOCK, BLOCK)
+    if squares_out is not None:  # noqa: SIM102  (Triton knows the first when it compiles)
+        if row == column:
+            on_diagonal = tl.sum(tl.where(t[:, None] == s[None, :], total, 0.0), 1)  # (BLOCK)
+            tl.store(squares_out + g * C + t, on_diagonal, mask=t < C)
     mirrored = tl.zeros((BLOCK, BLOCK), tl.float32)
     if BOTH_WAYS:
         mirrored = result.T  # (BLOCK, BLOCK)
         if row == column:
             result += mirrored
+            if diagonal is not None:
+                on_diagonal = tl.load(diagonal + g * C + t, mask=t < C, other=0.0)  # (BLOCK)
+                result = tl.where(t[:, None] == s[None, :], on_diagonal[:, None], result)  # (BLOCK, BLOCK)
     dt: tl.constexpr = P.dtype.element_ty
     store(P + t[:, None] * C + s[None, :], result.to(dt), (t < C)[:, None] & (s < C)[None, :], EVEN)
     if row != column:
         store(P + s[:, None] * C + t[None, :], mirrored.to(dt), (s < C)[:, None] & (t < C)[None, :], EVEN)
+
+
+@triton.jit
+def pair_weights(u, squares, t, s, C, UNIT: tl.constexpr):
+    """exp(u_t - u_s), times a_t a_s if UNIT, for s <= t of one chunk."""
+    u_t = tl.load(u + t, mask=t < C, other=0.0)  # (BLOCK)
+    u_s = tl.load(u + s, mask=s < C, other=0.0)  # (BLOCK)
+    weights = tl.exp(tl.minimum(u_t[:, None] - u_s[None, :], 0.0))  # (BLOCK, BLOCK)
+    if UNIT:
+        a_t = inverse_length(tl.load(squares + t, mask=t < C, other=0.0))  # (BLOCK)
+        a_s = inverse_length(tl.load(squares + s, mask=s < C, other=0.0))  # (BLOCK)
+        weights = weights * a_t[:, None] * a_s[None, :]  # (BLOCK, BLOCK)
+    return weights
+
+
+@triton.jit
+def inverse_length(squares):
+    return 1.0 / (tl.sqrt(squares) + KEY_EPS)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from bdh.kernels import train, train_tokens
+from bdh.kernels.gated_operations import GatedOperations
 from bdh.kernels.launching import cdiv, launch
 from bdh.kernels.operations import Dropout, Past
 from bdh.kernels.products import add_product_, product_into
@@ -75,6 +76,9 @@ class TritonOperations:
     """See `Operations`. Fastest where cos and sin of tokens are views of one tensor (C, N/2, 2)."""
 
     def __init__(self) -> None:
+        from bdh.kernels.triton_gated_operations import TritonGatedOperations
+
+        self.gated_attention: GatedOperations = TritonGatedOperations()
         self.turning: tuple[Tensor, ...] = ()  # cos and sin, and what `phases` has made of them
 
     def phases(self, cos: Tensor, sin: Tensor) -> Tensor:
@@ -86,10 +90,13 @@ class TritonOperations:
     def takes(self, dtype: torch.dtype) -> bool:
         return dtype in TILES["excite"]
 
-    def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor, keep: bool = False) -> tuple[Tensor, Tensor]:
+    def excite(
+        self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor, keep: bool = False, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         G, C, D = x.shape
         N = E.shape[0]
-        X, R = x.new_empty(G, C, N), x.new_empty(G, C, N)  # (G, C, N)
+        X = x.new_empty(G, C, N)  # (G, C, N)
+        R = torch.empty_like(X) if out is None else out  # (G, C, N)
         tiles = fitted("excite", x, G * C, N, D)
         run(
             train.excite, (cdiv(G * C, tiles.rows) * cdiv(N, tiles.columns),), tiles,
@@ -236,14 +243,28 @@ def weights_gradients(dy: Tensor, Z: Tensor, dY: Tensor, A: Tensor, dDec: Tensor
     product_into(dEv, dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
 
 
-def pairs(kernel: str, a: Tensor, b: Tensor, documents: Tensor | None) -> Tensor:
-    """tril(a b^T, -1), 0 where documents differ; of "scores_backward" plus its transpose. (G, C, K) -> (G, C, C)."""
+def pairs(
+    kernel: str,
+    a: Tensor,
+    b: Tensor,
+    documents: Tensor | None,
+    *,
+    u: Tensor | None = None,
+    squares: Tensor | None = None,
+    diagonal: Tensor | None = None,
+    squares_out: Tensor | None = None,
+) -> Tensor:
+    """tril(a b^T, -1), 0 where documents differ; of "scores_backward" plus its transpose. (G, C, K) -> (G, C, C).
+
+    The others as for the kernel, `bdh.kernels.train_tokens.pairs`, (G, C) float32.
+    """
     G, C, K = a.shape
     P = a.new_empty(G, C, C)  # (G, C, C)
     tiles = fitted(kernel, a, C, C, K)
     side = cdiv(C, tiles.rows)
     run(
-        train_tokens.pairs, (side * (side + 1) // 2, G), tiles, a, b, documents, P, C, K,
+        train_tokens.pairs, (side * (side + 1) // 2, G), tiles,
+        a, b, documents, u, squares, diagonal, P, squares_out, C, K,
         SAME=a is b, BOTH_WAYS=kernel == "scores_backward",
         BLOCK=tiles.rows, BLOCK_K=tiles.depth, EVEN=divide((C, tiles.rows), (K, tiles.depth)),
     )  # fmt: skip

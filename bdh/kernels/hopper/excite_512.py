@@ -207,7 +207,7 @@ def fits(C: int, N: int, D: int) -> bool:
     return D == WIDTH and N % NEURONS == 0 and C % (2 * TOKENS) == 0
 
 
-def excite(x: Tensor, E: Tensor, phases: Tensor, C: int) -> tuple[Tensor, Tensor]:
+def excite(x: Tensor, E: Tensor, phases: Tensor, C: int, R: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """X = relu(x E^T) and R = rope(X), (G * C, N) bfloat16.
 
     Args:
@@ -215,12 +215,14 @@ def excite(x: Tensor, E: Tensor, phases: Tensor, C: int) -> tuple[Tensor, Tensor
         E: (N, D) bfloat16.
         phases: cos and sin of each pair, (C, N) bfloat16.
         C: Tokens of a chunk.
+        R: Where R is written, (G * C, N) bfloat16, contiguous; None allocates it.
     """
     M, N = len(x), len(E)
     G = M // C
     blocks, steps = M // (2 * TOKENS), N // NEURONS
     splits = cuts(blocks, steps, 4, x.device)
-    X, R = (torch.empty(M, N, dtype=x.dtype, device=x.device) for _ in range(2))  # (M, N)
+    X = torch.empty(M, N, dtype=x.dtype, device=x.device)  # (M, N)
+    R = torch.empty_like(X) if R is None else R  # (M, N)
     arguments = (
         tiles_of(x, TOKENS, COLUMNS),
         tiles_of(E, NEURONS, COLUMNS),

@@ -12,12 +12,15 @@ from bdh.kernels.triton_operations import TritonOperations, dropout_numbers
 class HopperOperations(TritonOperations):
     """See `Operations`."""
 
-    def excite(self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor, keep: bool = False) -> tuple[Tensor, Tensor]:
+    def excite(
+        self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor, keep: bool = False, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         (G, C, D), N = x.shape, len(E)
         kernel = next((module for module in (excite, excite_512) if module.fits(C, N, D)), None)
         if kernel is None or not of_bfloat16(x, E):
-            return super().excite(x, E, cos, sin)
-        X, R = kernel.excite(x.view(G * C, D), E, self.phases(cos, sin).view(C, N), C)  # (M, N)
+            return super().excite(x, E, cos, sin, keep, out)
+        R = None if out is None else out.view(G * C, N)  # (M, N)
+        X, R = kernel.excite(x.view(G * C, D), E, self.phases(cos, sin).view(C, N), C, R)  # (M, N)
         return X.view(G, C, N), R.view(G, C, N)
 
     def gate(

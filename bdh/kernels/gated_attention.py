@@ -1,0 +1,311 @@
+"""The attention of some heads of a layer in training with decay and with the delta rule, forward and backward.
+
+Equations and names as in `bdh.model.modeling_bdh`. Within a chunk, with u the cumulative sum of log_decay since it
+began, a = 1 / (|R| + eps) for "delta" and 1 for "add":
+
+    M_ts = a_t a_s exp(u_t - u_s) (R_t . R_s) for s < t,    P_t = a_t exp(u_t) R_t S
+    add:    U = x                       delta:  (I + diag(beta) M) U = beta (x - P)
+    A = P + M U
+    S' = exp(u_C) S + sum over s of a_s exp(u_C - u_s) R_s^T U_s
+
+For "add", U is known before S is, so all chunks are computed at once and the synapses are scanned. For "delta", U
+depends on S, so chunks follow each other; the inverses of I + diag(beta) M are computed before, all at once.
+
+Backward, with V the gradient of U and G that of what a chunk writes (for "delta" from the last chunk to the first):
+
+    add:    E = dA                      delta:  V = inverse^T (M^T dA + a exp(u_C - u) R G),  E = dA - beta V
+    dM = tril(E U^T, -1),               dP = E
+    dx = V for "add", beta V for "delta";    dbeta = V . (x - A)
+    d log a = A . E + U . V
+
+and the gradient of log_decay_t is the sum over t' >= t of A . E - U . V, plus S . dS of the end: it scales what the
+tokens from t on read, and its inverse what they write.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdh.kernels.attention import AttentionGradient
+from bdh.kernels.operations import Past
+from bdh.kernels.products import add_product_
+from bdh.kernels.reading import Reading
+from bdh.kernels.torch_gated_operations import turn_rows
+from bdh.model.modeling_bdh import KEY_EPS, Gates
+
+
+@dataclass(frozen=True)
+class ChunkedGates:
+    """The gates of a layer, cut into chunks; float32 at least, contiguous.
+
+    Attributes:
+        u: Cumulative log-decay since the beginning of the chunk, (h, G, C).
+        beta: Write strength, (h, G, C); None for "add".
+        reads: exp(u), 0 for tokens that do not see the synapses before their chunk: (h, G, C).
+        writes: exp(u_C - u), 0 for tokens that do not remain in the synapses after their chunk: (h, G, C).
+        remains: exp(u_C), 0 for chunks that begin a document: (h, B, c).
+    """
+
+    u: Tensor
+    beta: Tensor | None
+    reads: Tensor
+    writes: Tensor
+    remains: Tensor
+
+    @classmethod
+    def cut(cls, gates: Gates, reading: Reading) -> "ChunkedGates":
+        """From gates of (B, h, T) tokens; those that fill up the last chunk neither decay nor write."""
+        some = gates.log_decay if gates.log_decay is not None else gates.write_strength
+        assert some is not None
+        (B, h, T), C = some.shape, reading.C
+        c = -(-T // C)
+
+        def chunks(gate: Tensor) -> Tensor:
+            padded = F.pad(gate, (0, c * C - T))  # (B, h, c * C)
+            return padded.transpose(0, 1).contiguous().view(h, B * c, C)  # (h, G, C)
+
+        log_decay = some.new_zeros(h, B * c, C) if gates.log_decay is None else chunks(gates.log_decay)  # (h, G, C)
+        u = log_decay.cumsum(-1)  # (h, G, C)
+        last = u[..., -1:]  # (h, G, 1)
+        reads, writes, remains = u.exp(), (last - u).exp(), last.exp().view(h, B, c)
+        if (documents := reading.documents) is not None:
+            reads = reads * documents.sees_past[..., 0]  # (h, G, C)
+            writes = writes * documents.writes[..., 0]  # (h, G, C)
+            remains = remains * documents.kept  # (h, B, c)
+        beta = None if gates.write_strength is None else chunks(gates.write_strength)  # (h, G, C)
+        return cls(u, beta, reads, writes, remains)
+
+
+class GatedAttention:
+    """See `bdh.kernels.attention.Attention`.
+
+    Args:
+        reading: Of the pass.
+        gates: Of the layer.
+        x: Values, (G, C, D) dt.
+        B: Sequences.
+        with_state: Whether synapses come in.
+
+    Attributes:
+        d_beta: After the backward pass, the gradient of the write strength, (h, G, C), for "delta".
+        wants_decay: Whether the gradient of log_decay is needed.
+    """
+
+    def __init__(self, reading: Reading, gates: ChunkedGates, x: Tensor, B: int, with_state: bool):
+        self.op, self.gated_op = reading.operations, reading.operations.gated_attention
+        self.documents, self.chunk_phases = reading.documents, reading.chunk_phases
+        self.gates, self.x, self.B, self.c = gates, x, B, len(x) // B
+        self.with_state = with_state
+        self.has_past = with_state or self.c > 1
+        self.delta = gates.beta is not None
+        h = len(gates.u)
+        # Where chunks follow each other their products are small, so on a GPU all heads take each step together.
+        sequential = self.delta and self.has_past
+        self.heads_at_once = h if sequential and self.gated_op.all_heads_at_once else 1
+        self.wants_decay = False
+        self.difference = torch.empty_like(gates.u)  # (h, G, C)  A . E - U . V
+        self.d_beta = torch.empty_like(gates.u)  # (h, G, C)
+
+    @property
+    def document_ids(self) -> Tensor | None:
+        return None if self.documents is None else self.documents.of  # (G, C)
+
+    def of_heads(self, per_head: Tensor, heads: slice) -> Tensor:
+        """(h, G, C) -> (k * G, C), and (h, B, c) -> (k * B, c)."""
+        return per_head[heads.start] if self.heads_at_once == 1 else per_head[heads].flatten(0, 1)
+
+    def repeated(self, heads: slice) -> Tensor | None:
+        """The documents of the tokens for each of the heads, (k * G, C)."""
+        ids, k = self.document_ids, heads.stop - heads.start
+        return ids if ids is None or k == 1 else ids.repeat(k, 1)
+
+    # --------------------------------------------------------------------------------------------------- forward
+
+    def forward(
+        self, heads: slice, R: Tensor, S: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+        u = self.of_heads(self.gates.u, heads)  # (k * G, C)
+        if self.gates.beta is None:
+            return self.forward_add(heads, R, self.gated_op.add_scores(R, u, self.document_ids), S)
+        beta = self.of_heads(self.gates.beta, heads)  # (k * G, C)
+        M, inverse, squares = self.gated_op.delta_scores(R, u, beta, self.repeated(heads))  # 2 x (k * G, C, C)
+        if self.has_past:
+            A, U, states, end = self.forward_chunks(heads, R, M, inverse, beta, inverse_length(squares), S)
+            return A, end, (M, A, inverse, U, squares, states, end if self.wants_decay else None)
+        U = inverse @ self.gated_op.scaled_difference(beta, self.x)  # (G, C, D)
+        A = M @ U  # (G, C, D)
+        return A, None, (M, A, inverse, U, squares, None, None)
+
+    def forward_add(
+        self, heads: slice, R: Tensor, M: Tensor, S: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+        A = M @ self.x  # (G, C, D)
+        if not self.has_past:
+            return A, None, (M, A if self.wants_decay else None, None, None)
+        values = self.gated_op.scaled_difference(self.of_heads(self.gates.writes, heads), self.x)  # (G, C, D)
+        written = (R.mT @ values).unflatten(0, (self.B, self.c))  # (B, c, N, D)
+        remains = self.of_heads(self.gates.remains, heads)  # (B, c)
+        states, end = self.op.scan(written, S, *self.chunk_phases, remains)  # (B, c, N, D), (B, N, D)
+        states = states.flatten(0, 1)  # (G, N, D)  S before each chunk
+        self.gated_op.add_scaled_(A, R @ states, self.of_heads(self.gates.reads, heads))  # (G, C, D)
+        return A, end, (M, A if self.wants_decay else None, states, end if self.wants_decay else None)
+
+    def forward_chunks(
+        self,
+        heads: slice,
+        R: Tensor,
+        M: Tensor,
+        inverse: Tensor,
+        beta: Tensor,
+        a: Tensor,
+        S: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The delta rule by chunk: A and U (k * G, C, D), S before each chunk (k * B, c, N, D), and the last S.
+
+        With r = a exp(u), w = a exp(u_C - u) and Q = R S, what is written of a chunk, w U, is
+        w inverse (beta (x - r Q)) = Y - W Q: all but Q is known before.
+        """
+        op = self.gated_op
+        reads, writes = (self.of_heads(each, heads) * a for each in (self.gates.reads, self.gates.writes))
+        Y = op.scaled_difference(writes, inverse @ op.scaled_difference(beta, self.x))  # (k * G, C, D)
+        W = op.scaled_matrix(inverse, writes, beta * reads)  # (k * G, C, C)
+        state = None if S is None else S.clone()  # (k * B, N, D)
+        states, Q = self.scan(heads, R, W, Y, state, *self.chunk_phases, back=False)  # (k * B, c, N, D), (k * G, C, D)
+        U = inverse @ op.scaled_difference(beta, self.x, reads, Q)  # (k * G, C, D)
+        A = M @ U  # (k * G, C, D)
+        op.add_scaled_(A, Q, reads)  # (k * G, C, D)
+        return A, U, states, state
+
+    def scan(
+        self,
+        heads: slice,
+        R: Tensor,
+        W: Tensor,
+        Y: Tensor,
+        state: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        back: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """`GatedOperations.scan_delta` of (k * G, ...): the states (k * B, c, N, D) and Q (k * G, C, D)."""
+        remains = self.of_heads(self.gates.remains, heads)  # (k * B, c)
+        R, W, Y = (each.unflatten(0, (-1, self.c)) for each in (R, W, Y))  # (k * B, c, ...)
+        states, Q = self.gated_op.scan_delta(R, W, Y, remains, state, cos, sin, back)
+        return states, Q.flatten(0, 1)
+
+    # -------------------------------------------------------------------------------------------------- backward
+
+    def backward(
+        self,
+        heads: slice,
+        R: Tensor,
+        dA: Tensor,
+        saved: Sequence[Tensor | None],
+        dS: Tensor | None,
+        dx: Tensor,
+    ) -> AttentionGradient:
+        if not self.delta:
+            return self.backward_add(heads, R, dA, saved, dS, dx)
+        M, A, inverse, U, squares, states, end = saved
+        assert M is not None and A is not None and inverse is not None and U is not None and squares is not None
+        assert self.gates.beta is not None
+        beta, u = self.of_heads(self.gates.beta, heads), self.of_heads(self.gates.u, heads)  # (k * G, C)
+        past, before = None, None
+        if states is None:
+            V = inverse.mT @ (M.mT @ dA)  # (G, C, D)
+        else:
+            V, past, before = self.backward_chunks(
+                heads, R, dA, M, inverse, beta, inverse_length(squares), U, states, dS
+            )  # (k * G, C, D)
+        E, difference, diagonal, d_beta = self.gated_op.delta_rows_backward(
+            dA, V, A, U, self.x, beta, squares, dx
+        )  # (k * G, C, D), 3 x (k * G, C)
+        self.d_beta[heads] = d_beta.view_as(self.d_beta[heads])  # (k, G, C)
+        self.keep_decay_gradient(heads, difference, end, dS)
+        dP = self.gated_op.gated_scores_backward(E, U, u, squares, self.repeated(heads), diagonal)  # (k * G, C, C)
+        return AttentionGradient(dP, past, before)
+
+    def backward_add(
+        self,
+        heads: slice,
+        R: Tensor,
+        dA: Tensor,
+        saved: Sequence[Tensor | None],
+        dS: Tensor | None,
+        dx: Tensor,
+    ) -> AttentionGradient:
+        M, A, states, end = saved
+        assert M is not None
+        V = M.mT @ dA if self.wants_decay else None  # (G, C, D)
+        if V is None:
+            add_product_(dx, M.mT, dA)  # (G, C, D)
+        past, before = None, None
+        if states is not None:
+            reading = self.gated_op.scaled_difference(self.of_heads(self.gates.reads, heads), dA)  # (G, C, D)
+            of_states = (R.mT @ reading).unflatten(0, (self.B, self.c))  # (B, c, N, D)
+            remains = self.of_heads(self.gates.remains, heads)  # (B, c)
+            of_written, before = self.op.scan_backward(of_states, dS, *self.chunk_phases, remains)
+            of_written = of_written.flatten(0, 1)  # (G, N, D)
+            writes = self.of_heads(self.gates.writes, heads)  # (G, C)
+            self.gated_op.add_scaled_(dx if V is None else V, R @ of_written, writes)  # (G, C, D)
+            past = (reading, states, self.gated_op.scaled_difference(writes, self.x), of_written)
+        if V is not None:
+            assert A is not None
+            difference = self.gated_op.add_rows_backward(dA, V, A, self.x, dx)  # (G, C)
+            self.keep_decay_gradient(heads, difference, end, dS)
+        u = self.of_heads(self.gates.u, heads)  # (G, C)
+        dP = self.gated_op.gated_scores_backward(dA, self.x, u, None, self.document_ids, None)  # (G, C, C)
+        return AttentionGradient(dP, past, before)
+
+    def backward_chunks(
+        self,
+        heads: slice,
+        R: Tensor,
+        dA: Tensor,
+        M: Tensor,
+        inverse: Tensor,
+        beta: Tensor,
+        a: Tensor,
+        U: Tensor,
+        states: Tensor,
+        dS: Tensor | None,
+    ) -> tuple[Tensor, Past, Tensor | None]:
+        """The delta rule from the last chunk to the first: V (k * G, C, D), the `Past`, and dS before the first."""
+        op = self.gated_op
+        reads, writes = (self.of_heads(each, heads) * a for each in (self.gates.reads, self.gates.writes))
+        written = op.scaled_difference(writes, U)  # (k * G, C, D)
+        W = op.scaled_matrix(inverse, writes, beta * reads).mT  # (k * G, C, C)
+        V = inverse.mT @ (M.mT @ dA)  # (k * G, C, D)  without what the synapses add
+        reading = op.scaled_difference(reads, dA, beta, V)  # (k * G, C, D)  a exp(u) E, likewise
+        cos, sin = self.chunk_phases
+        state = None
+        if dS is not None or self.with_state:
+            state = states.new_zeros(len(states), *states.shape[2:], dtype=cos.dtype)  # (k * B, N, D)  G
+            if dS is not None:
+                state.copy_(turn_rows(dS, cos, sin))
+        of_written, P = self.scan(heads, R, W, reading, state, cos, -sin, back=True)  # (k * B, c, N, D), (k * G, C, D)
+        V.baddbmm_(inverse.mT, op.scaled_difference(writes, P))  # (k * G, C, D)
+        before = turn_rows(state, cos, -sin) if state is not None and self.with_state else None  # (k * B, N, D)
+        return V, (reading, states.flatten(0, 1), written, of_written.flatten(0, 1)), before
+
+    def keep_decay_gradient(self, heads: slice, difference: Tensor, end: Tensor | None, dS: Tensor | None) -> None:
+        """Keeps A . E - U . V (k * G, C) of some heads, and S . dS of the end as if the last token had read it."""
+        if not self.wants_decay:
+            return
+        kept = self.difference[heads].view(-1, self.B, self.c * difference.shape[-1])  # (k, B, c * C)
+        kept.copy_(difference.view_as(kept))
+        if end is not None and dS is not None:
+            kept[:, :, -1] += (end * dS).sum((1, 2)).view(-1, self.B)  # (k, B)
+
+    def decay_gradient(self) -> Tensor:
+        """The gradient of log_decay after the backward pass: sums over all later tokens, (h, B, c * C)."""
+        by_sequence = self.difference.view(len(self.difference), self.B, -1)  # (h, B, c * C)
+        return by_sequence.flip(-1).cumsum(-1).flip(-1)  # (h, B, c * C)
+
+
+def inverse_length(squares: Tensor) -> Tensor:
+    """1 / (|R| + eps) from |R|^2."""
+    return 1 / (squares.sqrt() + KEY_EPS)

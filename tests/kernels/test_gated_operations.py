@@ -1,0 +1,139 @@
+"""The Triton operations of decay and the delta rule, under Triton's interpreter, against those in PyTorch."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from bdh.kernels import triton_operations
+from bdh.kernels.torch_gated_operations import TorchGatedOperations
+from bdh.kernels.triton_gated_operations import TritonGatedOperations
+from bdh.kernels.triton_operations import Tiles
+
+torch_op, triton_op = TorchGatedOperations(), TritonGatedOperations()
+DTYPES = [torch.float32, torch.bfloat16]
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# G, C, D, N: one token; part of a tile; several tiles; several blocks of the inverse
+over_sizes = pytest.mark.parametrize(
+    "sizes", [(1, 1, 8, 6), (2, 13, 20, 34), (2, 32, 16, 64), (1, 150, 16, 20)], ids=str
+)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in triton_operations.TILES:
+        tiles = dict.fromkeys(DTYPES, Tiles(16, 16, 16, 4, 2))
+        monkeypatch.setitem(triton_operations.TILES, kernel, tiles)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def gates_of(G: int, C: int) -> tuple[Tensor, Tensor, Tensor]:
+    """u, beta and |R|^2, (G, C)."""
+    return -torch.rand(G, C).cumsum(-1), torch.rand(G, C), torch.rand(G, C) * 30
+
+
+def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """As close as the dtype of what went in allows, by default that of the results."""
+    tolerance = 1e-5 if (dtype or found.dtype) == torch.float32 else 3e-2
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert (found.float() - expected.float()).norm() <= tolerance * (1 + expected.float().norm())
+
+
+@over_sizes
+@over_dtypes
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
+def test_scores_and_their_gradient(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, unit: bool, documents: bool
+) -> None:
+    G, C, D, N = sizes
+    torch.manual_seed(0)
+    R, E, U = draw(G, C, N, dtype=dtype).relu(), draw(G, C, D, dtype=dtype), draw(G, C, D, dtype=dtype)
+    u, _, squares = gates_of(G, C)
+    ids = (torch.arange(C).expand(G, C) // 5).contiguous() if documents else None
+    if not unit:
+        assert_close(triton_op.add_scores(R, u, ids), torch_op.add_scores(R, u, ids))
+    given = (E, U, u, squares if unit else None, ids, draw(G, C) if unit else None)
+    assert_close(triton_op.gated_scores_backward(*given), torch_op.gated_scores_backward(*given))
+
+
+@over_sizes
+@over_dtypes
+@pytest.mark.parametrize("documents", [False, True])
+def test_scores_of_the_delta_rule_and_their_inverse(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, documents: bool
+) -> None:
+    G, C, _, N = sizes
+    torch.manual_seed(0)
+    R = torch.rand(G, C, N).to(dtype)  # alike, as positive neurons are
+    R[:, 0] = 0  # a silent token
+    u, beta, _ = gates_of(G, C)
+    ids = (torch.arange(C).expand(G, C) // 70).contiguous() if documents else None
+    found, expected = (op.delta_scores(R, u / 50, beta, ids) for op in (triton_op, torch_op))
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, dtype)
+    M, inverse, _ = (each.float() for each in found)
+    product = (torch.eye(C) + beta[..., None] * M) @ inverse  # (G, C, C)
+    assert (product - torch.eye(C)).abs().max() < (1e-4 if dtype == torch.float32 else 5e-2)
+    rows, columns = torch.rand(G, C), torch.rand(G, C)
+    assert_close(
+        triton_op.scaled_matrix(found[1], rows, columns), torch_op.scaled_matrix(found[1], rows, columns), dtype
+    )
+
+
+@over_sizes
+@over_dtypes
+def test_rows_of_tokens(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    G, C, D, _ = sizes
+    torch.manual_seed(0)
+    x, Q = draw(G, 3, C, D, dtype=dtype)[:, 1], draw(G, C, D, dtype=dtype)  # the first strided, as one chunk of several
+    w, r = draw(G, 2, C)[:, 1], draw(G, 2, C)[:, 0]
+    assert_close(triton_op.scaled_difference(w, x), torch_op.scaled_difference(w, x))
+    assert_close(triton_op.scaled_difference(w, x, r, Q), torch_op.scaled_difference(w, x, r, Q))
+    found, expected = Q.clone(), Q.clone()
+    triton_op.add_scaled_(found, x.contiguous(), r)
+    torch_op.add_scaled_(expected, x.contiguous(), r)
+    assert_close(found, expected)
+
+
+@over_sizes
+@over_dtypes
+@pytest.mark.parametrize("heads", [1, 3])
+def test_rows_backward(sizes: tuple[int, int, int, int], dtype: torch.dtype, heads: int) -> None:
+    G, C, D, _ = sizes
+    torch.manual_seed(0)
+    dA, V, A, U = (draw(heads * G, C, D, dtype=dtype) for _ in range(4))
+    x, dx = draw(G, C, D, dtype=dtype), draw(G, C, D)
+    _, beta, squares = gates_of(heads * G, C)
+    squares[:, 0] = 0  # a silent token
+    results = []
+    for op in (triton_op, torch_op):
+        total, total_add = dx.clone(), dx.clone()
+        results.append(
+            [
+                *op.delta_rows_backward(dA, V, A, U, x, beta, squares, total), total,
+                op.add_rows_backward(dA[:G], V[:G], A[:G], x, total_add), total_add,
+            ]
+        )  # fmt: skip
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, dtype)
+
+
+@over_dtypes
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_state_is_scanned(dtype: torch.dtype, back: bool, carried: bool) -> None:
+    torch.manual_seed(0)
+    B, c, C, N, D = 2, 3, 18, 34, 20
+    R, Y = draw(B, c, C, N, dtype=dtype).relu() / 4, draw(B, c, C, D, dtype=dtype)
+    W, remains = draw(B, c, C, C, dtype=dtype) / 20, torch.rand(B, c)
+    angle, state = torch.rand(N // 2), draw(B, N, D)
+    results = []
+    for op in (triton_op, torch_op):
+        values, mine = Y.clone(), state.clone() if carried else None
+        scanned = op.scan_delta(R, W.mT if back else W, values, remains, mine, angle.cos(), angle.sin(), back)
+        results.append([*scanned, values, *([] if mine is None else [mine])])
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, dtype)
