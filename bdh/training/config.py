@@ -50,9 +50,9 @@ class ModelConfig:
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     chunk_size: int = 512
-    decay: Literal["none", "fixed", "gated"] = "none"
+    decay: Literal["none", "fixed", "gated"] = "gated"
     decay_half_lives: list[float | None] | None = None
-    write: Literal["add", "delta"] = "add"
+    write: Literal["add", "delta"] = "delta"
     kernels: Literal["auto", "reference", "chunked", "triton"] = "auto"
 
     def architecture(self) -> dict[str, Any]:

@@ -162,10 +162,10 @@ def test_average_is_the_mean(finished_run: Path, tmp_path: Path, bdh: Run) -> No
 def test_info(finished_run: Path, bdh: Run) -> None:
     for target in (finished_run, finished_run / "model", finished_run / "checkpoints" / "latest"):
         done = bdh("info", target)
-        assert done.returncode == 0 and "14,336" in done.stdout and "sharing one set of weights" in done.stdout
-        assert "0.23 MB for weights, gradients and AdamW's moments in float32, 0.20 MB with Muon" in done.stdout
+        assert done.returncode == 0 and "14,406" in done.stdout and "sharing one set of weights" in done.stdout
+        assert "0.23 MB for weights, gradients and AdamW's moments in float32, 0.21 MB with Muon" in done.stdout
     sizes = json.loads(bdh("info", finished_run / "model", "--json").stdout)
-    assert sizes["parameters"] == 14336 and sizes["weight_bytes"] == 57344
+    assert sizes["parameters"] == 14406 and sizes["weight_bytes"] == 57624
     assert sizes["state_bytes"] == 4 * 2 * 128 * 16
 
 
