@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ class TimeLimit:
 
 
 class Trainer:
-    """A model of one variant and its optimizer: warm-up, then a cosine from learning rate 1e-3 to 1e-4.
+    """A model of one variant and its optimizer: by default a warm-up, then a cosine from learning rate 1e-3 to 1e-4.
 
     Args:
         sizes: Fields of BDHConfig that all variants share.
@@ -87,17 +87,24 @@ class Trainer:
         device: Where it trains.
         steps: Optimizer steps of the whole run.
         limit: Wall time; a run that would pass it raises OutOfTimeError after its first steps.
+        recipe: Fields of TrainingConfig that differ from the default recipe.
     """
 
     MEASURED = range(5, 25)  # steps whose time the rest of the run is estimated from
 
     def __init__(
-        self, sizes: dict[str, Any], variant: Variant, device: torch.device, steps: int, limit: TimeLimit
+        self,
+        sizes: dict[str, Any],
+        variant: Variant,
+        device: torch.device,
+        steps: int,
+        limit: TimeLimit,
+        recipe: Mapping[str, Any] | None = None,
     ) -> None:
         seed_everything(0)
         self.variant, self.device, self.limit = variant, device, limit
         self.model = BDHForCausalLM(BDHConfig(**sizes, **variant.config)).to(device)
-        self.recipe = TrainingConfig(max_steps=steps, warmup_steps=min(100, steps // 10))
+        self.recipe = TrainingConfig(**{"max_steps": steps, "warmup_steps": min(100, steps // 10), **(recipe or {})})
         self.kernels = use_checked_kernels(self.model, device, self.autocast)
         self.optimizer = build_optimizer(self.model, self.recipe)
         self.model.train()
