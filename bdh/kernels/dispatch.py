@@ -15,7 +15,7 @@ from bdh.kernels.reading import Reading, Weights
 from bdh.kernels.torch_operations import TorchOperations
 from bdh.model.configuration_bdh import BDHConfig
 from bdh.model.heads import HereLinear
-from bdh.model.modeling_bdh import BDHLayer, BDHState, Fast
+from bdh.model.modeling_bdh import BDHLayer, BDHState, Fast, Gates
 
 # What auto takes its forms from: products X o Y of a head in a pass. With fewer, the plain form is as fast.
 LEAST = {"chunked": 1 << 18, "triton": 1 << 24}
@@ -147,12 +147,22 @@ class Way:
 
     def __init__(self, reading: Reading, layer: BDHLayer):
         self.reading, self.layer = reading, layer
+        self.constant_gates = NO_GATES if layer.gates is None else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor | None]:
         encoder, *encoder_v, decoder = (here(linear) for linear in linear_maps(self.layer))
-        gates = NO_GATES if self.layer.gates is None else self.layer.gates(x)
-        return neurons(self.reading, x, S, encoder, encoder_v, decoder, gates)
+        return neurons(self.reading, x, S, encoder, encoder_v, decoder, self.gates(x))
+
+    def gates(self, x: Tensor) -> Gates:
+        """The gates of tokens x (B, T, D), computed once for all layers where they do not depend on the tokens."""
+        if self.constant_gates is not None:
+            return self.constant_gates
+        assert self.layer.gates is not None
+        gates: Gates = self.layer.gates(x)
+        if not self.layer.gates.depends_on_tokens:
+            self.constant_gates = gates
+        return gates
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def join(self, x: Tensor, y: Tensor) -> Tensor:

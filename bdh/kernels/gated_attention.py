@@ -47,6 +47,8 @@ class ChunkedGates:
         reads: exp(u), 0 for tokens that do not see the synapses before their chunk: (h, G, C).
         writes: exp(u_C - u), 0 for tokens that do not remain in the synapses after their chunk: (h, G, C).
         remains: exp(u_C), 0 for chunks that begin a document: (h, B, c).
+
+    The last three are those of chunks that go on from each other or from a state; else they are u.
     """
 
     u: Tensor
@@ -56,7 +58,7 @@ class ChunkedGates:
     remains: Tensor
 
     @classmethod
-    def cut(cls, gates: Gates, reading: Reading) -> "ChunkedGates":
+    def cut(cls, gates: Gates, reading: Reading, with_state: bool) -> "ChunkedGates":
         """From gates of (B, h, T) tokens; those that fill up the last chunk neither decay nor write."""
         some = gates.log_decay if gates.log_decay is not None else gates.write_strength
         assert some is not None
@@ -64,18 +66,20 @@ class ChunkedGates:
         c = -(-T // C)
 
         def chunks(gate: Tensor) -> Tensor:
-            padded = F.pad(gate, (0, c * C - T))  # (B, h, c * C)
+            padded = F.pad(gate, (0, c * C - T)) if c * C > T else gate  # (B, h, c * C)
             return padded.transpose(0, 1).contiguous().view(h, B * c, C)  # (h, G, C)
 
         log_decay = some.new_zeros(h, B * c, C) if gates.log_decay is None else chunks(gates.log_decay)  # (h, G, C)
+        beta = None if gates.write_strength is None else chunks(gates.write_strength)  # (h, G, C)
         u = log_decay.cumsum(-1)  # (h, G, C)
+        if c == 1 and not with_state:
+            return cls(u, beta, u, u, u)
         last = u[..., -1:]  # (h, G, 1)
         reads, writes, remains = u.exp(), (last - u).exp(), last.exp().view(h, B, c)
         if (documents := reading.documents) is not None:
             reads = reads * documents.sees_past[..., 0]  # (h, G, C)
             writes = writes * documents.writes[..., 0]  # (h, G, C)
             remains = remains * documents.kept  # (h, B, c)
-        beta = None if gates.write_strength is None else chunks(gates.write_strength)  # (h, G, C)
         return cls(u, beta, reads, writes, remains)
 
 

@@ -180,7 +180,7 @@ def attention_of(reading: Reading, xs: Tensor, B: int, gates: Gates, with_state:
     """The attention of a layer that reads xs (G, C, D), of B sequences."""
     if gates.log_decay is None and gates.write_strength is None:
         return PlainAttention(reading, xs, B)
-    return GatedAttention(reading, ChunkedGates.cut(gates, reading), xs, B, with_state)
+    return GatedAttention(reading, ChunkedGates.cut(gates, reading, with_state), xs, B, with_state)
 
 
 def tokens_of(log_decay: Tensor | None, write_strength: Tensor | None) -> int:

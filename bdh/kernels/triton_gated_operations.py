@@ -72,11 +72,12 @@ class TritonGatedOperations:
         states, Q = start_scan(R, Y, state, back)  # (B, c, N, D), (B, c, C, D)
         order = chunk_order(R, back)
         R_of, W_of, Y_of, Q_of, S_of, remains_of = (each.unbind(1) for each in (R, W, Y, Q, states, remains))
-        rest = None if Y.dtype == torch.float32 else torch.empty_like(states[:, 0])  # (B, N, D)
+        # In bfloat16 the state is a sum of two tensors, so that it keeps the digits of both: see the kernel.
+        rest = None if Y.dtype == torch.float32 else torch.empty_like(S_of[0])  # (B, N, D)
+        end = None if state is None else torch.empty_like(S_of[0])  # (B, N, D)
+        before = None if state is None else S_of[order[0]]  # (B, N, D)
         if rest is not None and state is not None:
             torch.sub(state, S_of[order[0]], out=rest)
-        end = None if state is None else torch.empty_like(states[:, 0])  # (B, N, D)
-        before = None if state is None else S_of[order[0]]  # (B, N, D)
         for i, after in zip(order, [*(S_of[following] for following in order[1:]), end], strict=True):
             if before is None:
                 Q_of[i].zero_()

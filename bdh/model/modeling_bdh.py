@@ -463,6 +463,11 @@ class BDHGates(nn.Module):
             else:
                 init.zeros_(parameter)
 
+    @property
+    def depends_on_tokens(self) -> bool:
+        """Whether the gates differ from token to token."""
+        return self.config.decay == "gated" or self.config.write == "delta"
+
     def rates(self) -> list[float | None]:
         """ln 2 / half-life of each head; None for one that never decays."""
         return [None if life is None else math.log(2) / life for life in self.config.decay_half_lives or []]
@@ -471,25 +476,34 @@ class BDHGates(nn.Module):
         """The gates of tokens x (B, T, D); `mask` (B, T, 1) is 0 at padding, which neither decays nor writes."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(synapse_dtype(x.dtype))  # (B, T, D)
-            log_decay = self.log_decay(x)  # (B, T, h)
-            beta = None
-            if self.config.write == "delta":
-                weight, bias = self.local("write_weight", x), self.local("write_bias", x)  # (h, D), (h)
-                beta = torch.sigmoid(F.linear(x, weight, bias))  # (B, T, h)
-            gates = [log_decay, beta]
+            names = ["decay"] * (self.config.decay == "gated") + ["write"] * (self.config.write == "delta")
+            shares = dict(zip(names, self.shares(x, names), strict=True))  # (B, T, h) each
+            gates = [self.log_decay(x, shares.get("decay")), shares.get("write")]  # (B, T, h)
             if mask is not None:
                 gates = [None if gate is None else gate * mask for gate in gates]
             return Gates(*(None if gate is None else gate.transpose(1, 2) for gate in gates))  # (B, h, T)
 
-    def log_decay(self, x: Tensor) -> Tensor | None:
-        """The logarithm of the retention, (B, T, D) -> (B, T, h), at most 0; None if the synapses do not decay."""
-        if self.config.decay == "none":
-            return None
+    def shares(self, x: Tensor, names: list[str]) -> Sequence[Tensor]:
+        """sigmoid(w x + b) of the gates of these names, in one product: (B, T, D) -> (B, T, h) each."""
+        if not names:
+            return []
+        weight = torch.cat([self.local(f"{name}_weight", x) for name in names])  # (gates * h, D)
+        bias = torch.cat([self.local(f"{name}_bias", x) for name in names])  # (gates * h)
+        return torch.sigmoid(F.linear(x, weight, bias)).chunk(len(names), -1)
+
+    def log_decay(self, x: Tensor, share: Tensor | None) -> Tensor | None:
+        """The logarithm of the retention, (B, T, h), at most 0; None if the synapses do not decay.
+
+        Args:
+            x: (B, T, D).
+            share: sigmoid(w x + b), (B, T, h), of a gated decay.
+        """
         rates = self.rates()
         if self.config.decay == "fixed":
             rate = per_head([rate or 0.0 for rate in rates], x)  # (h)
             return -rate.expand(*x.shape[:2], -1)  # (B, T, h)
-        share = torch.sigmoid(F.linear(x, self.local("decay_weight", x), self.local("decay_bias", x)))  # (B, T, h)
+        if share is None:
+            return None
         result = -self.local("decay_rate", x).exp() * share  # (B, T, h)
         if None in rates:
             result = result * per_head([float(rate is not None) for rate in rates], x)  # (B, T, h)
