@@ -20,7 +20,7 @@ from bdh.kernels.cpu import (
     flush_gated,
     lazy_zeros,
     make_matrices,
-    pending_scores,
+    read_gated_pending,
     read_pending,
     rotate_pairs,
     runs_of,
@@ -42,22 +42,17 @@ class Step:
     Attributes:
         phases: Of the rows' positions, (B, 1, N/2) complex64.
         runs: The rows by their slots.
-        starts: The first row of each sequence's synapses in a layer's table, (slots * n, D), with gates
-            (slots * h * (N + W), D); B numbers.
+        starts: The first row of each sequence's synapses in the table (slots * n, D) of a layer; B numbers.
         places: Where R and x are kept while they are pending: rows of a layer's tables (slots * h * W, N) and
-            (slots * W, D); (B * h) and (B), int64. With gates, rows of R's table and those of U in the table of the
-            synapses; (B * h) both.
-        decays: How the synapses and the pending tokens decay; None without gates.
-        activity: Memory for the weights of the rows of the synapses' table, in each layer: (B, h, N + W), 0 where no
-            token is pending; None without gates.
+            (slots * W, D); (B * h) and (B), int64. U, of a model with gates, has the same rows as R.
+        decays: How the synapses and the pending tokens decay; None if they do not.
     """
 
     phases: Tensor
     runs: list[Run]
     starts: list[int]
     places: tuple[Tensor, Tensor]
-    decays: DecayStep | None = None
-    activity: Tensor | None = None
+    decays: DecayStep | None
 
 
 class CPURunner:
@@ -102,16 +97,13 @@ class CPURunner:
         self.embed = model.model.embed_tokens.weight.detach()  # (V, D)
         self.decoder_rows = layer.decoder.weight.detach().T.contiguous()  # (n, D)
         with torch.inference_mode():  # only so does the model write them in place
-            if self.gates is None:
-                self.synapses = [lazy_zeros(n_slots, h, N, D) for _ in range(config.n_layer)]
-            else:  # behind the synapses of a head, its pending U
-                self.tables = [lazy_zeros(n_slots, h, N + MAX_PENDING, D) for _ in range(config.n_layer)]
-                self.synapses = [table[:, :, :N] for table in self.tables]  # L x (slots, h, N, D)
+            self.synapses = [lazy_zeros(n_slots, h, N, D) for _ in range(config.n_layer)]
         self.pending_R = [lazy_zeros(n_slots, h, MAX_PENDING, N) for _ in range(config.n_layer)]
         if self.gates is None:
             self.pending_x = [lazy_zeros(n_slots, MAX_PENDING, D) for _ in range(config.n_layer)]
         else:
-            self.decays = Decays(config.n_layer, n_slots, h, MAX_PENDING)
+            self.pending_U = [lazy_zeros(n_slots, h, MAX_PENDING, D) for _ in range(config.n_layer)]
+        self.decays = None if config.decay == "none" else Decays(config.n_layer, n_slots, h, MAX_PENDING)
         self.phases = Phases(n_slots, N, config.rope_theta, MAX_PENDING)
         self.few_rows = FEW_ROWS if h * N * D >= LARGE else 0
         self.clean = [True] * n_slots  # whether a slot's synapses are zero
@@ -147,7 +139,7 @@ class CPURunner:
         x = self.norm(self.embed[torch.tensor(tokens)].float())  # (B, D)
         for i in range(len(self.synapses)):
             x = self.layer(x, i, step)  # (B, D)
-        if step.decays is not None:
+        if self.decays is not None and step.decays is not None:
             self.decays.end(step.decays)
         for slot in slots:
             self.position[slot] += 1
@@ -164,24 +156,12 @@ class CPURunner:
             for slot, count in zip(slots, counts, strict=True)
             for k in range(self.h)
         ]
-        phases = self.phases.at(slots, [self.position[slot] for slot in slots])  # (B, 1, N/2) complex64
-        runs = runs_of(slots, counts)
-        if self.gates is None:
-            starts = [slot * self.h * self.N for slot in slots]
-            return Step(phases, runs, starts, (torch.tensor(heads), torch.tensor(first)))
-        rows = self.N + MAX_PENDING  # of a head
-        last = [
-            (slot * self.h + k) * rows + self.N + count
-            for slot, count in zip(slots, counts, strict=True)
-            for k in range(self.h)
-        ]
         return Step(
-            phases,
-            runs,
-            starts=[slot * self.h * rows for slot in slots],
-            places=(torch.tensor(heads), torch.tensor(last)),
-            decays=self.decays.begin(slots, counts),
-            activity=torch.zeros(len(slots), self.h, rows),  # (B, h, N + W)
+            phases=self.phases.at(slots, [self.position[slot] for slot in slots]),
+            runs=runs_of(slots, counts),
+            starts=[slot * self.h * self.N for slot in slots],
+            places=(torch.tensor(heads), torch.tensor(first)),
+            decays=None if self.decays is None else self.decays.begin(slots, counts),
         )
 
     def layer(self, x: Tensor, i: int, step: Step) -> Tensor:
@@ -189,13 +169,13 @@ class CPURunner:
         B, h, N, D = x.shape[0], self.h, self.N, self.D
         X = self.encoder(x[:, None])  # (B, n)
         R = rotate_pairs(X.float().view(B, h, N), step.phases)  # (B, h, N) float32
+        A = sum_rows(R, self.synapses[i].view(-1, D), step.starts)  # (B, h, D) float32
         if self.gates is None:
-            A = sum_rows(R, self.synapses[i].view(-1, D), step.starts)  # (B, h, D) float32
             read_pending(R, A, self.pending_R[i], self.pending_x[i], step.runs)
-            self.pending_R[i].view(-1, N).index_copy_(0, step.places[0], R.view(-1, N))
             self.pending_x[i].view(-1, D).index_copy_(0, step.places[1], x)
         else:
-            A = self.attend_gated(R, x, i, step)  # (B, h, D) float32
+            self.attend_gated(R, x, A, i, step)
+        self.pending_R[i].view(-1, N).index_copy_(0, step.places[0], R.view(-1, N))
         Z = self.encoder_v(self.norm(A)).mul_(X)  # (B, n)
         if B <= self.few_rows:
             out = sum_rows(Z.view(B, h, N), self.decoder_rows, [0] * B).sum(1)  # (B, D)
@@ -203,29 +183,21 @@ class CPURunner:
             out = self.decoder(Z[:, None])  # (B, D)
         return self.norm(x + self.norm(out.float()))  # (B, D)
 
-    def attend_gated(self, R: Tensor, x: Tensor, i: int, step: Step) -> Tensor:
-        """Attention with decay and the delta rule, of R (B, h, N) and x (B, D): A (B, h, D). U is left pending."""
-        assert self.gates is not None and step.decays is not None and step.activity is not None
-        N, table = self.N, self.tables[i].view(-1, self.D)  # (slots * h * (N + W), D)
-        self.pending_R[i].view(-1, N).index_copy_(0, step.places[0], R.view(-1, N))
-        scores = pending_scores(R, self.pending_R[i], step.runs)  # (B, h, longest + 1)
+    def attend_gated(self, R: Tensor, x: Tensor, A: Tensor, i: int, step: Step) -> None:
+        """Makes attention with decay and the delta rule out of A = R S, (B, h, D), and leaves U pending."""
+        assert self.gates is not None
         log_decay, beta = self.gates(x)  # (B, h)
-        weights = step.decays.since(i, log_decay)  # (B, h, 1 + longest)
-        if beta is not None:
-            lengths = np.sqrt(step.decays.own(scores))  # (B, h, 1)
-            scale = 1 / (lengths + np.float32(KEY_EPS))  # (B, h, 1)
-            weights *= scale
-        activity = step.activity  # (B, h, N + W)
-        torch.mul(R, torch.from_numpy(weights[:, :, :1]), out=activity[:, :, :N])  # (B, h, N)
-        if (longest := weights.shape[2] - 1) > 0:
-            activity.numpy()[:, :, N : N + longest] = scores[:, :, :longest] * weights[:, :, 1:]
-        A = sum_rows(activity, table, step.starts)  # (B, h, D)
+        since = None
+        if step.decays is not None and log_decay is not None:
+            since = step.decays.since(i, log_decay)  # (B, h, 1 + longest)
+        read_gated_pending(R, A, since, self.pending_R[i], self.pending_U[i], step.runs)
         if beta is None:
             U = x[:, None].expand_as(A).reshape(-1, self.D)  # (B * h, D)
         else:
-            U = (x[:, None] - A).mul_(torch.from_numpy(scale * beta[:, :, None])).view(-1, self.D)  # (B * h, D)
-        table.index_copy_(0, step.places[1], U)
-        return A
+            scale = 1 / (torch.linalg.vector_norm(R, dim=-1).numpy() + np.float32(KEY_EPS))  # (B, h)
+            A.mul_(torch.from_numpy(scale)[..., None])  # (B, h, D)
+            U = (x[:, None] - A).mul_(torch.from_numpy(scale * beta)[..., None]).view(-1, self.D)  # (B * h, D)
+        self.pending_U[i].view(-1, self.D).index_copy_(0, step.places[0], U)
 
     def norm(self, x: Tensor) -> Tensor:
         return torch.layer_norm(x, (self.D,), eps=self.eps)
@@ -250,11 +222,10 @@ class CPURunner:
         """Writes a slot's pending tokens into synapses, L x (h, N, D), its own or a copy."""
         count = self.position[slot] - self.flushed[slot]
         if count and self.gates is not None:
-            since = self.decays.since(slot, count)  # (L, h, 1 + count)
+            since = None if self.decays is None else self.decays.since(slot, count)  # (L, h, 1 + count)
             for i, S in enumerate(synapses):
-                R = self.pending_R[i][slot, :, :count]  # (h, count, N)
-                U = self.tables[i][slot, :, self.N : self.N + count]  # (h, count, D)
-                flush_gated(S, R, U, since[i] if self.gates.decays else None)
+                R, U = self.pending_R[i][slot, :, :count], self.pending_U[i][slot, :, :count]  # (h, count, N or D)
+                flush_gated(S, R, U, None if since is None else since[i])
         elif count:
             for S, R, x in zip(synapses, self.pending_R, self.pending_x, strict=True):
                 flush(S, R[slot, :, :count], x[slot, :count])

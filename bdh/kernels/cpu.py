@@ -11,14 +11,13 @@ At one token a weight is used once, so the speed of the memory is the limit, and
       A = R S + sum over pending s of (R . R_s) x_s,
 
   and one matrix product adds the whole list to S (`flush`). What is summed is the same; only the order differs.
-* With decay and the delta rule (`TokenGates`, `Decays`, `flush_gated`) the list holds (R, U) for each head, and the
+* With decay and the delta rule (`read_gated_pending`, `flush_gated`) the list holds (R, U) for each head, and the
   cumulative log-decay c since the last flush, c = 0 at the flush. A head that scales its keys by r = 1 / (|R| + eps)
   (delta; r = 1 for add) reads
 
       A = r (exp(c) R S + sum over pending s of exp(c - c_s) (R . R_s) U_s),
 
-  and U = x for add, r beta (x - A) for delta. As c never rises, no exponent is above 0. The rows U are kept behind
-  the head's rows of S, so that one `sum_rows` reads both.
+  and U = x for add, r beta (x - A) for delta. As c never rises, no exponent is above 0.
 * Rotary phases (`Phases`) are a complex number a pair of neurons, the product of two that are kept.
 
 Shapes in comments: B sequences, D `n_embd`, h heads, N neurons of a head, n = h * N, W tokens that may be pending.
@@ -319,7 +318,6 @@ class TokenGates:
     def __init__(self, gates: BDHGates):
         config = gates.config
         self.h = h = config.n_head
-        self.decays = config.decay != "none"
         self.gated, self.delta = config.decay == "gated", config.write == "delta"
         rates = torch.tensor([rate or 0.0 for rate in gates.rates()])  # (h)
         weights: list[Tensor] = []
@@ -379,15 +377,13 @@ class Decays:
         c = self.c[rows, :, :, : 1 + longest]  # (B, L, h, 1 + longest)
         last = self.c[rows, :, :, places]  # (B, L, h)
         before = last[..., None] - c  # (B, L, h, 1 + longest)
-        uniform = min(counts) == longest
-        if not uniform:
+        if min(counts) < longest:
             before[np.broadcast_to(np.arange(1 + longest) > places[:, None, None, None], before.shape)] = -math.inf
-        return DecayStep(rows, places, uniform, last, before)
+        return DecayStep(rows, places, last, before)
 
     def end(self, step: "DecayStep") -> None:
         """Keeps the cumulative log-decay of the tokens of a step."""
-        if step.log_decays:
-            self.c[step.slots, :, :, 1 + step.counts] = step.last + np.stack(step.log_decays, axis=1)  # (B, L, h)
+        self.c[step.slots, :, :, 1 + step.counts] = step.last + np.stack(step.log_decays, axis=1)  # (B, L, h)
 
     def since(self, slot: int, count: int) -> Tensor:
         """Retention from the last flush (place 0), and from each of `count` pending tokens, to the last of these.
@@ -406,7 +402,6 @@ class DecayStep:
     Attributes:
         slots: Of the rows, (B) int64.
         counts: Pending tokens of these slots, (B) int64.
-        uniform: Whether as many tokens are pending in all of them.
         last: Cumulative log-decay of the token before each row's token, (B, L, h).
         before: Log-decay to that token from the last flush (place 0) and from each pending token; -inf at places
             without a token: (B, L, h, 1 + longest).
@@ -415,54 +410,53 @@ class DecayStep:
 
     slots: NDArray[np.int64]
     counts: NDArray[np.int64]
-    uniform: bool
     last: Array
     before: Array
     log_decays: list[Array] = field(default_factory=list)
 
-    def own(self, scores: Array) -> Array:
-        """Of scores (B, h, longest + 1), those in the place after the pending tokens: (B, h, 1)."""
-        return scores[:, :, -1:] if self.uniform else np.take_along_axis(scores, self.counts[:, None, None], axis=2)
-
-    def since(self, i: int, log_decay: Array | None) -> Array:
+    def since(self, i: int, log_decay: Array) -> Tensor:
         """Retention from the last flush and from each pending token to the rows' tokens, in layer i.
 
         Args:
             i: The layer; layers come in order.
-            log_decay: Of the rows' tokens, (B, h); None if the synapses do not decay.
+            log_decay: Of the rows' tokens, (B, h).
 
         Returns:
             (B, h, 1 + longest), each at most 1; 0 at places without a token.
         """
-        if log_decay is None:
-            return np.exp(self.before[:, i])  # (B, h, 1 + longest)
         self.log_decays.append(log_decay)
         since = self.before[:, i] + log_decay[:, :, None]  # (B, h, 1 + longest)
-        return np.exp(since, out=since)  # (B, h, 1 + longest)
+        return torch.from_numpy(np.exp(since, out=since))  # (B, h, 1 + longest)
 
 
-def pending_scores(R: Tensor, pending_R: Tensor, runs: Sequence[Run]) -> Array:
-    """R . R_s for each pending token s and for the token itself, which stands in the place after these.
+def read_gated_pending(
+    R: Tensor, A: Tensor, since: Tensor | None, pending_R: Tensor, pending_U: Tensor, runs: Sequence[Run]
+) -> None:
+    """Makes g A + the sum over pending tokens of g_s (R . R_s) U_s out of A, where g is the retention since then.
 
     Args:
         R: (B, h, N), float32.
-        pending_R: (slots, h, W, N), float32, that has the R of the rows' tokens in the place after the pending ones.
+        A: (B, h, D), float32.
+        since: g of the synapses (place 0) and of the pending tokens, (B, h, 1 + longest), float32; None if all are 1.
+        pending_R: (slots, h, W, N), float32.
+        pending_U: The vectors to be written, scaled as their keys are: (slots, h, W, D), float32.
         runs: The batch's.
-
-    Returns:
-        (B, h, longest + 1), float32; of any value at places without a token.
     """
-    B, h, _ = R.shape
-    parts = []
+    h = R.shape[1]
+    if since is not None:
+        A.mul_(since[:, :, :1])  # (B, h, D)
     for run in runs:
-        past = pending_R[run.slots, :, : run.longest + 1].flatten(0, 1)  # (rows * h, longest + 1, N)
-        parts.append(torch.bmm(R[run.rows].flatten(0, 1)[:, None], past.mT).numpy())  # (rows * h, 1, longest + 1)
-    if len(parts) == 1:
-        return parts[0].reshape(B, h, -1)  # (B, h, longest + 1)
-    scores = np.zeros((B, h, max(run.longest for run in runs) + 1), np.float32)  # (B, h, longest + 1)
-    for run, part in zip(runs, parts, strict=True):
-        scores[run.rows, :, : run.longest + 1] = part.reshape(-1, h, run.longest + 1)
-    return scores
+        longest = run.longest
+        if longest == 0:
+            continue
+        past = pending_R[run.slots, :, :longest].flatten(0, 1)  # (rows * h, longest, N)
+        scores = torch.bmm(R[run.rows].flatten(0, 1)[:, None], past.mT)  # (rows * h, 1, longest)
+        if since is not None:
+            scores.view(-1, h, longest).mul_(since[run.rows, :, 1 : 1 + longest])  # (rows, h, longest)
+        elif run.is_pending is not None:
+            scores = scores.view(-1, h, longest).where(run.is_pending, 0).view(-1, 1, longest)  # (rows * h, 1, longest)
+        values = pending_U[run.slots, :, :longest].flatten(0, 1)  # (rows * h, longest, D)
+        A[run.rows].flatten(0, 1)[:, None].baddbmm_(scores, values)  # (rows * h, 1, D)
 
 
 def flush_gated(S: Tensor, pending_R: Tensor, pending_U: Tensor, since: Tensor | None) -> None:
