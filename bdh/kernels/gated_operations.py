@@ -101,7 +101,7 @@ class GatedOperations(Protocol):
             dA: (k * G, C, D) dt, for k heads, contiguous, and so V, A and U.
             V: Gradient of U.
             A: What was read.
-            U: What was written.
+            U: What was written, beta (x - A).
             x: (G, C, D) dt.
             beta: (k * G, C) wide.
             squares: |R|^2, (k * G, C) wide.

@@ -1,41 +1,73 @@
 """The operations of `bdh.kernels.gated_operations` in PyTorch, for all devices and dtypes."""
 
-import math
-
 import torch
 from torch import Tensor
 
+from bdh.kernels.workspace import Workspace
 from bdh.model.modeling_bdh import KEY_EPS, synapse_dtype
 
 
 class TorchGatedOperations:
-    """See `GatedOperations`."""
+    """See `GatedOperations`.
+
+    Args:
+        workspace: For results that are needed within an operation only.
+    """
 
     all_heads_at_once = False
 
+    def __init__(self, workspace: Workspace):
+        self.workspace = workspace
+
     def add_scores(self, R: Tensor, u: Tensor, documents: Tensor | None) -> Tensor:
         P = R @ R.mT  # (G, C, C)
-        return (P * pair_weights(u, None, documents)).to(P.dtype)
+        return P.mul_(self.pair_weights(u, None, documents, P.dtype))
 
     def delta_scores(
         self, R: Tensor, u: Tensor, beta: Tensor, documents: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         P = R @ R.mT  # (G, C, C)
         squares = P.diagonal(dim1=1, dim2=2).to(u.dtype, copy=True)  # (G, C)
-        M = P * pair_weights(u, squares, documents)  # (G, C, C)
-        identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M)  # (G, C, C)
+        M = self.pair_weights(u, squares, documents, u.dtype)  # (G, C, C)
+        M *= self.copied(P, u.dtype)
         L = beta[..., None] * M  # (G, C, C)
+        identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M)  # (G, C, C)
         inverse = torch.linalg.solve_triangular(L, identity, upper=False, unitriangular=True)  # (G, C, C)
-        return M.to(P.dtype), inverse.to(P.dtype), squares
+        return M.to(P.dtype, copy=True), inverse.to(P.dtype), squares
 
     def gated_scores_backward(
         self, E: Tensor, U: Tensor, u: Tensor, squares: Tensor | None, documents: Tensor | None, diagonal: Tensor | None
     ) -> Tensor:
-        dP = ((E @ U.mT) * pair_weights(u, squares, documents)).to(E.dtype)  # (G, C, C)
+        dP = (E @ U.mT).mul_(self.pair_weights(u, squares, documents, E.dtype))  # (G, C, C)
         dP = dP + dP.mT  # (G, C, C)
         if diagonal is not None:
             dP.diagonal(dim1=1, dim2=2).copy_(diagonal)
         return dP
+
+    def pair_weights(self, u: Tensor, squares: Tensor | None, documents: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """a_t a_s exp(u_t - u_s) for s < t of the same document, else 0: (G, C, C), in the workspace.
+
+        The factors a, if there are `squares`, are in the exponent, so that there is one pass less for each.
+        """
+        of_t, of_s = u, u  # (G, C)
+        if squares is not None:
+            log_length = (squares.sqrt() + KEY_EPS).log()  # (G, C)
+            of_t, of_s = u - log_length, u + log_length  # (G, C)
+        weights = self.workspace.take("weights", (*u.shape, u.shape[-1]), u.dtype)  # (G, C, C)
+        torch.sub(of_t[:, :, None], of_s[:, None, :], out=weights)
+        weights.exp_().tril_(-1)  # what may be infinite above the diagonal is 0 then
+        if documents is not None:
+            weights.masked_fill_(documents[:, :, None] != documents[:, None, :], 0)
+        return weights if dtype == u.dtype else self.copied(weights, dtype)
+
+    def copied(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor in another dtype, in the workspace."""
+        return self.workspace.take("copied", tensor.shape, dtype).copy_(tensor)
+
+    def row_dots(self, a: Tensor, b: Tensor) -> Tensor:
+        """Sums of a b over the last dimension, float32 at least: (..., D) twice -> (...)."""
+        products = torch.mul(a, b, out=self.workspace.take("products", a.shape, a.dtype))  # (..., D)
+        return products.sum(-1, dtype=synapse_dtype(a.dtype))
 
     def scaled_matrix(self, X: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return (rows[:, :, None] * X * columns[:, None, :]).to(X.dtype)  # (G, C, C)
@@ -45,12 +77,11 @@ class TorchGatedOperations:
     ) -> Tensor:
         if len(x) < len(w):
             x = x.repeat(len(w) // len(x), 1, 1)  # (G, C, D)
-        difference = x if r is None or Q is None else x - r[..., None] * Q  # (G, C, D)
-        result = (w[..., None] * difference).to(x.dtype)  # (G, C, D)
-        return result if out is None else out.copy_(result)
+        difference = x if r is None or Q is None else torch.addcmul(x, rows(r, x), Q, value=-1)  # (G, C, D)
+        return torch.mul(rows(w, x), difference, out=out)
 
     def add_scaled_(self, A: Tensor, Q: Tensor, r: Tensor) -> None:
-        A += r[..., None] * Q  # (G, C, D)
+        A += rows(r, Q) * Q  # (G, C, D)
 
     def scan_delta(
         self,
@@ -77,20 +108,19 @@ class TorchGatedOperations:
     def delta_rows_backward(
         self, dA: Tensor, V: Tensor, A: Tensor, U: Tensor, x: Tensor, beta: Tensor, squares: Tensor, dx: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide, G = synapse_dtype(x.dtype), len(x)
-        of_x = beta[..., None] * V  # (k * G, C, D)
-        E = (dA - of_x).to(dA.dtype)  # (k * G, C, D)
+        G = len(x)
+        of_x = rows(beta, V) * V  # (k * G, C, D)
+        E = dA - of_x  # (k * G, C, D)
         for of_head in of_x.split(G):  # k x (G, C, D)
-            dx += of_head
-        d_beta = torch.cat([row_dots(V_k, x - A_k, wide) for V_k, A_k in zip(V.split(G), A.split(G), strict=True)])
-        read, written, length = row_dots(A, E, wide), row_dots(U, V, wide), squares.sqrt()  # (k * G, C)
+            dx += self.copied(of_head, dx.dtype)
+        read, written, length = self.row_dots(A, E), self.row_dots(U, V), squares.sqrt()  # (k * G, C)
         diagonal = torch.where(squares > 0, -(read + written) / (length * (length + KEY_EPS)), 0)  # (k * G, C)
+        d_beta = torch.where(beta > 0, written / beta, 0)  # (k * G, C)  as U = beta (x - A)
         return E, read - written, diagonal, d_beta
 
     def add_rows_backward(self, dA: Tensor, V: Tensor, A: Tensor, x: Tensor, dx: Tensor) -> Tensor:
-        wide = synapse_dtype(x.dtype)
-        dx += V
-        return row_dots(A, dA, wide) - row_dots(x, V, wide)
+        dx += self.copied(V, dx.dtype)
+        return self.row_dots(A, dA) - self.row_dots(x, V)  # (G, C)
 
 
 def start_scan(R: Tensor, Y: Tensor, state: Tensor | None, back: bool) -> tuple[Tensor, Tensor]:
@@ -118,19 +148,6 @@ def turn_rows(S: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-2).flatten(-3, -2)  # (..., N, D)
 
 
-def pair_weights(u: Tensor, squares: Tensor | None, documents: Tensor | None) -> Tensor:
-    """a_t a_s exp(u_t - u_s) for s < t of the same document, else 0: (G, C, C)."""
-    C = u.shape[-1]
-    seen = torch.ones(C, C, dtype=torch.bool, device=u.device).tril(-1)  # (C, C)
-    if documents is not None:
-        seen = seen & (documents[:, :, None] == documents[:, None, :])  # (G, C, C)
-    weights = (u[:, :, None] - u[:, None, :]).masked_fill(~seen, -math.inf).exp()  # (G, C, C)
-    if squares is None:
-        return weights
-    a = 1 / (squares.sqrt() + KEY_EPS)  # (G, C)
-    return weights * a[:, :, None] * a[:, None, :]
-
-
-def row_dots(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """Sums over the last dimension of a b, in a wide dtype: (..., D) twice -> (...)."""
-    return (a.to(wide) * b.to(wide)).sum(-1)
+def rows(w: Tensor, like: Tensor) -> Tensor:
+    """Factors of rows, (G, C) -> (G, C, 1) in the dtype of a tensor: two dtypes in one operation are slow on a CPU."""
+    return w.to(like.dtype)[..., None]

@@ -5,9 +5,6 @@ tensors (G, C, N) are changed in place and lie where others of their kind lay be
 integers they are: a number of bfloat16 is negative when its 16 bits are.
 """
 
-from collections.abc import Sequence
-from math import prod
-
 import torch
 from torch import Tensor
 
@@ -15,6 +12,7 @@ from bdh.kernels.gated_operations import GatedOperations
 from bdh.kernels.operations import SMALLEST, Dropout, Past
 from bdh.kernels.products import add_product_, product_into
 from bdh.kernels.torch_gated_operations import TorchGatedOperations, turn_rows
+from bdh.kernels.workspace import Workspace
 
 PIECE = 1 << 18  # numbers of a tensor (G, C, N) that are turned at once, so that a processor's cache holds them
 BLOCK = 128  # rows of scores worked out at once; what lies above their diagonal is worth leaving out
@@ -24,8 +22,8 @@ class TorchOperations:
     """See `Operations`. On a CPU what is returned of size (G, C, N) and not kept lasts until the next head's turn."""
 
     def __init__(self, device: torch.device):
-        self.gated_attention: GatedOperations = TorchGatedOperations()
-        self.rooms = Rooms(device)
+        self.gated_attention: GatedOperations = TorchGatedOperations(Workspace(device))
+        self.workspace = Workspace(device)
         self.turning: tuple[Tensor, ...] = ()  # cos and sin, and what `phases` has made of them
         self.lying: tuple[Tensor, ...] = ()  # dy, and what `transposed` has made of it
 
@@ -36,7 +34,7 @@ class TorchOperations:
         self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor, keep: bool = False, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         X = relu_(self.product("X", x, E.mT, keep))  # (G, C, N)
-        R = self.rooms.take("R", X.shape, X.dtype, keep) if out is None else out  # (G, C, N)
+        R = self.workspace.take("R", X.shape, X.dtype, keep) if out is None else out  # (G, C, N)
         self.turn(X, self.phases(cos, sin), R)
         return X, R
 
@@ -78,11 +76,11 @@ class TorchOperations:
     ) -> tuple[Tensor, Tensor]:
         Y = relu_(self.product("Y", A, Ev.mT))  # (G, C, N)
         dZ = self.product("dZ", dy, Dec)  # (G, C, N)
-        Z = torch.mul(X, Y, out=self.rooms.take("Z", X.shape, X.dtype))  # (G, C, N)
+        Z = torch.mul(X, Y, out=self.workspace.take("Z", X.shape, X.dtype))  # (G, C, N)
         if dropout.p > 0:
             kept = keeps(Z, dropout)  # (G, C, N)
             drop_(Z, kept), drop_(dZ, kept)
-        dX = torch.mul(dZ, Y, out=self.rooms.take("dX", X.shape, X.dtype))  # (G, C, N)
+        dX = torch.mul(dZ, Y, out=self.workspace.take("dX", X.shape, X.dtype))  # (G, C, N)
         dY = self.where_positive_(dZ.mul_(X), Y)  # (G, C, N)
         self.weights_gradients(dy, Z, dY, A, dDec, dEv)
         return dY, dX
@@ -92,7 +90,7 @@ class TorchOperations:
 
         Nor in float16, in which Z / X may be too small or too large a number.
         """
-        if self.rooms.device.type != "cpu" or dtype == torch.float16:
+        if self.workspace.device.type != "cpu" or dtype == torch.float16:
             return False
         return dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported()
 
@@ -100,7 +98,7 @@ class TorchOperations:
         self, dy: Tensor, Dec: Tensor, A: Tensor, X: Tensor, Z: Tensor, dDec: Tensor, dEv: Tensor
     ) -> tuple[Tensor, Tensor]:
         dZ = self.product("dZ", dy, Dec)  # (G, C, N)
-        dX = torch.clamp_min(X, SMALLEST, out=self.rooms.take("dX", X.shape, X.dtype))  # (G, C, N)
+        dX = torch.clamp_min(X, SMALLEST, out=self.workspace.take("dX", X.shape, X.dtype))  # (G, C, N)
         torch.div(Z, dX, out=dX).mul_(dZ)
         dY = self.where_positive_(dZ.mul_(X), Z)  # (G, C, N)
         self.weights_gradients(dy, Z, dY, A, dDec, dEv)
@@ -114,7 +112,7 @@ class TorchOperations:
     def excite_backward(
         self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: Past | None
     ) -> Tensor:
-        dR = torch.bmm(dP, R, out=self.rooms.take("Y", R.shape, R.dtype))  # (G, C, N)
+        dR = torch.bmm(dP, R, out=self.workspace.take("Y", R.shape, R.dtype))  # (G, C, N)
         if past is not None:
             dA, S, values, dS = past
             dR.baddbmm_(dA, S.mT).baddbmm_(values, dS.mT)  # (G, C, N)
@@ -175,7 +173,7 @@ class TorchOperations:
     def product(self, name: str, a: Tensor, b: Tensor, keep: bool = False) -> Tensor:
         """a b in the room of this name, or to keep: (G, C, D), (D, N) -> (G, C, N)."""
         G, C, _ = a.shape
-        out = self.rooms.take(name, (G, C, b.shape[1]), a.dtype, keep)  # (G, C, N)
+        out = self.workspace.take(name, (G, C, b.shape[1]), a.dtype, keep)  # (G, C, N)
         torch.mm(a.flatten(0, 1), b, out=out.view(G * C, -1))
         return out
 
@@ -202,13 +200,13 @@ class TorchOperations:
 
     def widened(self, name: str, X: Tensor, phases: Tensor) -> Tensor:
         """X (G, C, N) in the precision of the phases."""
-        return self.rooms.take(name, X.shape, phases.real.dtype).copy_(X)
+        return self.workspace.take(name, X.shape, phases.real.dtype).copy_(X)
 
     def where_positive_(self, gradient: Tensor, activity: Tensor) -> Tensor:
         """The gradient, in place, of a relu that gave `activity`: 0 where that is 0. (G, C, N)."""
         if activity.dtype != torch.bfloat16:
             return torch.ops.aten.threshold_backward.grad_input(gradient, activity, 0, grad_input=gradient)
-        ones = self.rooms.take("ones", activity.shape, torch.int16)  # (G, C, N)
+        ones = self.workspace.take("ones", activity.shape, torch.int16)  # (G, C, N)
         torch.clamp_max(activity.view(torch.int16), 1, out=ones)
         gradient.view(torch.int16).mul_(ones)  # the bits times 0 or 1
         return gradient
@@ -226,29 +224,6 @@ class TorchOperations:
             phases = torch.complex(cos.to(wide), sin.to(wide))  # (C, N/2)
             self.turning = cos, sin, phases, phases.conj().resolve_conj()
         return self.turning[3 if back else 2]
-
-
-class Rooms:
-    """Memory that is used again.
-
-    To a process on a CPU the system gives new memory page by page, and empties it first, which takes longer than much
-    of what is done with it here. Other devices get new memory each time: theirs is kept for them already.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.held: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, keep: bool = False) -> Tensor:
-        """A tensor with anything in it, to keep, or until the next of its name and dtype is taken."""
-        size = prod(shape)
-        if keep or self.device.type != "cpu":
-            return torch.empty(*shape, dtype=dtype, device=self.device)
-        held = self.held.get((name, dtype))
-        if held is None or held.numel() < size:
-            with torch.inference_mode(False):  # it will serve others
-                held = self.held[name, dtype] = torch.empty(size, dtype=dtype)
-        return held[:size].view(*shape)
 
 
 def relu_(X: Tensor) -> Tensor:

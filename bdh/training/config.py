@@ -87,7 +87,8 @@ class TrainingConfig:
         eps: AdamW's small number in the denominator.
         gradient_clip: Largest global norm of the gradient; 0 never clips.
         carry_state: Let each row go on where it stopped in the step before, with its synapses, until its document ends
-            (truncated back-propagation through time); costs a state for each row in memory.
+            (truncated back-propagation through time); costs a state for each row in memory. With model.decay it has
+            not lowered the loss at any position, and without decay it ruins a model: docs/memory.md.
         eval_interval: Steps between validations; each checkpoint is validated as well.
         eval_windows: Validate on this many windows, always the same; null means the whole split.
         eval_batch_size: Sequences of one forward pass in validation.
