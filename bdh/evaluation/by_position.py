@@ -19,6 +19,7 @@ from bdh.errors import BDHError
 from bdh.model import BDHForCausalLM, BDHState, state_of
 
 PIECE_SIZE = 512  # tokens of one forward pass, at most
+SMALLEST_PIECE = 64  # tokens; shorter ones would be many calls
 FIRST_BIN = 128  # positions of the first bin, unless the window is short
 LONG_BLOCKS = 8  # training blocks of a window that measures beyond the block
 LONG_WINDOWS = 32  # such windows, at most
@@ -96,8 +97,9 @@ def bin_edges(length: int, first: int | None = None) -> list[int]:
 
 
 def piece_size_of(model: BDHForCausalLM) -> int:
-    """Tokens to read in one forward pass: a chunk of the model, and not too many."""
-    return min(model.config.chunk_size, PIECE_SIZE)
+    """Tokens to read in one forward pass: a training block, as the cost of a token grows with them; at most a chunk."""
+    block = max(model.config.training_block_size or PIECE_SIZE, SMALLEST_PIECE)
+    return min(model.config.chunk_size, PIECE_SIZE, block)
 
 
 def read_in_pieces(

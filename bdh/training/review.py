@@ -95,7 +95,8 @@ class Review:
                 f"{2 * block_size + 1:,} are needed, two blocks"
             )
             return None
-        affordable = len(self.windows) * block_size // self.processes.share.world // length
+        # Half the tokens of a validation: one that is read with carried state costs about twice as much.
+        affordable = len(self.windows) * block_size // self.processes.share.world // length // 2
         windows = ValidationWindows(tokens, length, min(max(affordable, 1), LONG_WINDOWS))
         rows = max(min(settings.eval_batch_size, LONG_STATES // state_bytes(model.config)), 1)
         try:
