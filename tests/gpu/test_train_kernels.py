@@ -67,7 +67,7 @@ GATES = [
 @pytest.mark.parametrize(("B", "T", "sizes"), SIZES)
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("gates", GATES)
-def test_float32_is_exact(B: int, T: int, sizes: dict[str, Any], carried: bool, gates: dict[str, str]) -> None:
+def test_float32_is_exact(B: int, T: int, sizes: dict[str, Any], carried: bool, gates: dict[str, Any]) -> None:
     (one, gradients, states), (other, expected, others) = (
         trained(kernels, B, T, carried=carried, **sizes, **gates) for kernels in ("triton", "reference")
     )
@@ -79,7 +79,7 @@ def test_float32_is_exact(B: int, T: int, sizes: dict[str, Any], carried: bool, 
 @pytest.mark.parametrize(("B", "T", "sizes"), SIZES)
 @pytest.mark.parametrize("gates", GATES)
 def test_bfloat16_is_as_near_to_float32_as_the_plain_form_is(
-    B: int, T: int, sizes: dict[str, Any], gates: dict[str, str]
+    B: int, T: int, sizes: dict[str, Any], gates: dict[str, Any]
 ) -> None:
     _, exact, _ = trained("reference", B, T, **sizes, **gates)
     (one, ours, _), (other, plain, _) = (

@@ -3,6 +3,7 @@
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_a_base_that_is_gone_is_asked_for(command: Command, finished_run: Path, 
     assert same_weights(load_export(tmp_path / "out")[0], load_export(tmp_path / "run" / "model")[0])
 
 
-def adapted(folder: Path, finished_run: Path, rank: int = 3, **training: object) -> Trainer:
+def adapted(folder: Path, finished_run: Path, rank: int = 3, **training: Any) -> Trainer:
     write_chat(folder / "chat.jsonl")
     data = {"path": str(folder / "chat.jsonl"), "chat": True}
     return trainer(folder / "run", finished_run / "model", data, lora={"rank": rank}, **training)
