@@ -79,7 +79,7 @@ class Review:
             )
 
     def validate_beyond_block(self, say: Callable[[str], None]) -> PositionBin | None:
-        """Scores long windows at the positions beyond the training block; takes at most about as long as `validate`.
+        """Scores long windows at the positions beyond the training block; takes about as long as `validate`, up to twice.
 
         Every process reads all of these windows.
 
@@ -95,8 +95,8 @@ class Review:
                 f"{2 * block_size + 1:,} are needed, two blocks"
             )
             return None
-        # Half the tokens of a validation: one that is read with carried state costs about twice as much.
-        affordable = len(self.windows) * block_size // self.processes.share.world // length // 2
+        # A quarter of the tokens of a validation: one that is read with carried state costs several times as much.
+        affordable = len(self.windows) * block_size // self.processes.share.world // length // 4
         windows = ValidationWindows(tokens, length, min(max(affordable, 1), LONG_WINDOWS))
         rows = max(min(settings.eval_batch_size, LONG_STATES // state_bytes(model.config)), 1)
         try:
