@@ -79,7 +79,7 @@ class Review:
             )
 
     def validate_beyond_block(self, say: Callable[[str], None]) -> PositionBin | None:
-        """Scores long windows at the positions beyond the training block; takes about as long as `validate`, up to twice.
+        """Scores long windows at the positions beyond the training block; takes up to twice as long as `validate`.
 
         Every process reads all of these windows.
 
