@@ -124,7 +124,7 @@ class TorchGatedOperations:
 
 
 def start_scan(R: Tensor, Y: Tensor, state: Tensor | None, back: bool) -> tuple[Tensor, Tensor]:
-    """What `scan_delta` returns, still empty but for the state before the first chunk: (B, c, N, D), (B, c, C, D)."""
+    """Allocates the results of `scan_delta`, with the state before the first chunk: (B, c, N, D), (B, c, C, D)."""
     B, c, _, N = R.shape
     states = Y.new_empty(B, c, N, Y.shape[-1])  # (B, c, N, D)
     first = states[:, -1 if back else 0]  # (B, N, D)
