@@ -379,7 +379,10 @@ def _check_half_lives(model: ModelConfig) -> None:
     if model.decay == "none":
         raise BDHError(f"{given}, but model.decay is none; set it to null, or choose model.decay fixed or gated")
     if len(half_lives) != model.n_head:
-        raise BDHError(f"{given}; it must have an entry for each of the {model.n_head} heads (model.n_head)")
+        raise BDHError(
+            f"{given}; it must have an entry for each of the {model.n_head} heads (model.n_head), or be null for 16 to "
+            "1024 tokens"
+        )
     if wrong := [value for value in half_lives if value is not None and not 0 < value < _INF]:
         raise BDHError(f"{given}; {wrong[0]:g} is not a half-life: it must be a positive number of tokens, or null")
 
