@@ -7,7 +7,8 @@
 
 It is the function of `BDHLayer.forward`, made so that nothing of size (B, T, N) is there for more than one head at a
 time, and for the backward pass nothing of that size is kept: X, R, Y and Z are worked out again. Kept are x and, for
-each head, LN(A), the scores, and the synapses before each chunk. A reading may ask for X, R and Z to be kept too.
+each head, LN(A), the scores, and the synapses before each chunk. A reading may ask for X, R and Z to be kept too. Only
+the delta rule over several chunks has X and R of all heads of a layer at once, on a GPU.
 
 Shapes as in `bdh.kernels.reading`; M = G * C. Synapses are held in the frame of a chunk, in which its first token has
 phase 0; those that come in and go out are turned from and to the phases of their positions.
