@@ -47,8 +47,8 @@ RECALL_SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"n_layer": 2, "n_embd": 64, "n_head": 2, "mlp_internal_dim_multiplier": 8, "dropout": 0.0},
 }
 RECALL: dict[str, dict[str, Any]] = {
-    "cuda": {"steps": 1500, "rows": 16, "block": 512, "longest": 32768, "evaluation_rows": 16, "piece": 65536},
-    "cpu": {"steps": 1500, "rows": 8, "block": 128, "longest": 1024, "evaluation_rows": 8, "piece": 4096},
+    "cuda": {"steps": 3000, "rows": 16, "block": 512, "longest": 32768, "evaluation_rows": 16, "piece": 65536},
+    "cpu": {"steps": 3000, "rows": 8, "block": 128, "longest": 1024, "evaluation_rows": 8, "piece": 4096},
 }
 RECALL_VARIANTS = ["none", "gated-delta", "fixed", "gated"]
 

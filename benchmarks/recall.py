@@ -15,6 +15,9 @@ from benchmarks.variants import TimeLimit, Trainer, Variant
 SHORTEST = 64  # distance in tokens; from there they double
 REPORT_EVERY = 100  # steps
 PASSKEY_ROWS = 4  # times as many sequences of this task, of which each has few scored bytes
+SHORT_SHARE = (
+    0.5  # of the steps, the first ones, train on sequences of a quarter of the block: recall is learned sooner
+)
 
 
 def padded(batches: list[Batch], length: int) -> tuple[Tensor, Tensor]:
@@ -25,22 +28,31 @@ def padded(batches: list[Batch], length: int) -> tuple[Tensor, Tensor]:
 
 
 def train(trainer: Trainer, source: Source, rows: int, length: int) -> dict[str, Any]:
-    """Trains on all tasks at once, `rows` sequences of each a step; all tasks weigh the same.
+    """Trains on all tasks at once; all tasks weigh the same.
+
+    Args:
+        trainer: Holds the model.
+        source: Of random numbers and filler.
+        rows: Sequences of each task in a step, of `length` tokens; of shorter sequences as many more.
+        length: The block length.
 
     Returns:
         The trainer's figures, and for some steps the accuracy on each task's batch.
     """
     curve: dict[int, dict[str, float]] = {}
     steps, sizes = trainer.recipe.max_steps, random.Random(0)
+    short = max(SHORTEST, length // 4)
     for step in range(1, steps + 1):
-        made = training_batches(source, sizes, rows, length)
-        tokens, labels = padded(list(made.values()), length)  # (tasks * rows, length)
+        T = short if step <= SHORT_SHARE * steps else length
+        B = rows * length // T
+        made = training_batches(source, sizes, B, T)
+        tokens, labels = padded(list(made.values()), T)  # (tasks * B, T)
         with trainer.autocast():
-            hidden = trainer.model.model(tokens, use_cache=False).last_hidden_state  # (tasks * rows, length, D)
+            hidden = trainer.model.model(tokens, use_cache=False).last_hidden_state  # (tasks * B, T, D)
         parts = []
         reported = step % REPORT_EVERY == 0 or step == steps
-        for name, h, wanted in zip(made, hidden.split(rows), labels.split(rows), strict=True):
-            scored = wanted != IGNORED  # (rows, length)
+        for name, h, wanted in zip(made, hidden.split(B), labels.split(B), strict=True):
+            scored = wanted != IGNORED  # (B, T)
             with trainer.autocast():
                 logits = trainer.model.lm_head(h[scored]).float()  # (scored, V)
             parts.append(F.cross_entropy(logits, wanted[scored]))

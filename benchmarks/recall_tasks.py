@@ -24,7 +24,7 @@ KEYS, VALUES = (128, 192), (192, 256)  # ranges of bytes
 MARKER, DIGITS = 1, 6  # of a passkey
 SIMILAR_KEY = 4  # bytes of one similar key
 CUE = 8  # bytes of a repetition that are not scored, since nothing says that it begins
-PAIRS = {"mqar": 48, "similar_keys": 40}  # most keys of a sequence
+PAIRS = {"mqar": 16, "similar_keys": 32}  # most keys of a sequence
 TASKS = ("mqar", "similar_keys", "passkey", "induction")
 RECITED = 64  # bytes of a repetition that are scored in evaluation
 

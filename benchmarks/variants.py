@@ -38,6 +38,7 @@ def half_lives(shortest: float, longest: float, heads: int = 4) -> list[float]:
 FIXED: dict[str, Any] = {"decay": "fixed"}  # the default half-lives are 16 to 1024 tokens
 GATED: dict[str, Any] = {"decay": "gated"}
 GATED_DELTA: dict[str, Any] = {"decay": "gated", "write": "delta"}
+SHORT: dict[str, Any] = {"decay_half_lives": half_lives(16, 512)}
 WIDE: dict[str, Any] = {"decay_half_lives": half_lives(8, 4096)}
 ONE_NEVER: dict[str, Any] = {"decay_half_lives": [16, 128, 1024, None]}
 
@@ -52,6 +53,7 @@ VARIANTS: dict[str, Variant] = {
     "fixed-carried": Variant(FIXED, carry=True),
     "fixed-8-4096": Variant({**FIXED, **WIDE}),
     "fixed-one-never": Variant({**FIXED, **ONE_NEVER}),
+    "gated-delta-16-512": Variant({**GATED_DELTA, **SHORT}),
     "gated-delta-8-4096": Variant({**GATED_DELTA, **WIDE}),
     "gated-delta-one-never": Variant({**GATED_DELTA, **ONE_NEVER}),
 }

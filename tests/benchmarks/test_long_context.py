@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from benchmarks import long_context
-from benchmarks.recall_tasks import CUE, DIGITS, IGNORED, MARKER, TASKS, Source, evaluation_batch, training_batches
+from benchmarks.recall_tasks import (
+    CUE,
+    DIGITS,
+    IGNORED,
+    MARKER,
+    PAIRS,
+    TASKS,
+    Source,
+    evaluation_batch,
+    training_batches,
+)
 from benchmarks.text_loss import training_rows
 from benchmarks.variants import OutOfTimeError, TimeLimit
 
@@ -36,9 +46,10 @@ def test_what_is_scored_stands_at_the_distance_before(task: str, distance: int) 
 
 def test_keys_of_a_sequence_are_distinct_and_similar_ones_differ_in_at_most_two_bytes() -> None:
     batch = evaluation_batch("similar_keys", source(), 2, 1024)
-    keys = batch.tokens[:, :200].unflatten(1, (40, 5))[:, :, :4]  # (2, 40, 4)
-    differing = (keys[:, :, None] != keys[:, None]).sum(-1)  # (2, 40, 40)
-    off_diagonal = differing[:, ~torch.eye(40, dtype=torch.bool)]  # (2, 40 * 39)
+    n = PAIRS["similar_keys"]
+    keys = batch.tokens[:, : 5 * n].unflatten(1, (n, 5))[:, :, :4]  # (2, n, 4)
+    differing = (keys[:, :, None] != keys[:, None]).sum(-1)  # (2, n, n)
+    off_diagonal = differing[:, ~torch.eye(n, dtype=torch.bool)]  # (2, n * (n - 1))
     assert off_diagonal.min() == 1
     assert off_diagonal.max() == 2
 
