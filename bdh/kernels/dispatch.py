@@ -13,6 +13,7 @@ from bdh.kernels.neurons import NO_GATES, join, neurons
 from bdh.kernels.operations import Operations
 from bdh.kernels.reading import Reading, Weights
 from bdh.kernels.torch_operations import TorchOperations
+from bdh.kernels.workspace import retain_freed_memory
 from bdh.model.configuration_bdh import BDHConfig
 from bdh.model.heads import HereLinear
 from bdh.model.modeling_bdh import BDHLayer, BDHState, Fast, Gates
@@ -85,6 +86,8 @@ def why_no_triton(device: torch.device) -> str | None:
 
 def operations_of(name: str, config: BDHConfig, device: torch.device) -> Operations:
     if name == "chunked":
+        if device.type == "cpu":
+            retain_freed_memory()
         return TorchOperations(device)
     from bdh.kernels.triton_operations import TritonOperations
 

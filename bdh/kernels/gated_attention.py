@@ -306,8 +306,13 @@ class GatedAttention:
 
     def decay_gradient(self) -> Tensor:
         """The gradient of log_decay after the backward pass: sums over all later tokens, (h, B, c * C)."""
-        by_sequence = self.difference.view(len(self.difference), self.B, -1)  # (h, B, c * C)
-        return by_sequence.flip(-1).cumsum(-1).flip(-1)  # (h, B, c * C)
+        return sums_over_later_tokens(self.difference, self.B)
+
+
+def sums_over_later_tokens(difference: Tensor, B: int) -> Tensor:
+    """At each token the sum over it and all later ones of its sequence: (h, G, C) -> (h, B, c * C)."""
+    by_sequence = difference.view(len(difference), B, -1)  # (h, B, c * C)
+    return by_sequence.flip(-1).cumsum(-1).flip(-1)
 
 
 def inverse_length(squares: Tensor) -> Tensor:

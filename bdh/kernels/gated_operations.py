@@ -52,12 +52,10 @@ class GatedOperations(Protocol):
     def scaled_matrix(self, X: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """diag(rows) X diag(columns) of X (G, C, C) dt, lower triangular, and rows and columns (G, C) wide."""
 
-    def scaled_difference(
-        self, w: Tensor, x: Tensor, r: Tensor | None = None, Q: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
+    def scaled_difference(self, w: Tensor, x: Tensor, r: Tensor | None = None, Q: Tensor | None = None) -> Tensor:
         """w (x - r Q), or w x: w and r (G, C) wide scale rows of x and Q (G, C, D) dt. Returns (G, C, D) dt.
 
-        A chunk is contiguous in all of them, and in `out`, where the result goes if it is given; G may have any stride.
+        A chunk is contiguous in all of them; G may have any stride.
         x may have the chunks of one head, (G / k, C, D), for those of k heads.
         """
 

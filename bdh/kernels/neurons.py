@@ -27,7 +27,9 @@ from bdh.kernels.gated_attention import ChunkedGates, GatedAttention
 from bdh.kernels.operations import Dropout, Past
 from bdh.kernels.products import add_product_, product_into
 from bdh.kernels.reading import Reading
+from bdh.kernels.single_chunk import SingleChunkAttention
 from bdh.kernels.torch_gated_operations import turn_rows
+from bdh.kernels.torch_operations import TorchOperations
 from bdh.model.modeling_bdh import Gates, synapse_dtype
 
 NO_GATES = Gates(None, None)  # the published model
@@ -129,7 +131,7 @@ class Neurons(torch.autograd.Function):
         xs = x.to(phases[0].dtype).view(B * c, C, D)  # (G, C, D)
         y = xs.new_zeros(B * c, C, D, dtype=synapse_dtype(xs.dtype))  # (G, C, D)
         attention = attention_of(reading, xs, B, Gates(log_decay, write_strength), S is not None)
-        if isinstance(attention, GatedAttention):
+        if not isinstance(attention, PlainAttention):
             attention.wants_decay = keep and ctx.needs_input_grad[5]
         saved: list[Tensor | None] = []
         ends = []
@@ -177,11 +179,17 @@ class Neurons(torch.autograd.Function):
         return None, None, None, dx, of_S, *of_gates, *(gradient.to(of_weights) for gradient in gradients)
 
 
-def attention_of(reading: Reading, xs: Tensor, B: int, gates: Gates, with_state: bool) -> Attention:
+def attention_of(
+    reading: Reading, xs: Tensor, B: int, gates: Gates, with_state: bool
+) -> PlainAttention | GatedAttention | SingleChunkAttention:
     """The attention of a layer that reads xs (G, C, D), of B sequences."""
     if gates.log_decay is None and gates.write_strength is None:
         return PlainAttention(reading, xs, B)
-    return GatedAttention(reading, ChunkedGates.cut(gates, reading, with_state), xs, B, with_state)
+    chunked = ChunkedGates.cut(gates, reading, with_state)
+    if isinstance(reading.operations, TorchOperations) and len(xs) == B and not with_state:
+        same_decay = gates.log_decay is None or gates.log_decay.stride(0) == 0
+        return SingleChunkAttention(reading, chunked, xs, reading.operations.workspace, same_decay)
+    return GatedAttention(reading, chunked, xs, B, with_state)
 
 
 def tokens_of(log_decay: Tensor | None, write_strength: Tensor | None) -> int:
@@ -194,7 +202,7 @@ def tokens_of(log_decay: Tensor | None, write_strength: Tensor | None) -> int:
 def gate_gradients(ctx: Any, B: int) -> list[Tensor | None]:
     """The gradients of log_decay and of the write strength, (B, h, T), where these are needed."""
     attention = ctx.attention
-    if not isinstance(attention, GatedAttention):
+    if isinstance(attention, PlainAttention):
         return [None, None]
     wants_decay, wants_beta = ctx.needs_input_grad[5:7]
     gradients = (

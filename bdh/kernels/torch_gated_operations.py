@@ -72,13 +72,11 @@ class TorchGatedOperations:
     def scaled_matrix(self, X: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return (rows[:, :, None] * X * columns[:, None, :]).to(X.dtype)  # (G, C, C)
 
-    def scaled_difference(
-        self, w: Tensor, x: Tensor, r: Tensor | None = None, Q: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
+    def scaled_difference(self, w: Tensor, x: Tensor, r: Tensor | None = None, Q: Tensor | None = None) -> Tensor:
         if len(x) < len(w):
             x = x.repeat(len(w) // len(x), 1, 1)  # (G, C, D)
         difference = x if r is None or Q is None else torch.addcmul(x, rows(r, x), Q, value=-1)  # (G, C, D)
-        return torch.mul(rows(w, x), difference, out=out)
+        return rows(w, x) * difference
 
     def add_scaled_(self, A: Tensor, Q: Tensor, r: Tensor) -> None:
         A += rows(r, Q) * Q  # (G, C, D)

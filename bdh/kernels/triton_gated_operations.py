@@ -46,11 +46,8 @@ class TritonGatedOperations:
         over_chunks(train_gated.scaled_matrix, out, X, rows, columns, out)
         return out
 
-    def scaled_difference(
-        self, w: Tensor, x: Tensor, r: Tensor | None = None, Q: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        if out is None:
-            out = torch.empty(len(w), *x.shape[1:], dtype=x.dtype, device=x.device)  # (G, C, D)
+    def scaled_difference(self, w: Tensor, x: Tensor, r: Tensor | None = None, Q: Tensor | None = None) -> Tensor:
+        out = torch.empty(len(w), *x.shape[1:], dtype=x.dtype, device=x.device)  # (G, C, D)
         strides = [0 if each is None else each.stride(0) for each in (w, x, r, Q, out)]
         over_chunks(train_gated.scaled_difference, out, w, x, r, Q, out, *strides, len(x))
         return out

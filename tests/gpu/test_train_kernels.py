@@ -72,7 +72,8 @@ def test_float32_is_exact(B: int, T: int, sizes: dict[str, Any], carried: bool, 
         trained(kernels, B, T, carried=carried, **sizes, **gates) for kernels in ("triton", "reference")
     )
     assert abs(one - other) < 1e-4
-    assert all(off(gradients[name], wanted) < 2e-3 for name, wanted in expected.items())  # neurons at their edge
+    differences = {name: off(gradients[name], wanted) for name, wanted in expected.items()}
+    assert not {name: value for name, value in differences.items() if not value < 2e-3}  # neurons at their edge
     assert all(off(S, wanted) < 1e-4 for S, wanted in zip(states, others, strict=True))
 
 
@@ -86,10 +87,14 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_form_is(
         trained(kernels, B, T, bfloat16=True, **sizes, **gates) for kernels in ("triton", "reference")
     )
     assert abs(one - other) < 1e-2
+    too_far = {}
     for name, wanted in exact.items():
         # The gradient of the log-decay is a sum of differences of what bfloat16 has rounded.
         room = 0.1 if ".decay_" in name else 1e-3
-        assert off(ours[name], wanted) < 1.5 * off(plain[name], wanted) + room
+        difference, of_plain = off(ours[name], wanted), off(plain[name], wanted)
+        if not difference < 1.5 * of_plain + room:
+            too_far[name] = difference, of_plain
+    assert not too_far
 
 
 @pytest.mark.parametrize("carried", [False, True])
