@@ -1,6 +1,7 @@
 """Tokenizers: bytes, or any that `AutoTokenizer` opens; saved whole, and decoded as ids come."""
 
 import shutil
+from itertools import takewhile
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -173,3 +174,34 @@ class IncrementalDecoder:
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=self.skip_special_tokens))
+
+
+class OffsetDecoder(IncrementalDecoder):
+    """An incremental decoder that also records where each token begins in the text.
+
+    A token that begins in the middle of a character has the offset of that character. Bytes that are no text become
+    replacement marks, each of which has an offset like any other character.
+
+    Attributes:
+        starts: The offset in `written` of each token whose text was handed on, in characters.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, skip_special_tokens: bool = True):
+        super().__init__(tokenizer, skip_special_tokens)
+        self.starts: list[int] = []
+
+    def _hand_on(self, text: str) -> str:
+        starts, whole = self._starts_of_pending() if len(self.pending) > 1 else ([0] * len(self.pending), len(text))
+        shift = len(text) - whole  # decoders may leave out a space before the first token of a text
+        self.starts += [self.length + min(max(start + shift, 0) if start else 0, len(text)) for start in starts]
+        return super()._hand_on(text)
+
+    def _starts_of_pending(self) -> tuple[list[int], int]:
+        """The offsets of the pending tokens in their own text, and the length of that text."""
+        starts: list[int] = []
+        decoded = ""
+        for count in range(1, len(self.pending) + 1):
+            before, decoded = decoded, self._decode(self.pending[:count])
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, decoded, strict=False)))
+            starts.append(max(0, min(same, len(decoded) - 1)))  # a token without a character of its own ends one
+        return starts, len(decoded)

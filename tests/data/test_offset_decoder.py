@@ -1,0 +1,93 @@
+"""Where each token begins in the text that incremental decoding makes of it."""
+
+import codecs
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from bdh.data.tokenizer import OffsetDecoder, byte_level_symbols, byte_tokenizer
+
+BYTES = byte_tokenizer()
+SYMBOLS = byte_level_symbols()
+
+
+def starts_of(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> list[int]:
+    decoder = OffsetDecoder(tokenizer)
+    text = "".join([*map(decoder.step, tokens), decoder.end()])
+    assert text == decoder.written == tokenizer.decode(tokens)
+    return decoder.starts
+
+
+def plain_starts(data: bytes) -> list[int]:
+    """The definition: which character of the text, replacement marks among them, each byte lies in."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    starts: list[int] = []
+    settled = 0
+    for byte in data:
+        text = decoder.decode(bytes([byte]))
+        unsettled = len(decoder.getstate()[0]) > 0
+        starts.append(settled + len(text) + unsettled - 1)
+        settled += len(text)
+    return starts
+
+
+@pytest.mark.parametrize(
+    ("data", "starts"),
+    [
+        (bytes([97, 226, 34, 98]), [0, 1, 2, 3]),  # half a character before a quotation mark
+        ("a€b".encode(), [0, 1, 1, 1, 2]),
+        (b"\xe2\x82a", [0, 0, 1]),  # one mark for both bytes
+        (b"\xff\xff\xffa", [0, 1, 2, 3]),
+        (b"\xe2\xe2\x82\xac\xe2", [0, 1, 1, 1, 2]),
+        ("\ufffda".encode(), [0, 0, 0, 1]),  # a mark that was in the text
+        (b"a\xf0\x9f", [0, 1, 1]),  # the end comes first
+    ],
+)
+def test_offsets_count_replacement_marks(data: bytes, starts: list[int]) -> None:
+    assert plain_starts(data) == starts
+    assert starts_of(BYTES, list(data)) == starts
+
+
+@given(st.binary(max_size=24))
+def test_offsets_of_any_bytes(data: bytes) -> None:
+    assert starts_of(BYTES, list(data)) == plain_starts(data)
+
+
+@given(st.text(st.sampled_from("abé世\U0001f409 "), max_size=12), st.sets(st.integers(0, 40)))
+def test_offsets_of_tokens_of_several_bytes(text: str, cuts: set[int]) -> None:
+    whole = text.encode()
+    borders = sorted({cut for cut in cuts if cut < len(whole)} | {0, len(whole)})
+    pieces = [whole[start:end] for start, end in pairwise(borders)]
+    vocabulary = {symbol: byte for byte, symbol in enumerate(SYMBOLS)}
+    names = ["".join(SYMBOLS[byte] for byte in piece) for piece in pieces]
+    for name in names:
+        vocabulary.setdefault(name, len(vocabulary))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    firsts = [sum(map(len, pieces[:number])) for number in range(len(pieces))]
+    expected = [plain_starts(whole)[first] for first in firsts]
+    assert starts_of(fast, [vocabulary[name] for name in names]) == expected
+
+
+def test_offsets_of_words_that_a_decoder_puts_spaces_between() -> None:
+    names = ["[UNK]", "the", "dragon", "##s", "hatched"]
+    tokenizer = Tokenizer(models.WordPiece({name: number for number, name in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    assert fast.decode([1, 2, 3, 4]) == "the dragons hatched"
+    assert starts_of(fast, [1, 2, 3, 4]) == [0, 3, 10, 11]
+
+
+def test_a_token_without_text_begins_where_the_text_before_it_ends() -> None:
+    special = byte_tokenizer()
+    special.add_special_tokens({"pad_token": "<|pad|>"})
+    decoder = OffsetDecoder(special)
+    for token in [256, 97, 256, 98, 256]:
+        decoder.step(token)
+    decoder.end()
+    assert decoder.written == "ab" and decoder.starts == [0, 0, 1, 1, 2]
