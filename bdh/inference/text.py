@@ -34,7 +34,7 @@ class ContinuationText:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str] = (), strip: bool = False):
-        """strip leaves out white space at the beginning."""
+        """strip leaves out white space before the text; a text that is nothing else is kept."""
         from bdh.data.tokenizer import IncrementalDecoder
 
         self.decoder = IncrementalDecoder(tokenizer)
@@ -45,6 +45,7 @@ class ContinuationText:
         self.held = ""
         self.handed_on = 0  # characters, those left out at the beginning not counted
         self.left_out = 0
+        self.space = ""  # white space before the text, as long as nothing was handed on
 
     @property
     def tokens(self) -> list[int]:
@@ -60,7 +61,7 @@ class ContinuationText:
         """The rest, when no token follows: what was held back, and replacement marks for half a character."""
         text = self._settle(self.decoder.end())
         held, self.held = self.held, ""
-        return text + self._hand_on(held)
+        return text + self._hand_on(held, last=True)
 
     def kept(self, length: int) -> tuple[list[int], str]:
         """What the first `length` characters handed on are made of, for who goes on from there.
@@ -81,12 +82,17 @@ class ContinuationText:
         self.stopped = start is not None
         settled = len(text) - undecided(text, self.stop) if start is None else start
         self.held = "" if self.stopped else text[settled:]
-        return self._hand_on(text[:settled])
+        return self._hand_on(text[:settled], last=self.stopped)
 
-    def _hand_on(self, text: str) -> str:
+    def _hand_on(self, text: str, last: bool = False) -> str:
+        """The text to hand on now; `last` says that no more follows, so that white space was all there is."""
         if self.strip and not self.handed_on:
+            text = self.space + text
             stripped = text.lstrip()
-            self.left_out += len(text) - len(stripped)
-            text = stripped
+            self.space = text[: len(text) - len(stripped)]
+            if stripped or not last:
+                self.left_out, text = len(self.space), stripped
+            else:
+                self.left_out, self.space = 0, ""
         self.handed_on += len(text)
         return text

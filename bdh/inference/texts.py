@@ -58,7 +58,7 @@ class Texts:
         else:
             tokens = [int(token) for token in prompt]
             known = [token for token in tokens if 0 <= token < self.vocab_size]
-            text = self.tokenizer.decode(known)
+            text = self.tokenizer.backend_tokenizer.decode(known, skip_special_tokens=False)  # as text is streamed
         return TextRequest(Request(tokens, params, end_token_ids=self.end_token_ids), text, params.stop)
 
     def chat_request(self, messages: Sequence[Message], params: SamplingParams | None = None) -> TextRequest:

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from bdh.inference.answer import Choice, Delta, TokenLogprob
-from bdh.serving.token_text import LogprobWriter, TokenTexts, chat_logprobs, completion_logprobs
+from bdh.inference.answer import Choice, Delta
+from bdh.serving.token_text import LogprobWriter, ScoredToken, TokenTexts, chat_logprobs, completion_logprobs
 
-Scored = list[tuple[int, TokenLogprob]]
+Scored = list[ScoredToken]
 
 
 class Dialect(Protocol):

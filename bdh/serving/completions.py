@@ -16,10 +16,11 @@ from bdh.serving.documented import streamed
 from bdh.serving.errors import bad_request
 from bdh.serving.protocol import CompletionRequest
 from bdh.serving.served import ServedModel
-from bdh.serving.token_text import LogprobWriter
+from bdh.serving.token_text import LogprobWriter, ScoredToken
 from bdh.serving.writing import Writing
 
 if TYPE_CHECKING:
+    from bdh.inference.texts import Texts
     from bdh.serving.server import Server
 
 router = APIRouter()
@@ -101,18 +102,8 @@ class CompletionWork:
             return Echo(asked.prompt)
         tokens = list(asked.request.prompt)
         scores = [TokenLogprob(tokens[0], float("nan")), *await self.served.llm.score(tokens, self.body.logprobs)]
-        return Echo(asked.prompt, await self.served.llm.beside(lambda: self.placed(scores)))
-
-    def placed(self, scores: Sequence[TokenLogprob]) -> Scored:
-        """The tokens of a text, each with where it begins."""
-        from bdh.data.tokenizer import IncrementalDecoder
-
-        decoder = IncrementalDecoder(self.served.llm.texts.tokenizer, skip_special_tokens=False)
-        scored = []
-        for one in scores:
-            scored.append((decoder.length, one))
-            decoder.step(one.token)
-        return scored
+        placed = await self.served.llm.beside(lambda: place_tokens(self.served.llm.texts, asked.prompt, scores))
+        return Echo(asked.prompt, placed)
 
     def choices(self, number: int) -> Choices:
         """What makes choices of a prompt's continuations."""
@@ -180,3 +171,23 @@ class CompletionWork:
             for choices, echo in zip(made, self.echoes, strict=True)
             for index in range(self.body.n or 1)
         ]
+
+
+def place_tokens(texts: "Texts", text: str, scores: Sequence[TokenLogprob]) -> Scored:
+    """The tokens of a prompt with their offsets in its text.
+
+    The decoded tokens are the text, unless the vocabulary loses something of what it encodes; then the tokenizer knows
+    which characters each token was made of.
+    """
+    from bdh.data.tokenizer import OffsetDecoder
+
+    decoder = OffsetDecoder(texts.tokenizer, skip_special_tokens=False)
+    for one in scores:
+        decoder.step(one.token)
+    decoder.end()
+    starts = decoder.starts
+    if decoder.written != text:
+        encoded = texts.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        if encoded.input_ids == [one.token for one in scores]:
+            starts = [start for start, _ in encoded.offset_mapping]
+    return [ScoredToken(start, one) for start, one in zip(starts, scores, strict=True)]

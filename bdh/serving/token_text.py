@@ -1,6 +1,8 @@
 """What single tokens are in the answers: text and bytes of each, and log-probabilities in both dialects."""
 
+from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -51,24 +53,48 @@ class TokenTexts:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def one(self, token: int, logprob: float) -> dict[str, Any]:
-        """A token with its log-probability, as the chat dialect has it."""
-        return {"token": self.text(token), "logprob": logprob, "bytes": list(self.bytes(token))}
+    def one(self, token: int, logprob: float, part: str | None = None) -> dict[str, Any]:
+        """A token with its log-probability, as the chat dialect has it.
+
+        Args:
+            token: The token.
+            logprob: Its log-probability.
+            part: The part of its text that belongs to the answer, if that is not all of it.
+        """
+        if part is not None:
+            return {"token": part, "logprob": logprob, "bytes": list(part.encode())}
+        special = token in self.special  # is no text, so there are no bytes of it in the answer
+        return {"token": self.text(token), "logprob": logprob, "bytes": None if special else list(self.bytes(token))}
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token in a text, with its log-probabilities.
+
+    Attributes:
+        offset: Where it begins in the text, in characters.
+        logprob: Of the token; NaN for the first token of a text, which has none.
+        text: The part of the token that belongs to the text, if that is not all of it.
+    """
+
+    offset: int
+    logprob: TokenLogprob
+    text: str | None = None
 
 
 class LogprobWriter:
-    """The log-probabilities of one continuation, for as much of its text as is handed on.
+    """The log-probabilities of the tokens that one continuation's text consists of, as the text is handed on.
 
-    Tokens of a stop string are none of the answer's; what is not known yet to be the answer's is held back, as its text
-    is.
+    The tokens agree with the text: those of a stop string, and of the white space that is left out at the beginning,
+    are not reported; of a token that reaches across either border, the part inside is.
 
     Args:
         texts: Of the vocabulary.
         ends: Tokens that end a text.
-        strip: Whether white space at the beginning of the text is left out.
+        strip: Whether white space before the text is left out.
         offset: Characters before the continuation, for the completion dialect's offsets.
-        tells_end: Whether an end token is told too, as completions do: who asks for one token after an echoed prompt
-            counts on its being there, and drops it.
+        tells_end: Whether an end token is reported too, as completions do: who asks for one token after an echoed
+            prompt counts on its being there, and drops it.
     """
 
     def __init__(
@@ -79,58 +105,76 @@ class LogprobWriter:
         offset: int = 0,
         tells_end: bool = False,
     ):
-        from bdh.data.tokenizer import IncrementalDecoder
+        from bdh.data.tokenizer import OffsetDecoder
 
         self.texts = texts
         self.ends = ends
         self.strip = strip
         self.offset = offset
         self.tells_end = tells_end
-        self.decoder = IncrementalDecoder(texts.tokenizer)
-        self.waiting: list[tuple[int, TokenLogprob]] = []  # where each begins in the text, and it
+        self.decoder = OffsetDecoder(texts.tokenizer)
+        self.waiting: deque[tuple[int, TokenLogprob]] = deque()  # each with its number in the decoder
         self.handed_on = 0  # characters
-        self.left_out = 0
+        self.dropped = 0  # characters before the text
 
-    def take(self, delta: Delta) -> list[tuple[int, TokenLogprob]]:
-        """The tokens that belong to the text so far and have not been told, each with its offset."""
+    def take(self, delta: Delta) -> list[ScoredToken]:
+        """The tokens that belong to the text so far and have not been reported."""
         for scored in delta.logprobs or ():
-            start = self.decoder.length
-            if scored.token not in self.ends:
-                text = self.decoder.step(scored.token)
-                if self.strip and self.left_out == start:
-                    self.left_out += len(text) - len(text.lstrip())
-            elif not self.tells_end:
-                continue
-            self.waiting.append((max(0, start - self.left_out), scored))
+            is_end = scored.token in self.ends
+            if self.tells_end or not is_end:
+                self.waiting.append((len(self.decoder.tokens), scored))
+            if not is_end:
+                self.decoder.step(scored.token)
+        finished = delta.finish_reason is not None
+        if finished:
+            self.decoder.end()
+        if self.strip and delta.text and not self.handed_on and not delta.text[0].isspace():
+            written = self.decoder.written
+            self.dropped = len(written) - len(written.lstrip())
         self.handed_on += len(delta.text)
-        cut_off = self.decoder.length - self.left_out > self.handed_on  # by a stop string, or not known yet
-        whole = delta.finish_reason is not None and not cut_off  # the last tokens may be special ones, without text
-        settled = [pair for pair in self.waiting if whole or pair[0] < self.handed_on]
-        self.waiting = self.waiting[len(settled) :]
-        return [(start + self.offset, scored) for start, scored in settled]
+        return self._settled(finished)
+
+    def _settled(self, finished: bool) -> list[ScoredToken]:
+        """Takes the tokens out of the line that are inside the text that was handed on."""
+        starts, length = self.decoder.starts, self.decoder.length
+        end_of_text = self.dropped + self.handed_on
+        whole = finished and length <= end_of_text  # the last tokens may be special ones, without text
+        settled = []
+        while self.waiting:
+            number, scored = self.waiting[0]
+            start = starts[number] if number < len(starts) else length
+            end = starts[number + 1] if number + 1 < len(starts) else length
+            if not whole and (start >= end_of_text or (end > end_of_text and not finished)):
+                break
+            self.waiting.popleft()
+            if start < self.dropped and end <= self.dropped and scored.token not in self.texts.special:
+                continue
+            inside = max(start, self.dropped), min(end, end_of_text)
+            cut = self.decoder.written[slice(*inside)] if inside != (start, end) and start < end else None
+            settled.append(ScoredToken(max(0, start - self.dropped) + self.offset, scored, cut))
+        return settled
 
 
-def chat_logprobs(texts: TokenTexts, scored: Iterable[tuple[int, TokenLogprob]]) -> dict[str, Any]:
-    """Log-probabilities as chats tell them."""
+def chat_logprobs(texts: TokenTexts, scored: Iterable[ScoredToken]) -> dict[str, Any]:
+    """Log-probabilities as chats report them."""
     content = [
         {
-            **texts.one(one.token, one.logprob),
-            "top_logprobs": [texts.one(token, logprob) for token, logprob in one.top],
+            **texts.one(one.logprob.token, one.logprob.logprob, one.text),
+            "top_logprobs": [texts.one(token, logprob) for token, logprob in one.logprob.top],
         }
-        for _, one in scored
+        for one in scored
     ]
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(
-    texts: TokenTexts, scored: Sequence[tuple[int, TokenLogprob]], wants_top: bool
-) -> dict[str, Any]:
-    """Log-probabilities as completions tell them; NaN stands for the first token of a text, which has none."""
+def completion_logprobs(texts: TokenTexts, scored: Sequence[ScoredToken], wants_top: bool) -> dict[str, Any]:
+    """Log-probabilities as completions report them."""
+    logprobs = [one.logprob for one in scored]
     return {
-        "tokens": [texts.text(one.token) for _, one in scored],
-        "token_logprobs": [None if one.logprob != one.logprob else one.logprob for _, one in scored],
-        "top_logprobs": [_top(texts, one) for _, one in scored] if wants_top else None,
-        "text_offset": [start for start, _ in scored],
+        "tokens": [texts.text(one.logprob.token) if one.text is None else one.text for one in scored],
+        "token_logprobs": [None if one.logprob != one.logprob else one.logprob for one in logprobs],
+        "top_logprobs": [_top(texts, one) for one in logprobs] if wants_top else None,
+        "text_offset": [one.offset for one in scored],
     }
 
 

@@ -114,6 +114,15 @@ def test_white_space_at_the_beginning_is_left_out_if_asked_for() -> None:
     assert continuation.stopped and continuation.kept(2) == (list(b" \n hi"), "") and continuation.kept(0) == ([], "")
 
 
+def test_a_text_of_white_space_alone_is_kept() -> None:
+    continuation = ContinuationText(BYTES, ["\n\nU"], strip=True)
+    assert [continuation.step(byte) for byte in b" \n "] == ["", "", ""]
+    assert continuation.end() == " \n " and continuation.kept(3) == (list(b" \n "), "")
+    stopped = ContinuationText(BYTES, ["\n\nU"], strip=True)
+    assert [stopped.step(byte) for byte in b"  \n\nU"] == ["", "", "", "", "  "]
+    assert stopped.stopped and stopped.end() == "" and stopped.kept(2) == (list(b"  "), "")
+
+
 def test_a_step_does_not_get_slower() -> None:
     """No step takes all that was written into its hands, which would show as memory of that size."""
     continuation = ContinuationText(BYTES, ["\n\nUser:"])

@@ -147,6 +147,8 @@ def test_offsets_of_what_is_echoed(client: OpenAI) -> None:
     for token, start in zip(told.tokens, told.text_offset, strict=True):
         assert token.startswith("bytes:") or choice.text[start:].startswith(token)
     assert told.text_offset[2:5] == [8, 8, 8]
+    broken = complete(client, [97, 226, 34, 98], max_tokens=0, echo=True, logprobs=0).choices[0]  # half a character
+    assert broken.text == 'a\ufffd"b' and broken.logprobs is not None and broken.logprobs.text_offset == [0, 1, 2, 3]
 
 
 # --------------------------------------------------------------------------------------------------------------- chat
