@@ -2,11 +2,12 @@
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bdh.errors import BDHError
-from bdh.inference.request import Event, FinishReason, Request
+from bdh.inference.request import Event, FinishReason, PromptLogprobs, Request
 from bdh.inference.text import ContinuationText
 
 if TYPE_CHECKING:
@@ -22,6 +23,23 @@ class TokenLogprob:
     token: int
     logprob: float
     top: list[tuple[int, float]] = field(default_factory=list)
+
+
+def token_logprobs(tokens: Sequence[int], scores: PromptLogprobs) -> list[TokenLogprob]:
+    """The log-probabilities of a prompt's tokens, token by token.
+
+    Args:
+        tokens: Those that the scores are of, so without the first of the prompt.
+        scores: Their log-probabilities.
+    """
+    rows = zip(
+        tokens,
+        scores.logprobs.tolist(),
+        scores.top_tokens.tolist(),
+        scores.top_logprobs.tolist(),
+        strict=True,
+    )
+    return [TokenLogprob(token, logprob, list(zip(top, values, strict=True))) for token, logprob, top, values in rows]
 
 
 @dataclass(frozen=True)
@@ -170,6 +188,7 @@ class Answer:
     Attributes:
         deltas: Pieces that nobody has taken yet, if they are wanted.
         error: What ended the request before its time.
+        prompt_logprobs: Of the prompt's tokens but the first, if the request asks for them; known with the first token.
         first_at, last_at: When its first and its last token came, by `time.perf_counter`; 0 before.
     """
 
@@ -186,12 +205,14 @@ class Answer:
         self.deltas: deque[Delta] = deque()
         self.error: BaseException | None = None
         self.cached_tokens = 0
+        self.prompt_logprobs: PromptLogprobs | None = None
         self.first_at = self.last_at = 0.0
 
     def take(self, event: Event) -> bool:
         """Takes a token; whether a stop string is complete with it, so that the engine need not go on."""
         continuation = self.continuations[event.index]
         self.cached_tokens = max(self.cached_tokens, event.cached)
+        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
         self.last_at = time.perf_counter()
         self.first_at = self.first_at or self.last_at
         text = continuation.take(event)

@@ -24,9 +24,10 @@ from bdh.errors import BDHError, QueueFull
 from bdh.inference.constraint import Constraint, Grammars
 from bdh.inference.figures import EngineStats
 from bdh.inference.prefix import PrefixCache
-from bdh.inference.request import Event, FinishReason, Request
+from bdh.inference.request import Event, FinishReason, PromptLogprobs, Request
 from bdh.inference.runner import Runner
 from bdh.inference.sampling import Sampled, Sampler
+from bdh.inference.scoring import score_tokens
 from bdh.model import BDHState
 
 
@@ -43,6 +44,7 @@ class Branch:
     cached: int = 0  # how many of these a kept state had read
     keep_at: int | None = None  # the state after this many is worth keeping
     output: list[int] = field(default_factory=list)
+    scores: list[PromptLogprobs] = field(default_factory=list)  # of the prompt's tokens read so far, if asked for
 
     def unread(self, chunk: int) -> list[int]:
         """The next tokens of the prompt to read: up to the chunk's end, and up to where the state is to be kept.
@@ -258,7 +260,9 @@ class Engine:
         if request.state is not None:
             self.runner.write_state(branch.slot, request.state)
             return
-        hit = self.prefixes.find(request.prompt, request.prefix_owner)
+        # Of tokens that a kept state has read there are no logits.
+        scored = request.prompt_logprobs is not None
+        hit = None if scored else self.prefixes.find(request.prompt, request.prefix_owner)
         if hit is None:
             self.runner.clear(branch.slot)
         else:
@@ -297,13 +301,25 @@ class Engine:
     def read_chunk(self, branch: Branch) -> tuple[Tensor, int]:
         """Reads the next tokens of a branch's prompt; the logits (V,) after them, and how many they were."""
         tokens = branch.unread(self.prefill_chunk)
-        logits = self.runner.prefill(branch.slot, tokens)  # (V,)
+        if branch.request.prompt_logprobs is None:
+            logits = self.runner.prefill(branch.slot, tokens)  # (V,)
+        else:
+            logits = self.score_chunk(branch, tokens)  # (V,)
         branch.read += len(tokens)
         self.counts.prefill_tokens += len(tokens)
         if branch.read == branch.keep_at:
             begun, state = branch.request.prompt[: branch.read], self.runner.read_state(branch.slot)
             self.prefixes.keep(begun, state, branch.request.prefix_owner)
         return logits, len(tokens)
+
+    def score_chunk(self, branch: Branch, tokens: list[int]) -> Tensor:
+        """Reads tokens and scores those of the prompt that follow each; the logits (V,) after the last."""
+        prompt, first, top = branch.request.prompt, branch.read + 1, branch.request.prompt_logprobs or 0
+        for logits in self.runner.prefill_logits(branch.slot, tokens):  # (T, V)
+            followers = list(prompt[first : first + len(logits)])  # T, or T - 1 at the prompt's end
+            branch.scores.append(score_tokens(logits[: len(followers)], followers, top))
+            first += len(logits)
+        return logits[-1]
 
     def share(self, group: Group, branch: Branch, logits: Tensor) -> None:
         """Keeps the state after a prompt as long as others of its group wait for a slot or for this state."""
@@ -346,6 +362,7 @@ class Engine:
             reason,
             None if reason is None else self.end(branch),
             branch.cached if len(branch.output) == 1 else 0,
+            prompt_logprobs=PromptLogprobs.join(branch.scores) if branch.scores and len(branch.output) == 1 else None,
         )
 
     def fail(self, branch: Branch, error: BDHError) -> Event:

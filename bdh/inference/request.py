@@ -4,7 +4,9 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
+
+import numpy as np
 
 from bdh.errors import BDHError
 from bdh.inference.params import SamplingParams
@@ -27,6 +29,8 @@ class Request:
         state: What to go on from instead of the beginning, a batch of one; it is copied, not changed.
         keep_state: Whether the last event of a continuation carries the state it left.
         prefix_owner: Whose kept beginnings it may use and leave some to.
+        prompt_logprobs: None, or for how many of the likeliest tokens to report log-probabilities in the place of each
+            token of the prompt, besides the token's own. Such a prompt is read from its first token on.
         keep_prefix: Whether the state it left goes into the prefix cache: the next prompt of a chat goes on from there.
     """
 
@@ -38,11 +42,37 @@ class Request:
     keep_state: bool = False
     keep_prefix: bool = False
     prefix_owner: str | None = None
+    prompt_logprobs: int | None = None
 
     @cached_property
     def ends(self) -> frozenset[int]:
         """All tokens that end a continuation; they are no part of its text."""
         return frozenset(self.params.stop_token_ids) | frozenset(() if self.params.ignore_eos else self.end_token_ids)
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Log-probabilities of the tokens of a prompt but the first, each after those before it, in nats.
+
+    Attributes:
+        logprobs: Of the tokens themselves, (T) float32.
+        top_tokens: The k likeliest tokens in the place of each, likeliest first, (T, k) int32.
+        top_logprobs: Their log-probabilities, (T, k) float32.
+    """
+
+    logprobs: np.ndarray
+    top_tokens: np.ndarray
+    top_logprobs: np.ndarray
+
+    @classmethod
+    def join(cls, parts: "Sequence[Self]") -> Self:
+        """Those of consecutive parts of a prompt, at least one."""
+        fields = (
+            [part.logprobs for part in parts],
+            [part.top_tokens for part in parts],
+            [part.top_logprobs for part in parts],
+        )
+        return cls(*map(np.concatenate, fields))
 
 
 @dataclass(frozen=True)
@@ -60,6 +90,7 @@ class Event:
         state: With `keep_state`, on the last event: the state after the prompt and all tokens but this last one, which
             was chosen and never read.
         cached: On the first token: how many of the prompt's tokens were not read, as a kept state had read them.
+        prompt_logprobs: On the first token of one continuation of a request that asks for them.
         error: What keeps a constrained continuation from going on; it ends, and `token` is -1.
     """
 
@@ -72,3 +103,4 @@ class Event:
     state: "BDHState | None" = None
     cached: int = 0
     error: BDHError | None = None
+    prompt_logprobs: PromptLogprobs | None = None

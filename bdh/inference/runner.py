@@ -48,6 +48,12 @@ class Runner(Protocol):
     def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
         """Reads some tokens (at least one) into a slot; returns the logits after the last, (V,) float32."""
 
+    def prefill_logits(self, slot: int, tokens: Sequence[int]) -> Iterator[Tensor]:
+        """Reads tokens as `prefill` does; yields the logits after each, in order, some at a time: (T, V) float32.
+
+        The tokens are read when the iterator has come to its end.
+        """
+
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Reads one token into each of some slots, all different; returns their logits, (B, V) float32, a tensor that
         later calls leave alone."""
@@ -93,6 +99,13 @@ class ModelRunner:
             ids = torch.tensor([piece], device=self.device)  # (1, T)
             logits = self.model(ids, past_key_values=state, use_cache=True, logits_to_keep=1).logits  # (1, 1, V)
         return logits[0, 0].float()  # (V,)
+
+    @torch.inference_mode()
+    def prefill_logits(self, slot: int, tokens: Sequence[int]) -> Iterator[Tensor]:
+        state = self.states[slot]
+        for piece in pieces(tokens, state.length):
+            ids = torch.tensor([piece], device=self.device)  # (1, T)
+            yield self.model(ids, past_key_values=state, use_cache=True).logits[0].float()  # (T, V)
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
         return torch.stack([self.prefill(slot, [token]) for slot, token in zip(slots, tokens, strict=True)])  # (B, V)

@@ -1,6 +1,6 @@
 """The runner for CPUs: one token a sequence by `bdh.kernels.cpu`, prompts through the model's own forward."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,23 +115,28 @@ class CPURunner:
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
         for piece in pieces(tokens, self.position[slot]):
-            logits = self.read_short(slot, piece) if len(piece) <= SHORT else self.read_long(slot, piece)  # (V,)
-        return logits
+            logits = self.read_short(slot, piece) if len(piece) <= SHORT else self.read_long(slot, piece, 1)  # (T, V)
+        return logits[-1]
+
+    @torch.inference_mode()
+    def prefill_logits(self, slot: int, tokens: Sequence[int]) -> Iterator[Tensor]:
+        for piece in pieces(tokens, self.position[slot]):
+            yield self.read_short(slot, piece) if len(piece) <= SHORT else self.read_long(slot, piece, len(piece))
 
     def read_short(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        for token in tokens:
-            logits = self.decode([slot], [token])  # (1, V)
-        return logits[0]
+        """Reads tokens one by one; the logits (T, V) after each."""
+        return torch.cat([self.decode([slot], [token]) for token in tokens])
 
-    def read_long(self, slot: int, tokens: Sequence[int]) -> Tensor:
+    def read_long(self, slot: int, tokens: Sequence[int], count: int) -> Tensor:
+        """Reads tokens by the model; the logits (count, V) after the last ones."""
         self.flush(slot)
         self.clean[slot] = False  # also if this fails halfway
         synapses = [S[slot : slot + 1] for S in self.synapses]  # L x (1, h, N, D), which the model writes in place
         state = BDHState(synapses, torch.tensor([self.position[slot]]), self.position[slot])
         ids = torch.tensor([tokens])  # (1, T)
-        logits = self.model(ids, past_key_values=state, use_cache=True, logits_to_keep=1).logits  # (1, 1, V)
+        logits = self.model(ids, past_key_values=state, use_cache=True, logits_to_keep=count).logits  # (1, count, V)
         self.position[slot] = self.flushed[slot] = state.length
-        return logits[0, 0].float()  # (V,)
+        return logits[0].float()  # (count, V)
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:

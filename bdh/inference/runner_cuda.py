@@ -1,7 +1,7 @@
 """The runner for NVIDIA GPUs: Triton kernels, and a CUDA graph of the whole step for each size of batch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -272,12 +272,27 @@ class CUDARunner:
     def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
         if len(tokens) == 1:
             return self.decode([slot], tokens)[0]
+        for v in self.read_parts(slot, tokens):  # (T, D)
+            last = v[-1]  # (D)
+        return (last @ self.lm_head.T).float()  # (V,)
+
+    @torch.inference_mode()
+    def prefill_logits(self, slot: int, tokens: Sequence[int]) -> Iterator[Tensor]:
+        if len(tokens) == 1:
+            yield self.decode([slot], tokens)
+            return
+        for v in self.read_parts(slot, tokens):  # (T, D)
+            for rows in v.split(CHUNK):
+                yield (rows @ self.lm_head.T).float()  # (rows, V): of all tokens at once they could take gigabytes
+
+    def read_parts(self, slot: int, tokens: Sequence[int]) -> Iterator[Tensor]:
+        """Reads tokens into a slot; yields x after the last layer, (T, D), of some at a time."""
         self.fold([slot])
         for start in range(0, len(tokens), LONGEST):
             part = tokens[start : start + LONGEST]
             v = self.read(slot, torch.from_numpy(np.array(part, dtype=np.int64)).to(self.device))  # (T, D)
             self.position[slot] += len(part)
-        return (v[-1] @ self.lm_head.T).float()  # (V,)
+            yield v
 
     def read(self, slot: int, tokens: Tensor) -> Tensor:
         """Reads tokens (T,) into a slot that nothing waits in; x after the last layer, (T, D)."""

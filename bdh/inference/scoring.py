@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from bdh.errors import BDHError
-from bdh.inference.answer import TokenLogprob
+from bdh.inference.answer import TokenLogprob, token_logprobs
+from bdh.inference.request import PromptLogprobs
 from bdh.model import BDHForCausalLM, BDHState
 
 PIECE = 64  # tokens read at once: others may go on in between
@@ -46,12 +48,14 @@ class Scorer:
         ids = torch.tensor([self.tokens[self.read : self.read + PIECE]], device=self.model.device)  # (1, T)
         followers = self.tokens[self.read + 1 : self.read + 1 + ids.shape[1]]  # T, or T - 1 at the end
         logits = self.model(ids, past_key_values=self.state, use_cache=True).logits[0, : len(followers)]  # (T, V)
-        logprobs = logits.float().log_softmax(-1)  # (T, V)
-        best = logprobs.topk(self.top, dim=-1)  # 2 x (T, k)
-        chosen = logprobs.gather(1, torch.tensor(followers, device=ids.device)[:, None])[:, 0]  # (T)
         self.read += ids.shape[1]
-        rows = zip(followers, chosen.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
-        self.scores += [
-            TokenLogprob(token, logprob, list(zip(ids_of, values, strict=True)))
-            for token, logprob, ids_of, values in rows
-        ]
+        self.scores += token_logprobs(followers, score_tokens(logits, followers, self.top))
+
+
+def score_tokens(logits: Tensor, followers: Sequence[int], top: int) -> PromptLogprobs:
+    """The log-probabilities of tokens by the logits (T, V) before each, and of the `top` likeliest in their places."""
+    logprobs = logits.float().log_softmax(-1)  # (T, V)
+    best = logprobs.topk(min(top, logits.shape[-1]), dim=-1)  # 2 x (T, k)
+    ids = torch.tensor(followers, dtype=torch.int64, device=logits.device)  # (T)
+    chosen = logprobs.gather(1, ids[:, None])[:, 0]  # (T)
+    return PromptLogprobs(chosen.cpu().numpy(), best.indices.int().cpu().numpy(), best.values.cpu().numpy())

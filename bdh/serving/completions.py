@@ -2,12 +2,14 @@
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from bdh.inference.answer import TextRequest, TokenLogprob
+from bdh.inference.answer import TextRequest, TokenLogprob, token_logprobs
+from bdh.inference.params import SamplingParams
 from bdh.serving.access import Caller, caller
 from bdh.serving.answering import answered, as_events
 from bdh.serving.answers import CompletionAnswer, Envelope
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 router = APIRouter()
 
 USUAL_MAX_TOKENS = 16  # the API's own, for completions
+READ_ONLY = SamplingParams(max_new_tokens=1, temperature=0)  # the engine writes a token at least; it is not used
 
 
 @router.post("/v1/completions", response_model=CompletionAnswer, responses=streamed(CompletionAnswer), tags=["OpenAI"])
@@ -55,7 +58,7 @@ class CompletionWork:
         self.writing = writing
         self.envelope = Envelope("cmpl", served.name)
         self.asked: list[TextRequest] = []
-        self.echoes: list[Echo] = []
+        self.scores_prompts = bool(body.echo) and body.logprobs is not None
 
     @property
     def streamed(self) -> bool:
@@ -82,28 +85,31 @@ class CompletionWork:
         )
         self.writing.check_count(len(prompts) * (params.best_of or params.n))
         self.served.check_length(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), "prompt")
+        self.writing.only_reads = max_tokens == 0
+        params = READ_ONLY if self.writing.only_reads else params
         self.asked = [await self.served.llm.text_request(prompt, params) for prompt in prompts]
         for one in self.asked:
             self.served.check_prompt(one.request.prompt, "prompt")
-        if max_tokens == 0:
+            if self.scores_prompts:
+                one.request.prompt_logprobs = body.logprobs
+        if self.writing.only_reads and not self.scores_prompts:
             await self.writing.charge_prompt(sum(len(one.request.prompt) for one in self.asked))
         else:
             await self.writing.begin(self.asked, wants_deltas=bool(body.stream))
-        self.echoes = [await self.echo(one) for one in self.asked]
         if body.brain:
             prompt = list(self.asked[0].request.prompt)
             await self.writing.look(prompt, None)
 
-    async def echo(self, asked: TextRequest) -> Echo:
-        """The prompt as the answer has it, scored if log-probabilities are asked for."""
+    def echo(self, number: int) -> Echo:
+        """A prompt as the answer has it, scored if log-probabilities are asked for and it was read."""
         if not self.body.echo:
             return Echo()
-        if self.body.logprobs is None:
+        asked, tokens = self.asked[number], list(self.asked[number].request.prompt)
+        answer = self.writing.calls[number].answer if self.scores_prompts else None
+        if answer is None or answer.prompt_logprobs is None:
             return Echo(asked.prompt)
-        tokens = list(asked.request.prompt)
-        scores = [TokenLogprob(tokens[0], float("nan")), *await self.served.llm.score(tokens, self.body.logprobs)]
-        placed = await self.served.llm.beside(lambda: place_tokens(self.served.llm.texts, asked.prompt, scores))
-        return Echo(asked.prompt, placed)
+        scores = [TokenLogprob(tokens[0], float("nan")), *token_logprobs(tokens[1:], answer.prompt_logprobs)]
+        return Echo(asked.prompt, place_tokens(self.served.llm.texts, asked.prompt, scores))
 
     def choices(self, number: int) -> Choices:
         """What makes choices of a prompt's continuations."""
@@ -111,23 +117,23 @@ class CompletionWork:
         dialect = CompletionDialect(texts, bool(self.body.logprobs))
         if self.body.logprobs is None:
             return Choices(dialect, None, number * n)
-        ends, offset = self.asked[number].request.ends, len(self.echoes[number].text)
+        ends, offset = self.asked[number].request.ends, len(self.asked[number].prompt) if self.body.echo else 0
         writers = [LogprobWriter(texts, ends, offset=offset, tells_end=True) for _ in range(params.n)]
         return Choices(dialect, writers, number * n)
 
     async def answer(self) -> Callable[[], dict[str, Any]]:
         """What makes the JSON of the whole answer. Raises ApiError, BDHError or RuntimeError."""
-        if not self.writing.calls:
-            return lambda: self.envelope.whole(self.echoed_only(), usage=self.writing.usage())
         several = [completion.answered().choices for completion in await self.writing.completions()]
+        if self.writing.only_reads:
+            return lambda: self.envelope.whole(self.echoed_only(), usage=self.writing.usage())
         brain = await self.writing.observed_whole(several[0][0].tokens)
         if self.server.config.logging.prompts:
             self.writing.log["answer"] = [one.text for found in several for one in found]
 
         def make() -> dict[str, Any]:
             whole = []
-            for number, (echo, found) in enumerate(zip(self.echoes, several, strict=True)):
-                choices = self.choices(number)
+            for number, found in enumerate(several):
+                choices, echo = self.choices(number), self.echo(number)
                 whole += [choices.whole(one, echo.text, echo.scored) for one in found]
             return self.envelope.whole(whole, usage=self.writing.usage(), **brain)
 
@@ -136,13 +142,13 @@ class CompletionWork:
     def echoed_only(self) -> list[dict[str, Any]]:
         """Choices that are prompts and nothing more."""
         dialect = CompletionDialect(self.served.texts, bool(self.body.logprobs))
-        scored = self.body.logprobs is not None
         n = self.body.n or 1
-        return [
-            dialect.whole(number * n + index, echo.text, echo.scored if scored else None, "length")
-            for number, echo in enumerate(self.echoes)
-            for index in range(n)
-        ]
+        choices = []
+        for number in range(len(self.asked)):
+            echo = self.echo(number)
+            scored = echo.scored if self.scores_prompts else None
+            choices += [dialect.whole(number * n + index, echo.text, scored, "length") for index in range(n)]
+        return choices
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The answer as a stream of events."""
@@ -153,22 +159,28 @@ class CompletionWork:
     async def pieces(self) -> AsyncGenerator[dict[str, Any]]:
         """The pieces of its stream, without what they tell of the usage."""
         made = [self.choices(number) for number in range(len(self.asked))]
-        for event in self.opening(made):
-            yield self.envelope.piece([event])
+        unopened = set(range(len(made))) if self.body.echo else set()
+        if not self.scores_prompts:  # what is echoed is known
+            for number in sorted(unopened):
+                for event in self.opening(made[number], self.echo(number)):
+                    yield self.envelope.piece([event])
+            unopened.clear()
         if self.writing.watch is not None:
             yield self.envelope.piece([], brain=await self.writing.watch.prompt())
         async for number, deltas in self.writing.pieces():
+            if number in unopened:
+                unopened.remove(number)
+                echo = await self.served.llm.beside(partial(self.echo, number))
+                for event in self.opening(made[number], echo):
+                    yield self.envelope.piece([event])
             brain = await self.writing.observed(deltas)
             for piece in made[number].pieces(deltas):
                 yield self.envelope.piece([piece], **brain)
 
-    def opening(self, made: Sequence[Choices]) -> list[dict[str, Any]]:
-        """The echoed prompts, as first pieces."""
-        if not self.body.echo:
-            return []
+    def opening(self, choices: Choices, echo: Echo) -> list[dict[str, Any]]:
+        """An echoed prompt, as the first pieces of its choices."""
         return [
             choices.dialect.piece(choices.first_index + index, echo.text, echo.scored or None, None)
-            for choices, echo in zip(made, self.echoes, strict=True)
             for index in range(self.body.n or 1)
         ]
 

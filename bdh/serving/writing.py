@@ -42,6 +42,7 @@ class Writing:
         self.calls: list[Call | Turn] = []
         self.watch: Watch | None = None  # who looks at the brain meanwhile
         self.prompt_tokens = 0
+        self.only_reads = False  # what is written is no part of the answer
         self.began = time.perf_counter()
         self._ended = False
 
@@ -145,6 +146,8 @@ class Writing:
     @property
     def completion_tokens(self) -> int:
         """Tokens written so far, of all continuations, those that `best_of` gives up among them."""
+        if self.only_reads:
+            return 0
         return sum(len(part.tokens) for answer in self._answers() for part in answer.continuations)
 
     def _answers(self) -> "list[Answer]":
@@ -169,10 +172,12 @@ class Writing:
         written, cached = self.completion_tokens, sum(call.cached_tokens for call in self.calls)
         self.log.update(prompt_tokens=self.prompt_tokens, completion_tokens=written, cached_tokens=cached)
         parts = [part for answer in self._answers() for part in answer.continuations]
-        if reasons := {part.finish_reason for part in parts if part.finish_reason}:
+        reasons = {part.finish_reason for part in parts if part.finish_reason}
+        if reasons and not self.only_reads:
             self.log["finish_reason"] = ",".join(sorted(reasons))
         self.server.metrics.usage(self.served.name, self.prompt_tokens, cached, written)
-        self._tell_times()
+        if not self.only_reads:
+            self._tell_times()
         if self.calls:
             self.server.took(time.perf_counter() - self.began)
         charging = self.server.limits.charge(self.who.key, self.who.address, written)

@@ -109,6 +109,11 @@ def test_decay_and_the_delta_rule_equal_the_model(
         tokens = torch.randint(37, (count,)).tolist()
         assert torch.allclose(runner.prefill(slot, tokens), reference.prefill(slot, tokens), atol=2e-5)
 
+    def prefill_logits(slot: int, count: int) -> None:
+        tokens = torch.randint(37, (count,)).tolist()
+        logits = [torch.cat(list(each.prefill_logits(slot, tokens))) for each in (runner, reference)]
+        assert len(logits[0]) == count and torch.allclose(*logits, atol=2e-5)
+
     def decode(slots: list[int]) -> None:
         tokens = torch.randint(37, (len(slots),)).tolist()
         assert torch.allclose(runner.decode(slots, tokens), reference.decode(slots, tokens), atol=2e-5)
@@ -126,7 +131,8 @@ def test_decay_and_the_delta_rule_equal_the_model(
         each.write_state(2, each.read_state(3))
         each.clear(3)
     decode([2, 3])
-    prefill(2, 18)
+    prefill_logits(2, 18)
+    prefill_logits(3, 1)
     decode([3, 2])
 
 
