@@ -19,9 +19,11 @@ from bdh.errors import BDHError
 from bdh.serving import brain, chat, completions, health, models, page, session_routes, tokens
 from bdh.serving.documented import COMMON, describe
 from bdh.serving.door import Door
-from bdh.serving.errors import ApiError, bad_request
+from bdh.serving.errors import ApiError, bad_request, not_found
 from bdh.serving.logs import CLIENT_GONE, RequestLog
+from bdh.serving.routing import RouteNormalizer
 from bdh.serving.streaming import ClientGone, as_api_error, error_answer
+from bdh.serving.unsupported import alternative_to
 
 if TYPE_CHECKING:
     from bdh.serving.server import Server
@@ -62,7 +64,7 @@ def application(server: "Server") -> FastAPI:
                 expose_headers=["X-Request-ID", "Retry-After", *RATE_HEADERS],
             )
         )
-    around.append(Middleware(Door, server=server))
+    around += [Middleware(RouteNormalizer), Middleware(Door, server=server)]
     app = FastAPI(
         title="bdh serve",
         version=__version__,
@@ -93,6 +95,8 @@ def add_error_answers(app: FastAPI, server: "Server") -> None:
             request.state.log["disconnected"] = True
             return Response(status_code=CLIENT_GONE)
         told = as_told(error)
+        if told.code == "unknown_url" and (words := alternative_to(request.url.path)) is not None:
+            told = not_found(words, "unsupported_endpoint")
         if told.status == 405:
             told.headers["Allow"] = ", ".join(sorted(methods_here(request))) or told.headers["Allow"]
         server.count(told)
@@ -132,7 +136,8 @@ def methods_here(request: Request) -> set[str]:
     """The methods of all routes of a request's path; the one that raised 405 knows its own only."""
     routes = (route for room in (*ROOMS, *OPEN_ROOMS) for route in room.router.routes if isinstance(route, Route))
     here = (route for route in routes if route.matches(request.scope)[0] != Match.NONE)
-    return {method for route in here for method in route.methods or ()}
+    methods = {method for route in here for method in route.methods or ()}
+    return methods | {"HEAD"} if "GET" in methods else methods
 
 
 def told_mistake(mistakes: Sequence[Any]) -> ApiError:

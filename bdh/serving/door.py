@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bdh.serving.config import RequestSettings
     from bdh.serving.server import Server
 
-ALWAYS_OPEN = frozenset({"/health/live", "/health/ready", "/metrics"})
+ALWAYS_OPEN = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 
 
 class Door:

@@ -1,4 +1,4 @@
-"""GET /health/live, /health/ready and /metrics: for those who watch over the server."""
+"""GET /health, /health/live, /health/ready, /version and /metrics: for those who watch over the server."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from bdh import __version__
 from bdh.serving.documented import errors
 from bdh.serving.errors import unavailable
 from bdh.serving.streaming import JSONAnswer
@@ -26,6 +27,7 @@ async def live(request: Request) -> Response:
     return JSONAnswer({"status": "alive"})
 
 
+@router.get("/health", include_in_schema=False)  # as other servers call it
 @router.get("/health/ready", response_model=Health, responses=errors(503))
 async def ready(request: Request) -> Response:
     """Whether requests should be sent here: all models are loaded, and it is not about to end."""
@@ -35,6 +37,12 @@ async def ready(request: Request) -> Response:
     if not server.models.ready:
         raise unavailable("loading", "loading", 2)
     return JSONAnswer({"status": "ready"})
+
+
+@router.get("/version", include_in_schema=False)
+async def version(request: Request) -> Response:
+    """Which version of bdh runs."""
+    return JSONAnswer({"version": __version__})
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -40,7 +40,7 @@ CLIENT_GONE = 499  # the status of a request whose client went away before it wa
 TEXTS = ("prompt", "answer")  # fields that are only written if asked for
 NO_FIELDS = frozenset({*RESERVED_ATTRS, "color_message"})  # what every record has, and what uvicorn adds for terminals
 LONGEST = 200  # characters of a field that may come from a client
-ROUTINE = frozenset({"/health/live", "/health/ready", "/metrics"})  # asked for every few seconds
+ROUTINE = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})  # asked for every few seconds
 SAFE_WORDS = (OSError, RuntimeError, TypeError, AttributeError, NameError, AssertionError, ImportError, MemoryError)
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
