@@ -8,6 +8,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from bdh.serving.answers import Envelope
+from bdh.serving.protocol import KnownFields
 from bdh.serving.streaming import DONE, EventStream, JSONAnswer, as_event, until_gone
 from bdh.serving.writing import Writing
 
@@ -17,6 +18,7 @@ LARGE = 2000  # tokens whose log-probabilities are sooner put into JSON beside t
 class Work(Protocol):
     """A request that writes."""
 
+    body: KnownFields
     writing: Writing
 
     @property
@@ -46,6 +48,8 @@ async def as_events(
 
 async def answered(work: Work, request: Request) -> Response:
     """The answer to a request. Raises as the work, and as `until_gone`."""
+    if ignored := work.body.ignored_fields():
+        work.writing.log["ignored"] = ",".join(ignored)
     try:
         await until_gone(request, work.begin())
         if work.streamed:

@@ -171,6 +171,9 @@ class SamplingFields(Strict):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
+CacheControl = Annotated[dict[str, Any] | None, Few]  # beginnings of prompts are kept as the server sees fit
+
+
 class KnownFields(SamplingFields):
     """Fields that clients send as a matter of course, and that change nothing here."""
 
@@ -182,6 +185,15 @@ class KnownFields(SamplingFields):
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, Few] = None
+    cache_control: CacheControl = None
+    keep_alive: str | int | float | None = None
+
+    def ignored_fields(self) -> list[str]:
+        """The names of the fields that the request has and that change nothing here, for the log."""
+        own = KnownFields.__annotations__
+        return [name for name in type(self).model_fields if name in own and getattr(self, name) is not None]
 
 
 TokenIds = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
@@ -217,6 +229,7 @@ class TextPart(Strict):
     type: Literal["text"]
     text: str
     prompt_cache_breakpoint: dict[str, Any] | None = None  # known and not needed
+    cache_control: CacheControl = None
 
 
 class OtherPart(Strict):
@@ -229,6 +242,7 @@ class OtherPart(Strict):
 class RefusalPart(Strict):
     type: Literal["refusal"]
     refusal: str
+    cache_control: CacheControl = None
 
 
 Part = Annotated[TextPart | RefusalPart | OtherPart, Field(discriminator="type")]
@@ -239,12 +253,14 @@ class InstructionMessage(Strict):
     role: Literal["system", "developer"]
     content: Content
     name: str | None = None
+    cache_control: CacheControl = None
 
 
 class UserMessage(Strict):
     role: Literal["user"]
     content: Content
     name: str | None = None
+    cache_control: CacheControl = None
 
 
 class AssistantMessage(Strict):
@@ -259,6 +275,8 @@ class AssistantMessage(Strict):
     audio: dict[str, Any] | None = None
     annotations: list[Any] | None = None
     parsed: Any = None  # what a client made of the content
+    reasoning_content: str | None = None
+    cache_control: CacheControl = None
 
 
 class ToolMessage(Strict):
@@ -303,11 +321,15 @@ class ChatRequest(ChatFields):
     tool_choice: str | dict[str, Any] | None = None
     functions: list[Any] | None = None
     function_call: str | dict[str, Any] | None = None
-    reasoning_effort: str | None = None
     verbosity: str | None = None
     prediction: dict[str, Any] | None = None
     audio: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
+
+    def ignored_fields(self) -> list[str]:
+        others = [name for name in IGNORED_IN_CHATS if getattr(self, name) is not None]
+        of_messages = {name: None for message in self.messages for name in ignored_in(message)}
+        return [*super().ignored_fields(), *others, *of_messages]
 
     def plain_messages(self) -> list[dict[str, str]]:
         """The messages as the chat template takes them. Raises ApiError for what a BDH has no words for."""
@@ -318,6 +340,19 @@ class ChatRequest(ChatFields):
         if self.web_search_options is not None:
             raise bad_request("this server cannot search the web; leave web_search_options out", "web_search_options")
         return [plain_message(message, f"messages.{number}") for number, message in enumerate(self.messages)]
+
+
+IGNORED_IN_CHATS = ("parallel_tool_calls", "verbosity", "prediction")
+IGNORED_IN_MESSAGES = ("name", "reasoning_content", "cache_control")
+
+
+def ignored_in(message: InstructionMessage | UserMessage | AssistantMessage | ToolMessage) -> list[str]:
+    """The names of the fields of a message that change nothing here, as "messages[].name"."""
+    found = [f"messages[].{name}" for name in IGNORED_IN_MESSAGES if getattr(message, name, None) is not None]
+    content = getattr(message, "content", None)
+    if isinstance(content, list) and any(getattr(part, "cache_control", None) is not None for part in content):
+        found.append("messages[].content[].cache_control")
+    return found
 
 
 def plain_message(

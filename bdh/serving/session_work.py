@@ -11,7 +11,7 @@ from bdh.serving.chat import chat_choices, chat_events
 from bdh.serving.choices import Choices, CompletionDialect
 from bdh.serving.completions import USUAL_MAX_TOKENS
 from bdh.serving.errors import bad_request
-from bdh.serving.protocol import LARGEST, ChatFields, Content, KnownFields, SamplingFields, text_of
+from bdh.serving.protocol import LARGEST, ChatFields, Content, KnownFields, text_of
 from bdh.serving.session_memory import Kept
 from bdh.serving.token_text import LogprobWriter
 from bdh.serving.writing import Writing
@@ -68,7 +68,7 @@ class SessionWork:
         self,
         server: "Server",
         kept: Kept,
-        body: SamplingFields,
+        body: KnownFields,
         writing: Writing,
         envelope: Envelope,
     ):
