@@ -62,12 +62,14 @@ def add(argv: list[str]) -> int:
     )
     parser.add_argument("--requests_per_minute", type=int, default=None, help="instead of the server's limit")
     parser.add_argument("--tokens_per_minute", type=int, default=None, help="instead of the server's limit")
+    parser.add_argument("--concurrent_requests", type=int, default=None, help="instead of the server's limit")
     args = parser.parse_args(argv)
     expires = None if args.expires is None else expiry(args.expires, datetime.now(UTC))
 
     from bdh.serving.key_file import add_key
 
-    key, secret = add_key(args.file, args.name, expires, args.requests_per_minute, args.tokens_per_minute)
+    limits = args.requests_per_minute, args.tokens_per_minute, args.concurrent_requests
+    key, secret = add_key(args.file, args.name, expires, *limits)
     until = "" if key.expires is None else f"; it expires {shown_time(key.expires)} UTC"
     print(f"{key.id}, {key.name}, is in {args.file}{until}. Its secret, shown this once:", file=sys.stderr, flush=True)
     print(secret, flush=True)
@@ -92,12 +94,14 @@ def show(argv: list[str]) -> int:
 
     from bdh.serving.keys import read_keys
 
-    rows: list[tuple[str, ...]] = [
-        ("ID", "NAME", "CREATED (UTC)", "EXPIRES (UTC)", "REQUESTS/MIN", "TOKENS/MIN", "STATE")
-    ]
-    for key in read_keys(args.file):
+    keys = read_keys(args.file)
+    columns = {"REQUESTS/MIN": "requests_per_minute", "TOKENS/MIN": "tokens_per_minute"}
+    if any(key.concurrent_requests is not None for key in keys):
+        columns["CONCURRENT"] = "concurrent_requests"
+    rows: list[tuple[str, ...]] = [("ID", "NAME", "CREATED (UTC)", "EXPIRES (UTC)", *columns, "STATE")]
+    for key in keys:
         state = key.state if key.revoked is None else f"revoked {shown_time(key.revoked)}"
-        limits = ("-" if n is None else f"{n:,}" for n in (key.requests_per_minute, key.tokens_per_minute))
+        limits = ("-" if n is None else f"{n:,}" for n in (getattr(key, name) for name in columns.values()))
         expires = "never" if key.expires is None else shown_time(key.expires)
         rows.append((key.id, key.name, shown_time(key.created), expires, *limits, state))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

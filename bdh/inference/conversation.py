@@ -92,6 +92,7 @@ class Conversation:
         transcript: The messages of the conversation, without what `read` and `write` added in between.
         busy: Whether something is being read or written.
         owner: Whose kept beginnings of prompts it may use.
+        client: Who asks for what is read or written next: clients have equal shares of the engine.
     """
 
     def __init__(self, texts: Texts, system: str | None = None, params: SamplingParams | None = None):
@@ -100,6 +101,7 @@ class Conversation:
         self.params = params or SamplingParams()
         self.busy = False
         self.owner: str | None = None
+        self.client: str | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -155,12 +157,22 @@ class Conversation:
         state, prompt = self._with(tokens)
         if not tokens or len(prompt) == 1:
             return Reading(None, tokens, state, prompt)
-        request = Request(prompt[:-1], ONE_TOKEN, state=state, keep_state=True, prefix_owner=self.owner)
+        request = Request(
+            prompt[:-1], ONE_TOKEN, state=state, keep_state=True, prefix_owner=self.owner, client=self.client
+        )
         return Reading(TextRequest(request), tokens, state, prompt[-1:])
 
     def _asked(self, state: "BDHState | None", prompt: list[int], params: SamplingParams) -> TextRequest:
         ends = self.texts.end_token_ids
-        request = Request(prompt, params, end_token_ids=ends, state=state, keep_state=True, prefix_owner=self.owner)
+        request = Request(
+            prompt,
+            params,
+            end_token_ids=ends,
+            state=state,
+            keep_state=True,
+            prefix_owner=self.owner,
+            client=self.client,
+        )
         return TextRequest(request, stop=params.stop)
 
     def _with(self, tokens: list[int]) -> "tuple[BDHState | None, list[int]]":

@@ -4,6 +4,8 @@ What is notable about it, for a reader who knows engines for transformers:
 
 * There are no pages and no blocks. A sequence's past is one state of constant size, so a *slot* is all it needs, and
   who has a slot can go on for ever. Scheduling is: who gets the next free slot.
+* Slots are shared evenly among clients, not among requests: one that has more than its share gives up a slot to another
+  that waits, and goes on later from the state it had, which is all there is to put aside.
 * Requests join and leave between steps. A step reads `prefill_chunk` tokens of prompts, in turn, and writes one
   token of every continuation whose prompt is read; so a long prompt delays the others by one chunk.
 * States are exact. The state after a prompt serves all `n` answers to it, and the state after a common beginning of
@@ -15,75 +17,21 @@ What is notable about it, for a reader who knows engines for transformers:
 import heapq
 import random
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bdh.errors import BDHError, QueueFull
 from bdh.inference.constraint import Constraint, Grammars
-from bdh.inference.figures import EngineStats
+from bdh.inference.figures import EngineStats, queue_has_room
 from bdh.inference.prefix import PrefixCache
 from bdh.inference.request import Event, FinishReason, PromptLogprobs, Request
 from bdh.inference.runner import Runner
 from bdh.inference.sampling import Sampled, Sampler
+from bdh.inference.scheduling import Branch, Group, WaitingLine, slots_of_clients, victim_of
 from bdh.inference.scoring import score_tokens
 from bdh.model import BDHState
-
-
-@dataclass(eq=False)
-class Branch:
-    """One continuation of a request."""
-
-    request: Request
-    index: int
-    seed: int
-    constraint: Constraint | None
-    slot: int = -1
-    read: int = 0  # tokens of the prompt that are in the slot
-    cached: int = 0  # how many of these a kept state had read
-    keep_at: int | None = None  # the state after this many is worth keeping
-    output: list[int] = field(default_factory=list)
-    scores: list[PromptLogprobs] = field(default_factory=list)  # of the prompt's tokens read so far, if asked for
-
-    def unread(self, chunk: int) -> list[int]:
-        """The next tokens of the prompt to read: up to the chunk's end, and up to where the state is to be kept.
-
-        Where chunks end does not depend on who else reads, or rounding would.
-        """
-        stop = min(self.read + chunk - self.read % chunk, len(self.request.prompt))
-        if self.keep_at is not None and self.read < self.keep_at < stop:
-            stop = self.keep_at
-        return list(self.request.prompt[self.read : stop])
-
-    @property
-    def position(self) -> int:
-        """Tokens that the slot has read, those of the request's state included, once the last written one is read."""
-        before = 0 if self.request.state is None else self.request.state.length
-        return before + self.read + len(self.output)
-
-    @property
-    def prompt_is_read(self) -> bool:
-        return self.read == len(self.request.prompt)
-
-    def forbidden(self) -> list[int] | None:
-        """Tokens that may not come now: ends, while the text is too short."""
-        ends = self.request.ends
-        return sorted(ends) if ends and len(self.output) < self.request.params.min_new_tokens else None
-
-    @property
-    def wants_logprob(self) -> bool:
-        params = self.request.params
-        return params.logprobs is not None or (params.best_of or params.n) > params.n
-
-
-@dataclass(eq=False)
-class Group:
-    """The continuations of one request. The first to get a slot reads the prompt for all."""
-
-    branches: list[Branch]
-    reader: Branch | None = None
-    after_prompt: tuple[BDHState, Tensor] | None = None  # for those still waiting: the state, and the logits (V,)
 
 
 class Engine:
@@ -114,7 +62,7 @@ class Engine:
         self.prefixes = PrefixCache(prefix_cache_bytes)
         self.sampler = Sampler(runner.n_slots, runner.config.vocab_size, runner.device)
         self.groups: dict[str, Group] = {}
-        self.waiting: deque[Branch] = deque()
+        self.waiting = WaitingLine()
         self.reading: deque[Branch] = deque()  # have a slot, read their prompt
         self.writing: list[Branch] = []  # have a slot and a last token to go on from
         self.free = list(range(runner.n_slots))  # a heap
@@ -129,7 +77,16 @@ class Engine:
     def stats(self) -> EngineStats:
         """The counts and the load as they are now."""
         running = len(self.reading) + len(self.writing)
-        return replace(self.counts, running=running, waiting=len(self.waiting), prefix_nbytes=self.prefixes.nbytes)
+        saved = sum(branch.saved is not None for branch in self.waiting)
+        clients = slots_of_clients([*self.reading, *self.writing])
+        return replace(
+            self.counts,
+            running=running,
+            waiting=len(self.waiting),
+            prefix_nbytes=self.prefixes.nbytes,
+            preempted_nbytes=saved * self.runner.state_nbytes,
+            waiting_of=dict.fromkeys(clients, 0) | {name: len(queue) for name, queue in self.waiting.queues.items()},
+        )
 
     # ---------------------------------------------------------------------------------------- requests come and go
 
@@ -142,7 +99,7 @@ class Engine:
         """
         params, count = request.params, request.params.best_of or request.params.n
         self.check(request)
-        if len(self.waiting) + count > self.queue_size + len(self.free):
+        if not queue_has_room(self.stats, request.client, count, self.queue_size, len(self.free)):
             raise QueueFull(
                 f"{len(self.waiting)} requests wait already, of {self.queue_size} that may; try again later"
             )
@@ -238,21 +195,48 @@ class Engine:
         return events
 
     def admit(self) -> None:
-        """Gives free slots to those that have waited longest; who can use what another reads, waits for that."""
-        held = []
-        while self.free and self.waiting:
-            branch = self.waiting.popleft()
-            group = self.groups[branch.request.id]
-            if group.reader is not None and group.after_prompt is None:
-                held.append(branch)
-                continue
+        """Gives slots to those whose turn it is; who can use what another reads, waits for that."""
+        while self.waiting:
+            running = slots_of_clients([*self.reading, *self.writing])
+            branch = self.waiting.next(running, self.is_ready)
+            if branch is None or not (self.free or self.preempt_for(branch)):
+                return
+            self.waiting.take(branch)
             branch.slot = heapq.heappop(self.free)
-            self.sampler.add(branch.slot, branch.request.params, branch.request.prompt, branch.seed)
-            if group.after_prompt is None:
+            request, group = branch.request, self.groups[branch.request.id]
+            self.sampler.add(branch.slot, request.params, request.prompt, branch.seed, branch.output)
+            if branch.saved is not None:
+                self.runner.write_state(branch.slot, branch.saved)
+                branch.saved = None
+            elif group.after_prompt is None:
                 group.reader = branch
                 self.begin(branch)
-            self.reading.append(branch)
-        self.waiting.extendleft(reversed(held))
+            (self.writing if branch.prompt_is_read else self.reading).append(branch)
+
+    def is_ready(self, branch: Branch) -> bool:
+        """Whether a continuation could use a slot now: not while another one reads its prompt."""
+        group = self.groups[branch.request.id]
+        return branch.saved is not None or group.reader is None or group.after_prompt is not None
+
+    def preempt_for(self, waiting: Branch) -> bool:
+        """Frees a slot of a client that has more than its share, if there is one; the continuation in it goes on later.
+
+        Not more states are put aside than there are slots.
+        """
+        if sum(branch.saved is not None for branch in self.waiting) >= self.runner.n_slots:
+            return False
+        begun = [branch for branch in self.reading if branch.read > 0]  # others hold nothing, and get a turn soon
+        victim = victim_of(waiting, begun, self.writing)
+        if victim is None:
+            return False
+        self.counts.preempted += 1
+        victim.saved = self.runner.read_state(victim.slot).to("cpu", torch.float32)
+        (self.writing if victim.prompt_is_read else self.reading).remove(victim)
+        self.sampler.remove(victim.slot)
+        heapq.heappush(self.free, victim.slot)
+        victim.slot = -1
+        self.waiting.put_back(victim)
+        return True
 
     def begin(self, branch: Branch) -> None:
         """Puts the state to start from into a branch's slot: the request's own, a kept beginning's, or none."""
@@ -375,7 +359,7 @@ class Engine:
         request, state = branch.request, None
         keep_prefix = request.keep_prefix and request.state is None and self.prefixes.fits(self.runner.state_nbytes)
         if request.keep_state or keep_prefix:
-            state = self.runner.read_state(branch.slot)
+            state = self.runner.read_state(branch.slot) if branch.saved is None else branch.saved
         if keep_prefix and state is not None:
             self.prefixes.keep([*request.prompt, *branch.output[:-1]], state, request.prefix_owner)
         self.counts.finished += 1

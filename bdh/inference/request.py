@@ -29,6 +29,7 @@ class Request:
         state: What to go on from instead of the beginning, a batch of one; it is copied, not changed.
         keep_state: Whether the last event of a continuation carries the state it left.
         prefix_owner: Whose kept beginnings it may use and leave some to.
+        client: Who made it: clients have equal shares of the slots and of the queue.
         prompt_logprobs: None, or for how many of the likeliest tokens to report log-probabilities in the place of each
             token of the prompt, besides the token's own. Such a prompt is read from its first token on.
         keep_prefix: Whether the state it left goes into the prefix cache: the next prompt of a chat goes on from there.
@@ -42,6 +43,7 @@ class Request:
     keep_state: bool = False
     keep_prefix: bool = False
     prefix_owner: str | None = None
+    client: str | None = None
     prompt_logprobs: int | None = None
 
     @cached_property

@@ -131,15 +131,24 @@ class Sampler:
         self.tables: dict[int, Tensor] = {}
 
     @torch.inference_mode()
-    def add(self, slot: int, params: SamplingParams, prompt: Sequence[int], seed: int) -> None:
-        """A request begins in a slot, at step 0 of its seed (0 to 2^64 - 1). `prompt`: its token ids.
+    def add(
+        self, slot: int, params: SamplingParams, prompt: Sequence[int], seed: int, output: Sequence[int] = ()
+    ) -> None:
+        """A request begins in a slot, or goes on there.
+
+        Args:
+            slot: The slot.
+            params: How its tokens are chosen.
+            prompt: Its token ids.
+            seed: Of its draws, 0 to 2^64 - 1.
+            output: The tokens that were chosen in another slot; the next draw is the one after theirs.
 
         Raises:
             BDHError: `params` has a token id that the model does not have.
         """
         params.check_vocabulary(self.vocab_size)
         self.streams[slot : slot + 1] = mix(np.array([seed], np.uint64))
-        self.steps[slot] = 0
+        self.steps[slot] = len(output)
         self.temperature[slot] = 1.0 if params.greedy else params.temperature
         self.repetition[slot] = params.repetition_penalty
         self.presence[slot], self.frequency[slot] = params.presence_penalty, params.frequency_penalty
@@ -153,9 +162,11 @@ class Sampler:
             bias[self._index(np.array(list(given)))] = self._index(np.array(list(given.values()), np.float32))
         if features & REPETITION:
             seen = self._table(REPETITION, torch.bool)[slot].zero_()  # (V,)
-            seen[torch.tensor(prompt, dtype=torch.int64, device=self.device)] = True
+            seen[torch.tensor([*prompt, *output], dtype=torch.int64, device=self.device)] = True
         if features & COUNTED:
-            self._table(COUNTED, torch.int32)[slot].zero_()  # (V,)
+            counts = self._table(COUNTED, torch.int32)[slot].zero_()  # (V,)
+            if output:
+                counts += self._index(np.bincount(output, minlength=self.vocab_size).astype(np.int32))
 
     def remove(self, slot: int) -> None:
         """A slot's request has ended: left in a batch, the slot takes the likeliest token and costs nothing."""

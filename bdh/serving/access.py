@@ -8,6 +8,7 @@ from starlette.types import Scope
 
 from bdh.serving.errors import ApiError, unauthorized
 from bdh.serving.keys import Key, KeyRefused
+from bdh.serving.limits import network, subject
 
 if TYPE_CHECKING:
     from bdh.serving.server import Server
@@ -37,6 +38,11 @@ class Caller:
         """Whom sessions and traces belong to: a key, or everybody."""
         return None if self.key is None else self.key.id
 
+    @property
+    def client(self) -> str:
+        """Who shares the engine with others like it: a key, or where no keys are asked for a network."""
+        return subject(self.key, network(self.address))
+
 
 def presented(authorization: str | None) -> str | None:
     """The secret in an Authorization header, if it has one."""
@@ -60,6 +66,9 @@ async def let_in(scope: Scope, server: "Server") -> None:
             key = server.keys.check(presented(request.headers.get("authorization")))
         except KeyRefused as refused:
             refusal = unauthorized(REFUSALS[refused.reason])
+    if refusal is None:
+        server.limits.enter(key, address)
+        request.state.entered = Caller(key, address)
     headers = await server.limits.admit(key, address, refused=refusal is not None)
     if refusal is not None:
         raise refusal
@@ -67,6 +76,12 @@ async def let_in(scope: Scope, server: "Server") -> None:
     if key is not None:
         request.state.log.update(key=key.id, key_name=key.name)
     request.state.caller = Caller(key, address)
+
+
+def let_out(scope: Scope, server: "Server") -> None:
+    """Counts a request as answered, if it was let in."""
+    if (entered := scope["state"].pop("entered", None)) is not None:
+        server.limits.leave(entered.key, entered.address)
 
 
 async def caller(request: Request) -> Caller:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bdh.serving.access import costs, let_in
+from bdh.serving.access import costs, let_in, let_out
 from bdh.serving.errors import ApiError, too_large, unavailable
 from bdh.serving.streaming import error_answer
 
@@ -40,6 +40,7 @@ class Door:
         try:
             await self._let_in(scope, receive, send)
         finally:
+            let_out(scope, self.server)
             self.server.inside -= 1
             self.server.check_drained()
 

@@ -20,6 +20,7 @@ def add_key(
     expires: datetime | None = None,
     requests_per_minute: int | None = None,
     tokens_per_minute: int | None = None,
+    concurrent_requests: int | None = None,
 ) -> tuple[Key, str]:
     """Puts a new key into a file, which is made if it is not there; returns it and its secret, which is not kept.
 
@@ -28,7 +29,12 @@ def add_key(
     """
     if ID.fullmatch(checked_name(name, "the name of the key")):
         raise BDHError(f"the name {name} looks like the id of a key; choose another")
-    for what, limit in (("requests_per_minute", requests_per_minute), ("tokens_per_minute", tokens_per_minute)):
+    limits = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "concurrent_requests": concurrent_requests,
+    }
+    for what, limit in limits.items():
         if limit is not None and limit < 1:
             raise BDHError(f"{what} is {limit}; it must be at least 1")
     now = datetime.now(UTC)
@@ -49,8 +55,7 @@ def add_key(
             hash=hash_of(secret),
             created=iso(now),
             expires=None if expires is None else iso(expires),
-            requests_per_minute=requests_per_minute,
-            tokens_per_minute=tokens_per_minute,
+            **limits,
         )
         write_keys(path, [*keys, added])
     return added, secret

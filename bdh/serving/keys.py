@@ -43,6 +43,7 @@ class Key:
         expires: ISO time in UTC from which on it is refused; None: never.
         requests_per_minute: Its own limit; None takes the server's.
         tokens_per_minute: Its own limit; None takes the server's.
+        concurrent_requests: Its own limit; None takes the server's.
         revoked: ISO time in UTC when it was revoked; None: it was not.
     """
 
@@ -54,6 +55,7 @@ class Key:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     revoked: str | None = None
+    concurrent_requests: int | None = None  # files of earlier versions have none
 
     @property
     def state(self) -> Literal["active", "revoked", "expired"]:
@@ -112,6 +114,7 @@ def _parse_key(entry: Any, place: str) -> Key:
     if not isinstance(entry, dict):
         raise BDHError(f"{place} is not an object")
     names = {field.name for field in fields(Key)}
+    entry = {"concurrent_requests": None, **entry}
     if entry.keys() != names:
         missing, strange = sorted(names - entry.keys()), sorted(entry.keys() - names)
         raise BDHError(f"{place} {'lacks ' + missing[0] if missing else 'has an unknown field ' + strange[0][:40]}")
@@ -121,7 +124,7 @@ def _parse_key(entry: Any, place: str) -> Key:
     for name in ("created", "expires", "revoked"):
         if not (_is_moment(entry[name]) or (entry[name] is None and name != "created")):
             raise BDHError(f"{place}: {name} is not a time with a zone, as 2027-01-31T00:00:00Z")
-    for name in ("requests_per_minute", "tokens_per_minute"):
+    for name in ("requests_per_minute", "tokens_per_minute", "concurrent_requests"):
         if entry[name] is not None and (type(entry[name]) is not int or entry[name] < 1):
             raise BDHError(f"{place}: {name} must be a whole number of at least 1, or null")
     return Key(**entry)

@@ -9,6 +9,7 @@ import ipaddress
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -44,8 +45,12 @@ class LimitSettings:
     Attributes:
         requests_per_minute: Of one key that has no limit of its own, or of one address where no keys are asked for;
             None: any number.
-        tokens_per_minute: Read and written, of one key or address likewise. A request is refused once they are used up;
-            one that has begun may write more, which counts against those that follow. None: any number.
+        tokens_per_minute: Read and written, of one key or address likewise. A request reserves the most that it may
+            write when it begins, and what it did not write is given back when it ends: it is refused if there is not so
+            much left. One that may write more than the whole limit begins only while no other is in work, and counts
+            against those that follow. Reservations are each server's own. None: any number.
+        concurrent_requests: In work at once, of one key or address likewise, counted by each server for itself. None:
+            any number.
         address_requests_per_minute: From one address, whatever its keys; those refused for a wrong key count too, so
             that nobody guesses fast. An IPv6 address counts with its /64 network. None: any number.
         storage: Where it is counted: "memory://", by each server for itself, or "redis://HOST:PORT/DB" (or rediss://),
@@ -55,6 +60,7 @@ class LimitSettings:
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    concurrent_requests: int | None = None
     address_requests_per_minute: int | None = None
     storage: str = "memory://"
 
@@ -102,6 +108,8 @@ class RateLimits:
         check(settings)
         self.settings = settings
         self._counts = Counts(settings.storage)
+        self._reserved: Counter[str] = Counter()  # tokens that requests in work may still write, by subject
+        self._in_work: Counter[str] = Counter()  # requests, by subject
 
     async def admit(self, key: Key | None, address: str, refused: bool = False) -> RateHeaders:
         """Counts one request; returns the headers that say how much is left.
@@ -122,14 +130,14 @@ class RateLimits:
             raise refusal("address_limit", f"{most:,} requests per minute from one address", most, usage, {})
         if refused:
             return {}
-        who, whose = subject(key, place), "from one address" if key is None else "for this key"
+        who = subject(key, place)
         headers = {}
         most = self._tokens_per_minute(key)
         if most is not None:
             usage = await self._counts.usage(f"tokens/{who}")
             headers = described("tokens", most, usage)
             if usage.total >= most:
-                words = f"{most:,} tokens per minute {whose} are used up"
+                words = f"{most:,} tokens per minute {whose(key)} are used up"
                 raise refusal("token_limit", words, most, usage, headers)
         most = self._requests_per_minute(key)
         if most is not None:
@@ -137,7 +145,7 @@ class RateLimits:
             usage = await self._counts.usage(f"requests/{who}")
             headers |= described("requests", most, usage)
             if not fits:
-                raise refusal("request_limit", f"{most:,} requests per minute {whose}", most, usage, headers)
+                raise refusal("request_limit", f"{most:,} requests per minute {whose(key)}", most, usage, headers)
         return headers
 
     async def charge(self, key: Key | None, address: str, tokens: int) -> RateHeaders:
@@ -149,6 +157,51 @@ class RateLimits:
         if tokens > 0:
             await self._counts.add(name, tokens, UNLIMITED)
         return described("tokens", most, await self._counts.usage(name))
+
+    async def reserve(self, key: Key | None, address: str, read: int, write: int) -> RateHeaders:
+        """Counts tokens that are read, and reserves those that may be written until `release`; returns the headers.
+
+        Raises:
+            TooManyRequests: So many are not left; nothing is counted or reserved then.
+        """
+        most = self._tokens_per_minute(key)
+        if most is None:
+            return {}
+        who = subject(key, network(address))
+        usage = await self._counts.usage(f"tokens/{who}")  # nothing may be awaited from here until it is reserved
+        used, reserved, asked = usage.total, self._reserved[who], read + write
+        alone = asked > most and not reserved and used < most
+        if used + reserved + asked > most and not alone:
+            words = (
+                f"{most:,} tokens per minute {whose(key)}: {math.floor(used):,} are used, {reserved:,} reserved by "
+                f"requests in work, and this one asks for {asked:,}; ask for fewer with max_tokens, or"
+            )
+            left = most if used + asked <= most else max(1, most - asked)  # if not, it waits for others in work only
+            raise refusal("token_limit", words, left, usage, described("tokens", most, usage))
+        self._reserved[who] += write
+        try:
+            return await self.charge(key, address, read)
+        except BaseException:
+            self.release(key, address, write)
+            raise
+
+    def release(self, key: Key | None, address: str, tokens: int) -> None:
+        """Gives back reserved tokens, after those that were written have been charged."""
+        if self._tokens_per_minute(key) is not None:
+            take(self._reserved, subject(key, network(address)), tokens)
+
+    def enter(self, key: Key | None, address: str) -> None:
+        """Counts a request as in work until `leave`. Raises TooManyRequests if there are too many of its caller."""
+        own = None if key is None else key.concurrent_requests
+        most = self.settings.concurrent_requests if own is None else own
+        who = subject(key, network(address))
+        if most is not None and self._in_work[who] >= most:
+            words = f"rate limit reached: {most:,} requests at once {whose(key)}; try again when one is answered"
+            raise TooManyRequests(words, 1, "concurrency_limit")
+        self._in_work[who] += 1
+
+    def leave(self, key: Key | None, address: str) -> None:
+        take(self._in_work, subject(key, network(address)), 1)
 
     async def close(self) -> None:
         """Ends the connections to Redis, if there are any."""
@@ -239,7 +292,7 @@ async def within(seconds: float, work: Awaitable[T]) -> T:
 
 def check(settings: LimitSettings) -> None:
     """Raises BDHError for the first setting that cannot be."""
-    for name in ("requests_per_minute", "tokens_per_minute", "address_requests_per_minute"):
+    for name in ("requests_per_minute", "tokens_per_minute", "concurrent_requests", "address_requests_per_minute"):
         limit = getattr(settings, name)
         if limit is not None and limit < 1:
             raise BDHError(f"serve.limits.{name} is {limit}; it must be at least 1, or null for any number")
@@ -287,6 +340,18 @@ def network(address: str) -> str:
 def subject(key: Key | None, place: str) -> str:
     """The one whose requests are counted together."""
     return f"address/{place}" if key is None else f"key/{key.id}"
+
+
+def whose(key: Key | None) -> str:
+    """Whose limit it is, in words."""
+    return "from one address" if key is None else "for this key"
+
+
+def take(counts: Counter[str], name: str, amount: int) -> None:
+    """Takes an amount from a count, which is gone when there is nothing left of it."""
+    counts[name] -= amount
+    if counts[name] <= 0:
+        del counts[name]
 
 
 def described(what: str, limit: int, usage: Usage) -> RateHeaders:

@@ -35,6 +35,7 @@ COUNTS = {
         "bdh_engine_cancelled",
         "Requests that were given up, as their clients went away or they took too long.",
     ),
+    "preempted": ("bdh_engine_preempted", "Continuations that gave up their slot to another client for a while."),
     "prefill_tokens": ("bdh_engine_prompt_tokens", "Tokens of prompts that were read; without those saved."),
     "decode_tokens": ("bdh_engine_written_tokens", "Tokens that were written."),
     "prefix_hits": ("bdh_prefix_cache_hits", "Requests whose prompt began with a kept state."),
@@ -55,7 +56,7 @@ class Watched:
     def figures(self) -> "tuple[EngineStats, dict[str, float]]":
         """The engine's figures, and the bytes of states by where they are."""
         stats = self.stats()
-        memory = {"running": float(stats.running * self.state_nbytes)}
+        memory = {"running": float(stats.running * self.state_nbytes), "preempted": float(stats.preempted_nbytes)}
         return stats, memory | dict(self.extra() if self.extra is not None else {})
 
 

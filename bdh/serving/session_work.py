@@ -1,6 +1,7 @@
 """What is said and written in sessions, as one HTTP request asks for it: the answers of chats and of completions."""
 
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -17,7 +18,7 @@ from bdh.serving.token_text import LogprobWriter
 from bdh.serving.writing import Writing
 
 if TYPE_CHECKING:
-    from bdh.inference.async_session import Turn
+    from bdh.inference.async_session import AsyncSession, Turn
     from bdh.serving.server import Server
 
 One = Literal[1] | None
@@ -95,6 +96,13 @@ class SessionWork:
             request = turn.asked.request
             await self.writing.look(list(request.prompt), request.state)
 
+    @asynccontextmanager
+    async def taken(self) -> AsyncGenerator["AsyncSession"]:
+        """The session, for this request's caller to begin something with. Raises ApiError."""
+        async with self.server.sessions.taken(self.kept) as session:
+            session.client = self.writing.who.client
+            yield session
+
     def check(self, param: str) -> Callable[[Sequence[int]], None]:
         """What refuses too long a text."""
         return lambda tokens: self.served.check_prompt(tokens, param) if tokens else None
@@ -157,7 +165,8 @@ class MessageWork(SessionWork):
         self.log_prompt(text)
         self.served.check_length(len(text), "content")
         self.writing.check_queue()
-        async with self.server.sessions.taken(self.kept) as session:
+        await self.writing.reserve(0, params.max_new_tokens)
+        async with self.taken() as session:
             turn = await session.send(text, params, wants_deltas=bool(body.stream), check=self.check("content"))
             self.writing.calls.append(turn)
         paid, self.kept.paid = min(self.kept.paid, turn.prompt_tokens), 0
@@ -183,7 +192,8 @@ class WriteWork(SessionWork):
         if max_tokens == 0:
             await self.read(text)
             return
-        async with self.server.sessions.taken(self.kept) as session:
+        await self.writing.reserve(0, params.max_new_tokens)
+        async with self.taken() as session:
             turn = await session.write(params, text, wants_deltas=bool(body.stream), check=self.check("prompt"))
             self.writing.calls.append(turn)
         texts, ends = self.served.texts, turn.asked.request.ends
@@ -194,6 +204,6 @@ class WriteWork(SessionWork):
         """Has the text read, and nothing written."""
         if self.body.brain:
             raise bad_request("brain is for texts that are written; leave it out, or set max_tokens to 1", "brain")
-        async with self.server.sessions.taken(self.kept) as session:
+        async with self.taken() as session:
             read = await session.read(text, check=self.check("prompt"), charge=self.writing.charge_prompt)
         self.cached_tokens = read.cached

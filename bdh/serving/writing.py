@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 
 from bdh.inference.answer import Completion, Delta, TextRequest
+from bdh.inference.figures import queue_has_room
+from bdh.inference.params import SamplingParams
 from bdh.serving.access import Caller
 from bdh.serving.answers import usage
 from bdh.serving.errors import TooManyRequests, bad_request
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
     from bdh.model import BDHState
     from bdh.serving.server import Server
     from bdh.serving.traces import Watch
+
+
+def most_tokens(params: SamplingParams) -> int:
+    """How many tokens a request may write, of all its continuations."""
+    return params.max_new_tokens * (params.best_of or params.n)
 
 
 class Writing:
@@ -42,6 +49,7 @@ class Writing:
         self.calls: list[Call | Turn] = []
         self.watch: Watch | None = None  # who looks at the brain meanwhile
         self.prompt_tokens = 0
+        self.reserved = 0  # tokens that may be written
         self.only_reads = False  # what is written is no part of the answer
         self.began = time.perf_counter()
         self._ended = False
@@ -50,13 +58,14 @@ class Writing:
 
     async def begin(self, asked: Sequence[TextRequest], wants_deltas: bool) -> None:
         """Gives requests to the engine, all or none. Raises ApiError or BDHError."""
-        self.check_queue()
-        await self.charge_prompt(sum(len(one.request.prompt) for one in asked))
+        self.check_queue(sum(one.request.params.best_of or one.request.params.n for one in asked))
+        write = 0 if self.only_reads else sum(most_tokens(one.request.params) for one in asked)
+        await self.reserve(sum(len(one.request.prompt) for one in asked), write)
         if self.server.config.logging.prompts:
             self.log["prompt"] = [one.prompt for one in asked]
         try:
             for one in asked:
-                one.request.prefix_owner = self.who.owner
+                one.request.prefix_owner, one.request.client = self.who.owner, self.who.client
                 self.calls.append(await self.served.llm.start(one, wants_deltas))
         except BaseException:
             self.drop()
@@ -67,18 +76,25 @@ class Writing:
         if texts > (most := self.served.limits.max_choices):
             raise bad_request(f"{texts} texts are asked for; this server writes {most} for one request at most", "n")
 
+    async def reserve(self, read: int, write: int) -> None:
+        """Counts tokens of prompts, and reserves those that may be written until the end. Raises ApiError."""
+        headers = await self.server.limits.reserve(self.who.key, self.who.address, read, write)
+        self.reserved += write
+        self.prompt_tokens += read
+        self.limit_headers.update(headers)
+
     async def charge_prompt(self, tokens: int) -> None:
         """Counts tokens of prompts."""
         self.prompt_tokens += tokens
         headers = await self.server.limits.charge(self.who.key, self.who.address, tokens)
         self.limit_headers.update(headers)
 
-    def check_queue(self) -> None:
+    def check_queue(self, count: int = 1) -> None:
         """Refuses at once, before anything is made of the request, where the queue is full, or the engine is lost."""
         self.server.models.get(self.served.name)
-        waiting, most = self.served.llm.stats.waiting, self.server.config.queue_size
-        if waiting >= most:
-            words = f"{waiting} requests wait already, of {most} that may; try again later"
+        stats, most = self.served.llm.stats, self.server.config.queue_size
+        if stats.waiting >= most and not queue_has_room(stats, self.who.client, count, most, 0):
+            words = f"{stats.waiting} requests wait already, of {most} that may; try again later"
             raise TooManyRequests(words, self.seconds_of_queue(), "queue_full")
 
     def seconds_of_queue(self) -> int:
@@ -180,8 +196,15 @@ class Writing:
             self._tell_times()
         if self.calls:
             self.server.took(time.perf_counter() - self.began)
-        charging = self.server.limits.charge(self.who.key, self.who.address, written)
-        await asyncio.shield(charging)  # also where the client's going ends this task
+        await asyncio.shield(self._charge(written))  # also where the client's going ends this task
+
+    async def _charge(self, written: int) -> None:
+        """Counts what was written, and gives back what was reserved."""
+        limits, key, address = self.server.limits, self.who.key, self.who.address
+        try:
+            await limits.charge(key, address, written)
+        finally:
+            limits.release(key, address, self.reserved)
 
     def _tell_times(self) -> None:
         """Tells the metrics how long clients waited for first tokens, and for those that followed."""

@@ -1,0 +1,144 @@
+"""Which of the sequences that wait gets the next slot: as many slots for each client as for any other."""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+
+from torch import Tensor
+
+from bdh.inference.constraint import Constraint
+from bdh.inference.request import PromptLogprobs, Request
+from bdh.model import BDHState
+
+
+@dataclass(eq=False)
+class Branch:
+    """One continuation of a request."""
+
+    request: Request
+    index: int
+    seed: int
+    constraint: Constraint | None
+    slot: int = -1
+    read: int = 0  # tokens of the prompt that are in the slot
+    cached: int = 0  # how many of these a kept state had read
+    keep_at: int | None = None  # the state after this many is worth keeping
+    output: list[int] = field(default_factory=list)
+    scores: list[PromptLogprobs] = field(default_factory=list)  # of the prompt's tokens read so far, if asked for
+    saved: BDHState | None = None  # what it goes on from, if it was preempted
+
+    def unread(self, chunk: int) -> list[int]:
+        """The next tokens of the prompt to read: up to the chunk's end, and up to where the state is to be kept.
+
+        Where chunks end does not depend on who else reads, or rounding would.
+        """
+        stop = min(self.read + chunk - self.read % chunk, len(self.request.prompt))
+        if self.keep_at is not None and self.read < self.keep_at < stop:
+            stop = self.keep_at
+        return list(self.request.prompt[self.read : stop])
+
+    @property
+    def position(self) -> int:
+        """Tokens that the slot has read, those of the request's state included, once the last written one is read."""
+        before = 0 if self.request.state is None else self.request.state.length
+        return before + self.read + len(self.output)
+
+    @property
+    def prompt_is_read(self) -> bool:
+        return self.read == len(self.request.prompt)
+
+    def forbidden(self) -> list[int] | None:
+        """Tokens that may not come now: ends, while the text is too short."""
+        ends = self.request.ends
+        return sorted(ends) if ends and len(self.output) < self.request.params.min_new_tokens else None
+
+    @property
+    def wants_logprob(self) -> bool:
+        params = self.request.params
+        return params.logprobs is not None or (params.best_of or params.n) > params.n
+
+
+@dataclass(eq=False)
+class Group:
+    """The continuations of one request. The first to get a slot reads the prompt for all."""
+
+    branches: list[Branch]
+    reader: Branch | None = None
+    after_prompt: tuple[BDHState, Tensor] | None = None  # for those still waiting: the state, and the logits (V,)
+
+
+class WaitingLine:
+    """Sequences that wait for a slot, in a queue for each client."""
+
+    def __init__(self) -> None:
+        self.queues: dict[str | None, deque[Branch]] = {}
+        self._served: dict[str | None, int] = {}  # when each client got its last slot, of those that wait
+        self._turns = count(1)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.queues.values()))
+
+    def __iter__(self) -> Iterator[Branch]:
+        return (branch for queue in self.queues.values() for branch in queue)
+
+    def extend(self, branches: Iterable[Branch]) -> None:
+        for branch in branches:
+            self._queue_of(branch).append(branch)
+
+    def put_back(self, branch: Branch) -> None:
+        """Has a sequence that was preempted wait before the others of its client."""
+        self._queue_of(branch).appendleft(branch)
+
+    def remove(self, branch: Branch) -> None:
+        client = branch.request.client
+        self.queues[client].remove(branch)
+        if not self.queues[client]:
+            del self.queues[client]
+            self._served.pop(client, None)
+
+    def take(self, branch: Branch) -> None:
+        """Removes a sequence that gets a slot."""
+        self._served[branch.request.client] = next(self._turns)
+        self.remove(branch)
+
+    def clear(self) -> None:
+        self.queues.clear()
+        self._served.clear()
+
+    def next(self, running: Mapping[str | None, int], is_ready: Callable[[Branch], bool]) -> Branch | None:
+        """The sequence to get the next slot: of the client with the fewest slots, among equals of the one whose last
+        turn is the longest ago, the one that has waited longest. None if none is ready.
+
+        Args:
+            running: How many slots each client has.
+            is_ready: Whether a sequence could use a slot now.
+        """
+        clients = sorted(self.queues, key=lambda client: (running.get(client, 0), self._served.get(client, 0)))
+        for client in clients:
+            branch = next((branch for branch in self.queues[client] if is_ready(branch)), None)
+            if branch is not None:
+                return branch
+        return None
+
+    def _queue_of(self, branch: Branch) -> deque[Branch]:
+        return self.queues.setdefault(branch.request.client, deque())
+
+
+def slots_of_clients(branches: Iterable[Branch]) -> Counter[str | None]:
+    """How many of these sequences each client has."""
+    return Counter(branch.request.client for branch in branches)
+
+
+def victim_of(waiting: Branch, reading: Iterable[Branch], writing: Iterable[Branch]) -> Branch | None:
+    """Which sequence has to give up its slot, so that clients share the slots more evenly; None if they do.
+
+    A client with two slots more than that of the waiting sequence gives up one: the last that it got. So no slot goes
+    to and fro.
+    """
+    branches = [*reading, *writing]
+    slots = slots_of_clients(branches)
+    most, number = max(slots.items(), key=lambda item: item[1], default=(None, 0))
+    if number < slots[waiting.request.client] + 2:
+        return None
+    return next(branch for branch in reversed(branches) if branch.request.client == most)
