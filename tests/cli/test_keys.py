@@ -36,11 +36,16 @@ def test_add_list_revoke(capsys: Said) -> None:
     store = KeyStore(Path("keys.json"), None)
     assert store.check(said.out.strip()) == web
 
-    limits = ["--requests_per_minute", "60", "--tokens_per_minute", "100000"]
+    limits = ["--requests_per_minute", "60", "--tokens_per_minute", "100000", "--concurrent_requests", "4"]
     assert main(["keys", "add", *limits, "phone", "--expires", "2099-01-31"]) == 0
     assert "it expires 2099-01-31 00:00 UTC" in capsys.readouterr().err
     phone = read_keys(Path("keys.json"))[1]
     assert (phone.expires, phone.requests_per_minute, phone.tokens_per_minute) == ("2099-01-31T00:00:00Z", 60, 100_000)
+    assert phone.concurrent_requests == 4 and main(["keys", "list"]) == 0
+    head, web_row, phone_row = capsys.readouterr().out.splitlines()
+    assert (
+        "CONCURRENT" in head and web_row.split()[-2:] == ["-", "active"] and phone_row.split()[-2:] == ["4", "active"]
+    )
 
     for word in ("web", phone.id):
         assert main(["keys", "revoke", word]) == 0

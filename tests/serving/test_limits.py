@@ -25,10 +25,18 @@ from bdh.serving.limits import LimitSettings, RateLimits, Usage, network, shown_
 HERE = "203.0.113.7"
 
 
-def key(name: str, requests: int | None = None, tokens: int | None = None) -> Key:
+def key(name: str, requests: int | None = None, tokens: int | None = None, at_once: int | None = None) -> Key:
     public = f"key_{hash_of(name)[:8]}"
     created = "2026-01-01T00:00:00Z"
-    return Key(public, name, hash_of(name), created, requests_per_minute=requests, tokens_per_minute=tokens)
+    return Key(
+        public,
+        name,
+        hash_of(name),
+        created,
+        requests_per_minute=requests,
+        tokens_per_minute=tokens,
+        concurrent_requests=at_once,
+    )
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -176,6 +184,54 @@ def test_who_used_up_the_tokens_loses_no_requests() -> None:
     run(work())
 
 
+def test_requests_that_come_together_reserve_what_they_may_write(storage: str) -> None:
+    async def work() -> None:
+        limits = RateLimits(LimitSettings(tokens_per_minute=2000, storage=storage))
+        web = key("web")
+
+        async def reserved(who: Key | None = web, read: int = 10, write: int = 900) -> bool:
+            try:
+                await limits.reserve(who, HERE, read, write)
+                return True
+            except TooManyRequests as error:
+                assert error.reason == "token_limit" and "2,000 tokens per minute" in error.message
+                assert "max_tokens" in error.message and 1 <= int(error.headers["Retry-After"]) <= 120
+                return False
+
+        assert sum(await asyncio.gather(*(reserved() for _ in range(30)))) == 2
+        assert await reserved(key("other")) and await reserved(None)  # others have theirs
+        headers = await limits.charge(web, HERE, 5)  # one has written little, and is over
+        limits.release(web, HERE, 900)
+        assert headers["x-ratelimit-remaining-tokens"] == str(2000 - 2 * 10 - 5)
+        assert [await reserved(), await reserved()] == [True, False]
+        assert await reserved(write=100) and not await reserved(write=3000)
+        for tokens in (900, 900, 100):
+            limits.release(web, HERE, tokens)
+        assert await reserved(write=3000)  # more than the whole limit: alone
+        assert not await reserved(write=1)
+        limits.release(web, HERE, 3000)
+        assert not limits._reserved[f"key/{web.id}"]
+        await limits.close()
+
+    run(work())
+
+
+def test_so_many_requests_at_once() -> None:
+    limits = RateLimits(LimitSettings(concurrent_requests=2))
+    web, busy = key("web"), key("busy", at_once=3)
+    for who, most in ((web, 2), (busy, 3), (None, 2)):
+        for _ in range(most):
+            limits.enter(who, HERE)
+        with pytest.raises(TooManyRequests, match=f"{most} requests at once") as raised:
+            limits.enter(who, HERE)
+        assert raised.value.reason == "concurrency_limit" and raised.value.headers["Retry-After"] == "1"
+        limits.leave(who, HERE)
+        limits.enter(who, HERE)
+    limits.enter(None, "203.0.113.8")
+    for _ in range(9):
+        RateLimits(LimitSettings()).enter(None, HERE)
+
+
 def test_an_address_that_guesses_keys(storage: str) -> None:
     async def work() -> None:
         limits = RateLimits(LimitSettings(address_requests_per_minute=4, requests_per_minute=3, storage=storage))
@@ -256,6 +312,7 @@ def test_durations_are_written_as_openai_does() -> None:
     [
         (LimitSettings(requests_per_minute=0), r"serve\.limits\.requests_per_minute is 0; it must be at least 1"),
         (LimitSettings(tokens_per_minute=-1), r"serve\.limits\.tokens_per_minute is -1"),
+        (LimitSettings(concurrent_requests=0), r"serve\.limits\.concurrent_requests is 0"),
         (LimitSettings(address_requests_per_minute=0), r"serve\.limits\.address_requests_per_minute is 0"),
         *(
             (LimitSettings(storage=storage), r"serve\.limits\.storage must be \"memory://\", or as \"redis://HOST")
