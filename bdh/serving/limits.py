@@ -174,7 +174,7 @@ class RateLimits:
         if used + reserved + asked > most and not alone:
             words = (
                 f"{most:,} tokens per minute {whose(key)}: {math.floor(used):,} are used, {reserved:,} reserved by "
-                f"requests in work, and this one asks for {asked:,}; ask for fewer with max_tokens, or"
+                f"requests in work, and this one asks for {asked:,}; ask for fewer with max_tokens"
             )
             left = most if used + asked <= most else max(1, most - asked)  # if not, it waits for others in work only
             raise refusal("token_limit", words, left, usage, described("tokens", most, usage))
