@@ -85,8 +85,14 @@ class Engine:
             waiting=len(self.waiting),
             prefix_nbytes=self.prefixes.nbytes,
             preempted_nbytes=saved * self.runner.state_nbytes,
+            slots_nbytes=self.runner.slots_nbytes,
             waiting_of=dict.fromkeys(clients, 0) | {name: len(queue) for name, queue in self.waiting.queues.items()},
         )
+
+    def release(self) -> None:
+        """Gives memory that no request uses back to the system, but for the kept beginnings of prompts."""
+        if not self.busy:
+            self.runner.release()
 
     # ---------------------------------------------------------------------------------------- requests come and go
 

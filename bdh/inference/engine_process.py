@@ -7,6 +7,7 @@ other process; here only where a request has stop strings, so that it ends at th
 import importlib
 import logging
 import os
+import selectors
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdh.errors import BDHError
@@ -33,6 +35,7 @@ BESIDE = 4  # threads for what is done beside the engine
 PIECE = 1 << 20  # bytes that are read at once
 ONE_THREAD_BELOW = 100_000  # multiplications of an encoder in all layers: threads would wait for each other for longer
 ENDS = (signal.SIGINT, signal.SIGTERM)
+IDLE_SECONDS = 10.0  # without a request, after which memory that is not in use is given back
 ENDING_SECONDS = 5.0  # for the process to end when it is told to
 
 
@@ -85,6 +88,14 @@ class EngineProcess:
         self.process.wait()
 
 
+def resident_nbytes(pid: int) -> int:
+    """Memory of a process; 0 where that cannot be found out."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):  # it is gone, or there is no such file here
+        return 0
+
+
 def signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -99,6 +110,8 @@ class Line:
         self.socket = connection
         self.things = Things()
         self._frames = Frames()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(connection, selectors.EVENT_READ)
         self._lock = threading.Lock()  # of sending
 
     def send(self, *message: Any) -> None:
@@ -110,9 +123,11 @@ class Line:
         except OSError:
             leave()
 
-    def messages(self, wait: bool) -> list[Any]:
-        """All that has come; waits for the first if need be."""
+    def messages(self, wait: bool, seconds: float | None = None) -> list[Any]:
+        """All that has come; waits for the first if need be, for so many seconds at most."""
         found: list[Any] = []
+        if wait and seconds is not None and not self._selector.select(seconds):
+            return found
         while not found:
             try:
                 data = self.socket.recv(PIECE, 0 if wait else socket.MSG_DONTWAIT)
@@ -156,13 +171,19 @@ class Worker:
     def run(self) -> None:
         """Works until the other process is gone, or wants no more."""
         told = False  # what the load is
+        released = True  # the memory that is not in use
         while True:
             busy = self.llm.engine.busy
             if not busy and not told:
                 self.tell([])
-            for kind, *values in self.line.messages(wait=not busy):
+            messages = self.line.messages(wait=not busy, seconds=None if released else IDLE_SECONDS)
+            for kind, *values in messages:
                 getattr(self, f"on_{kind}")(*values)
+            if not messages and not busy:
+                self.llm.engine.release()
+                released = True
             told = False
+            released = released and not self.llm.engine.busy
             if self.llm.engine.busy:
                 self.step()
                 told = not self.llm.engine.busy
@@ -296,7 +317,8 @@ def main() -> None:
     except Exception as error:
         line.send("unable", BDHError(f"the model in {settings.model} cannot be loaded: {plain(error)}"))
         return
-    line.send("ready", errands.figures(llm), llm.end_token_ids)
+    figures = replace(errands.figures(llm), loaded_nbytes=resident_nbytes(os.getpid()))
+    line.send("ready", figures, llm.end_token_ids)
     loaded.set()
     Worker(llm, line).run()
 

@@ -18,6 +18,7 @@ class EngineStats:
     prefix_nbytes: int = 0  # bytes of the states kept of prompts' beginnings
     preempted: int = 0
     preempted_nbytes: int = 0  # bytes of the states of those that gave up their slot and wait for another
+    slots_nbytes: int = 0  # bytes that the slots take, in use or not
     waiting_of: dict[str | None, int] = field(default_factory=dict)  # by client, also of those that only run
 
 
@@ -52,6 +53,7 @@ class ModelFigures:
         n_slots: Continuations that can be in work at once.
         device: "cpu", "cuda" or "mps".
         dtype: Of its weights, as "float32".
+        loaded_nbytes: Memory that the engine's own process had when the model was loaded; 0 if it has none.
     """
 
     n_layer: int
@@ -64,3 +66,4 @@ class ModelFigures:
     n_slots: int
     device: str
     dtype: str
+    loaded_nbytes: int = 0

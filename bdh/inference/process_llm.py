@@ -6,7 +6,6 @@ get an error at once, and the server can begin another.
 """
 
 import asyncio
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
@@ -18,7 +17,7 @@ from bdh.errors import BDHError, ModelClosed
 from bdh.inference import errands
 from bdh.inference.answer import Answer, TextRequest
 from bdh.inference.async_model import Aside, AsyncModel, Call, closed
-from bdh.inference.engine_process import EngineProcess, EngineSettings
+from bdh.inference.engine_process import EngineProcess, EngineSettings, resident_nbytes
 from bdh.inference.figures import EngineStats, ModelFigures
 from bdh.inference.request import Event
 from bdh.inference.texts import Texts
@@ -106,10 +105,7 @@ class ProcessLLM(AsyncModel):
 
     @property
     def resident_nbytes(self) -> int:
-        try:
-            return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        except (OSError, ValueError, IndexError):  # it is gone, or there is no such file here
-            return 0
+        return resident_nbytes(self.pid)
 
     def aside(self) -> Aside:
         return self._aside

@@ -42,6 +42,13 @@ class Runner(Protocol):
     grain: int
     prefill_chunk: int
 
+    @property
+    def slots_nbytes(self) -> int:
+        """Bytes of memory that the slots take now, whether they are in use or not."""
+
+    def release(self) -> None:
+        """Gives the memory of the slots back to the system, if it can be. None of them is in use."""
+
     def clear(self, slot: int) -> None:
         """Puts a slot back before the first token."""
 
@@ -88,6 +95,13 @@ class ModelRunner:
 
     def zeros(self) -> BDHState:
         return BDHState.zeros(self.config, 1, self.device)
+
+    @property
+    def slots_nbytes(self) -> int:
+        return len(self.states) * self.state_nbytes
+
+    def release(self) -> None:
+        self.states.clear()
 
     def clear(self, slot: int) -> None:
         self.states[slot] = self.zeros()

@@ -96,19 +96,37 @@ class CPURunner:
         self.gates = None if gates is None else TokenGates(gates)
         self.embed = model.model.embed_tokens.weight.detach()  # (V, D)
         self.decoder_rows = layer.decoder.weight.detach().T.contiguous()  # (n, D)
-        with torch.inference_mode():  # only so does the model write them in place
-            self.synapses = [lazy_zeros(n_slots, h, N, D) for _ in range(config.n_layer)]
-        self.pending_R = [lazy_zeros(n_slots, h, MAX_PENDING, N) for _ in range(config.n_layer)]
-        if self.gates is None:
-            self.pending_x = [lazy_zeros(n_slots, MAX_PENDING, D) for _ in range(config.n_layer)]
-        else:
-            self.pending_U = [lazy_zeros(n_slots, h, MAX_PENDING, D) for _ in range(config.n_layer)]
+        self.allocate()
         self.decays = None if config.decay == "none" else Decays(config.n_layer, n_slots, h, MAX_PENDING)
         self.phases = Phases(n_slots, N, config.rope_theta, MAX_PENDING)
         self.few_rows = FEW_ROWS if h * N * D >= LARGE else 0
-        self.clean = [True] * n_slots  # whether a slot's synapses are zero
         self.position = [0] * n_slots  # tokens read
         self.flushed = [0] * n_slots  # how many of these are in the synapses; the others are pending
+
+    # -------------------------------------------------------------------------------------------- memory of the slots
+
+    def allocate(self) -> None:
+        """Makes the tables of all slots, whose memory is taken when first written."""
+        n_slots, h, N, D = self.n_slots, self.h, self.N, self.D
+        layers = range(self.config.n_layer)
+        with torch.inference_mode():  # only so does the model write them in place
+            self.synapses = [lazy_zeros(n_slots, h, N, D) for _ in layers]
+        self.pending_R = [lazy_zeros(n_slots, h, MAX_PENDING, N) for _ in layers]
+        if self.gates is None:
+            self.pending_x = [lazy_zeros(n_slots, MAX_PENDING, D) for _ in layers]
+        else:
+            self.pending_U = [lazy_zeros(n_slots, h, MAX_PENDING, D) for _ in layers]
+        self.clean = [True] * n_slots  # whether a slot's synapses are zero
+        self.used = [False] * n_slots  # whether a slot has taken memory
+
+    @property
+    def slots_nbytes(self) -> int:
+        tables = [*self.synapses, *self.pending_R, *(self.pending_x if self.gates is None else self.pending_U)]
+        return sum(self.used) * sum(table.nbytes for table in tables) // self.n_slots
+
+    def release(self) -> None:
+        if any(self.used):
+            self.allocate()
 
     # -------------------------------------------------------------------------------------------- reading tokens
 
@@ -214,7 +232,7 @@ class CPURunner:
         if not self.clean[slot]:
             for S in self.synapses:
                 S[slot].zero_()
-        self.clean[slot] = True
+        self.clean[slot] = self.used[slot] = True
         self.position[slot] = self.flushed[slot] = 0
 
     def flush(self, slot: int) -> None:
@@ -243,7 +261,7 @@ class CPURunner:
 
     @torch.inference_mode()
     def write_state(self, slot: int, state: BDHState) -> None:
-        self.clean[slot] = False
+        self.clean[slot], self.used[slot] = False, True
         for mine, S in zip(self.synapses, state.synapses, strict=True):
             mine[slot].copy_(S[0])
         self.position[slot] = self.flushed[slot] = int(state.position[0])

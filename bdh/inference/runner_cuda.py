@@ -122,6 +122,14 @@ class CUDARunner:
 
     # ------------------------------------------------------------------------------------------------- the slots
 
+    @property
+    def slots_nbytes(self) -> int:
+        tables = (self.S, self.waiting_R, self.waiting_x, self.waiting_c)
+        return sum(table.nbytes for table in tables if table is not None)
+
+    def release(self) -> None:
+        """Does nothing: the recorded graphs know where the slots are."""
+
     def clear(self, slot: int) -> None:
         self.S[:, slot] = 0
         self.position[slot] = self.waiting[slot] = 0

@@ -52,11 +52,17 @@ class Watched:
     state_nbytes: int
     extra: Callable[[], Mapping[str, float]] | None
     resident: Callable[[], float]
+    loaded: float
 
     def figures(self) -> "tuple[EngineStats, dict[str, float]]":
         """The engine's figures, and the bytes of states by where they are."""
         stats = self.stats()
-        memory = {"running": float(stats.running * self.state_nbytes), "preempted": float(stats.preempted_nbytes)}
+        running = stats.running * self.state_nbytes
+        memory = {
+            "running": float(running),
+            "idle_slots": float(max(0, stats.slots_nbytes - running)),
+            "preempted": float(stats.preempted_nbytes),
+        }
         return stats, memory | dict(self.extra() if self.extra is not None else {})
 
 
@@ -78,12 +84,18 @@ class Engines(Collector):
         resident = GaugeMetricFamily(
             "bdh_engine_resident_memory_bytes", "Memory of an engine's own process.", labels=["model"]
         )
+        loaded = GaugeMetricFamily(
+            "bdh_engine_loaded_memory_bytes",
+            "Of that memory, what there was when the model was loaded: its weights and the program.",
+            labels=["model"],
+        )
         for model, engine, _, places in engines:
+            loaded.add_metric([model], engine.loaded)
             slots.add_metric([model], engine.slots)
             resident.add_metric([model], engine.resident())
             for place, size in places.items():
                 memory.add_metric([model, place], size)
-        yield from (slots, memory, resident)
+        yield from (slots, memory, resident, loaded)
         for kind, table in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTS)):
             for field, (name, words) in table.items():
                 family = kind(name, words, labels=["model"])
@@ -173,6 +185,7 @@ class Metrics:
         state_nbytes: int,
         extra: Callable[[], Mapping[str, float]] | None = None,
         resident: Callable[[], float] = lambda: 0.0,
+        loaded: float = 0.0,
     ) -> None:
         """Makes a model known, and its engine's figures part of what is told.
 
@@ -183,8 +196,9 @@ class Metrics:
             state_nbytes: Of one state.
             extra: Bytes of what else keeps states, by a name of the place: {"prefix_cache": 0, "sessions": 0}.
             resident: Memory of the engine's own process.
+            loaded: What that was when the model was loaded.
         """
-        self.engines.watched[model] = Watched(stats, slots, state_nbytes, extra, resident)
+        self.engines.watched[model] = Watched(stats, slots, state_nbytes, extra, resident, loaded)
         for labelled in (self.prompt_tokens, self.cached_tokens, self.completion_tokens, self.disconnects):
             labelled.labels(model)  # what is there from the beginning has a rate from its first count on
         self.first_tokens.labels(model)

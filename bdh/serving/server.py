@@ -113,6 +113,7 @@ class Server:
             figures.state_nbytes,
             kept,
             lambda: served.llm.resident_nbytes,
+            figures.loaded_nbytes,
         )
 
     async def close(self) -> None:

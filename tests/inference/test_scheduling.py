@@ -172,3 +172,24 @@ def test_room_in_a_queue() -> None:
     assert has_room("a", 3, {"a": 5}) and not has_room("a", 4, {"a": 5})
     assert has_room("b", 4, {"a": 8}) and not has_room("b", 5, {"a": 8}) and not has_room("a", 1, {"a": 8, "b": 0})
     assert has_room("c", 1, {"a": 8, "b": 4, **{str(number): 1 for number in range(20)}})
+
+
+def test_slots_give_their_memory_back(runner: Runner) -> None:
+    """And what is written afterwards is the same."""
+    engine = Engine(runner)
+    assert engine.stats.slots_nbytes == 0
+    written = []
+    for _ in range(2):
+        request = add(engine, "a", letters(max_new_tokens=20))
+        events = finish(engine, request)[request.id]
+        written.append([event.token for event in events])
+        assert runner.state_nbytes <= engine.stats.slots_nbytes
+        add(engine, "a")
+        engine.step()
+        engine.release()  # does nothing while a slot is in use
+        assert engine.stats.slots_nbytes > 0
+        for name in list(engine.groups):
+            engine.cancel(name)
+        engine.release()
+        assert engine.stats.slots_nbytes == 0
+    assert written[0] == written[1]
