@@ -198,7 +198,7 @@ class ProcessLLM(AsyncModel):
         if (call := self._calls.pop(request_id, None)) is not None:
             call.put(error)
 
-    def _on_events(self, events: list[tuple[Any, ...]], stats: dict[str, int]) -> None:
+    def _on_events(self, events: list[tuple[Any, ...]], stats: dict[str, Any]) -> None:
         self._stats = EngineStats(**stats)
         for values in events:
             event = Event(*values)

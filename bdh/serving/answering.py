@@ -18,8 +18,11 @@ LARGE = 2000  # tokens whose log-probabilities are sooner put into JSON beside t
 class Work(Protocol):
     """A request that writes."""
 
-    body: KnownFields
     writing: Writing
+
+    @property
+    def body(self) -> KnownFields:
+        """The request."""
 
     @property
     def streamed(self) -> bool:

@@ -55,7 +55,9 @@ def add_key(
             hash=hash_of(secret),
             created=iso(now),
             expires=None if expires is None else iso(expires),
-            **limits,
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            concurrent_requests=concurrent_requests,
         )
         write_keys(path, [*keys, added])
     return added, secret

@@ -78,7 +78,7 @@ def test_clients_take_turns_where_there_is_one_slot() -> None:
     while engine.busy:
         for event in engine.step():
             if event.finish_reason:
-                order.append(next(one.client for one in requests if one.id == event.request_id))
+                order.append(next(str(one.client) for one in requests if one.id == event.request_id))
     assert sorted(order[:3]) == ["b", "c", "many"] and sorted(order[3:5]) == ["b", "many"]
 
 

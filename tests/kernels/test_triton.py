@@ -111,8 +111,8 @@ def test_decay_and_the_delta_rule_equal_the_model(
 
     def prefill_logits(slot: int, count: int) -> None:
         tokens = torch.randint(37, (count,)).tolist()
-        logits = [torch.cat(list(each.prefill_logits(slot, tokens))) for each in (runner, reference)]
-        assert len(logits[0]) == count and torch.allclose(*logits, atol=2e-5)
+        logits, expected = (torch.cat(list(each.prefill_logits(slot, tokens))) for each in (runner, reference))
+        assert len(logits) == count and torch.allclose(logits, expected, atol=2e-5)
 
     def decode(slots: list[int]) -> None:
         tokens = torch.randint(37, (len(slots),)).tolist()
