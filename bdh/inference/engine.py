@@ -16,7 +16,7 @@ What is notable about it, for a reader who knows engines for transformers:
 
 import heapq
 import random
-from collections import deque
+from collections import Counter, deque
 from dataclasses import replace
 
 import torch
@@ -29,7 +29,7 @@ from bdh.inference.prefix import PrefixCache
 from bdh.inference.request import Event, FinishReason, PromptLogprobs, Request
 from bdh.inference.runner import Runner
 from bdh.inference.sampling import Sampled, Sampler
-from bdh.inference.scheduling import Branch, Group, WaitingLine, slots_of_clients, victim_of
+from bdh.inference.scheduling import Branch, Group, WaitingLine, client_to_preempt
 from bdh.inference.scoring import score_tokens
 from bdh.model import BDHState
 
@@ -66,6 +66,7 @@ class Engine:
         self.reading: deque[Branch] = deque()  # have a slot, read their prompt
         self.writing: list[Branch] = []  # have a slot and a last token to go on from
         self.free = list(range(runner.n_slots))  # a heap
+        self.slots_of: Counter[str | None] = Counter()  # how many slots each client has, of those that have some
         self.counts = EngineStats()
         self.longest_position = 0  # tokens of the longest sequence that was read so far
 
@@ -77,16 +78,15 @@ class Engine:
     def stats(self) -> EngineStats:
         """The counts and the load as they are now."""
         running = len(self.reading) + len(self.writing)
-        saved = sum(branch.saved is not None for branch in self.waiting)
-        clients = slots_of_clients([*self.reading, *self.writing])
         return replace(
             self.counts,
             running=running,
             waiting=len(self.waiting),
             prefix_nbytes=self.prefixes.nbytes,
-            preempted_nbytes=saved * self.runner.state_nbytes,
+            preempted_nbytes=self.waiting.preempted * self.runner.state_nbytes,
             slots_nbytes=self.runner.slots_nbytes,
-            waiting_of=dict.fromkeys(clients, 0) | {name: len(queue) for name, queue in self.waiting.queues.items()},
+            waiting_of=dict.fromkeys(self.slots_of, 0)
+            | {name: len(queue) for name, queue in self.waiting.queues.items()},
         )
 
     def release(self) -> None:
@@ -164,9 +164,7 @@ class Engine:
             self.waiting.remove(branch)
         else:
             (self.writing if branch.prompt_is_read else self.reading).remove(branch)
-            self.sampler.remove(branch.slot)
-            heapq.heappush(self.free, branch.slot)
-            branch.slot = -1
+            self.free_slot(branch)
         group = self.groups[branch.request.id]
         group.branches.remove(branch)
         if group.reader is branch:  # the next of the group reads the prompt
@@ -175,6 +173,15 @@ class Engine:
             group.after_prompt = None
         if not group.branches:
             del self.groups[branch.request.id]
+
+    def free_slot(self, branch: Branch) -> None:
+        self.sampler.remove(branch.slot)
+        heapq.heappush(self.free, branch.slot)
+        branch.slot = -1
+        client = branch.request.client
+        self.slots_of[client] -= 1
+        if not self.slots_of[client]:
+            del self.slots_of[client]
 
     # ------------------------------------------------------------------------------------------------- one step
 
@@ -203,12 +210,12 @@ class Engine:
     def admit(self) -> None:
         """Gives slots to those whose turn it is; who can use what another reads, waits for that."""
         while self.waiting:
-            running = slots_of_clients([*self.reading, *self.writing])
-            branch = self.waiting.next(running, self.is_ready)
+            branch = self.waiting.next(self.slots_of, self.is_ready)
             if branch is None or not (self.free or self.preempt_for(branch)):
                 return
             self.waiting.take(branch)
             branch.slot = heapq.heappop(self.free)
+            self.slots_of[branch.request.client] += 1
             request, group = branch.request, self.groups[branch.request.id]
             self.sampler.add(branch.slot, request.params, request.prompt, branch.seed, branch.output)
             if branch.saved is not None:
@@ -229,18 +236,18 @@ class Engine:
 
         Not more states are put aside than there are slots.
         """
-        if sum(branch.saved is not None for branch in self.waiting) >= self.runner.n_slots:
+        unfair, client = client_to_preempt(waiting, self.slots_of)
+        if not unfair or self.waiting.preempted >= self.runner.n_slots:
             return False
         begun = [branch for branch in self.reading if branch.read > 0]  # others hold nothing, and get a turn soon
-        victim = victim_of(waiting, begun, self.writing)
-        if victim is None:
+        theirs = [branch for branch in (*begun, *self.writing) if branch.request.client == client]
+        if not theirs:
             return False
+        victim = theirs[-1]  # the last that got its slot
         self.counts.preempted += 1
         victim.saved = self.runner.read_state(victim.slot).to("cpu", torch.float32)
         (self.writing if victim.prompt_is_read else self.reading).remove(victim)
-        self.sampler.remove(victim.slot)
-        heapq.heappush(self.free, victim.slot)
-        victim.slot = -1
+        self.free_slot(victim)
         self.waiting.put_back(victim)
         return True
 

@@ -113,16 +113,16 @@ class CPURunner:
             self.synapses = [lazy_zeros(n_slots, h, N, D) for _ in layers]
         self.pending_R = [lazy_zeros(n_slots, h, MAX_PENDING, N) for _ in layers]
         if self.gates is None:
-            self.pending_x = [lazy_zeros(n_slots, MAX_PENDING, D) for _ in layers]
+            self.pending_x = pending = [lazy_zeros(n_slots, MAX_PENDING, D) for _ in layers]
         else:
-            self.pending_U = [lazy_zeros(n_slots, h, MAX_PENDING, D) for _ in layers]
+            self.pending_U = pending = [lazy_zeros(n_slots, h, MAX_PENDING, D) for _ in layers]
+        self.slot_nbytes = sum(table.nbytes for table in (*self.synapses, *self.pending_R, *pending)) // n_slots
         self.clean = [True] * n_slots  # whether a slot's synapses are zero
         self.used = [False] * n_slots  # whether a slot has taken memory
 
     @property
     def slots_nbytes(self) -> int:
-        tables = [*self.synapses, *self.pending_R, *(self.pending_x if self.gates is None else self.pending_U)]
-        return sum(self.used) * sum(table.nbytes for table in tables) // self.n_slots
+        return sum(self.used) * self.slot_nbytes
 
     def release(self) -> None:
         if any(self.used):

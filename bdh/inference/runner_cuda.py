@@ -113,6 +113,8 @@ class CUDARunner:
         values = (h, WAITING, self.D) if self.delta else (WAITING, self.D)
         self.waiting_x = torch.empty(*shape, *values, device=self.device, dtype=self.dtype)
         self.waiting_c = torch.empty(*shape, h, WAITING, device=self.device) if self.decays else None  # float32
+        tables = (self.S, self.waiting_R, self.waiting_x, self.waiting_c)
+        self.all_slots_nbytes = sum(table.nbytes for table in tables if table is not None)
         self.state_nbytes = self.S.nbytes // n_slots
         self.grain, self.prefill_chunk = CHUNK, 4096
         self.position = [0] * n_slots
@@ -124,8 +126,7 @@ class CUDARunner:
 
     @property
     def slots_nbytes(self) -> int:
-        tables = (self.S, self.waiting_R, self.waiting_x, self.waiting_c)
-        return sum(table.nbytes for table in tables if table is not None)
+        return self.all_slots_nbytes
 
     def release(self) -> None:
         """Does nothing: the recorded graphs know where the slots are."""

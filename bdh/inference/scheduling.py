@@ -1,6 +1,6 @@
 """Which of the sequences that wait gets the next slot: as many slots for each client as for any other."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -69,10 +69,16 @@ class Group:
 
 
 class WaitingLine:
-    """Sequences that wait for a slot, in a queue for each client."""
+    """Sequences that wait for a slot, in a queue for each client.
+
+    Attributes:
+        queues: None of them is empty.
+        preempted: How many of the sequences had a slot before.
+    """
 
     def __init__(self) -> None:
         self.queues: dict[str | None, deque[Branch]] = {}
+        self.preempted = 0
         self._served: dict[str | None, int] = {}  # when each client got its last slot, of those that wait
         self._turns = count(1)
 
@@ -89,9 +95,11 @@ class WaitingLine:
     def put_back(self, branch: Branch) -> None:
         """Has a sequence that was preempted wait before the others of its client."""
         self._queue_of(branch).appendleft(branch)
+        self.preempted += 1
 
     def remove(self, branch: Branch) -> None:
         client = branch.request.client
+        self.preempted -= branch.saved is not None
         self.queues[client].remove(branch)
         if not self.queues[client]:
             del self.queues[client]
@@ -104,6 +112,7 @@ class WaitingLine:
 
     def clear(self) -> None:
         self.queues.clear()
+        self.preempted = 0
         self._served.clear()
 
     def next(self, running: Mapping[str | None, int], is_ready: Callable[[Branch], bool]) -> Branch | None:
@@ -125,20 +134,16 @@ class WaitingLine:
         return self.queues.setdefault(branch.request.client, deque())
 
 
-def slots_of_clients(branches: Iterable[Branch]) -> Counter[str | None]:
-    """How many of these sequences each client has."""
-    return Counter(branch.request.client for branch in branches)
+def client_to_preempt(waiting: Branch, slots: Mapping[str | None, int]) -> tuple[bool, str | None]:
+    """Whether a client has to give up a slot, so that clients share the slots more evenly, and which.
 
+    It has two slots more than the client of the waiting sequence: so no slot goes to and fro.
 
-def victim_of(waiting: Branch, reading: Iterable[Branch], writing: Iterable[Branch]) -> Branch | None:
-    """Which sequence has to give up its slot, so that clients share the slots more evenly; None if they do.
-
-    A client with two slots more than that of the waiting sequence gives up one: the last that it got. So no slot goes
-    to and fro.
+    Args:
+        waiting: The sequence that is next.
+        slots: How many each client has.
     """
-    branches = [*reading, *writing]
-    slots = slots_of_clients(branches)
-    most, number = max(slots.items(), key=lambda item: item[1], default=(None, 0))
-    if number < slots[waiting.request.client] + 2:
-        return None
-    return next(branch for branch in reversed(branches) if branch.request.client == most)
+    if len(slots) < 2 and waiting.request.client in slots:
+        return False, None
+    client, most = max(slots.items(), key=lambda item: item[1])
+    return most >= slots.get(waiting.request.client, 0) + 2, client
