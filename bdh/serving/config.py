@@ -124,7 +124,8 @@ class ServeConfig:
         quantization: Of models that name none: "none", "int8" or "int4", on the CPU.
         max_batch_size: Of models that name none: continuations in work at once; None chooses by the device.
         prefix_cache_bytes: What kept states of prompts' beginnings may take, for each model.
-        queue_size: Continuations that may wait for a place in the batch, for each model; more are refused with 429.
+        queue_size: Continuations that may wait for a place in the batch, for each model; more are refused with 429,
+            but for those of a key (or address) that has less than an equal share of them.
         drain_seconds: After SIGTERM, for requests in work to come to their end.
         trusted_proxies: Addresses whose X-Forwarded-For is believed, or "*".
         docs: Whether /openapi.json is there, which describes all routes.
