@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -171,22 +172,22 @@ class Worker:
     def run(self) -> None:
         """Works until the other process is gone, or wants no more."""
         told = False  # what the load is
-        released = True  # the memory that is not in use
+        release_at: float | None = None  # when memory that is not in use is given back, by the monotonic clock
         while True:
             busy = self.llm.engine.busy
             if not busy and not told:
                 self.tell([])
-            messages = self.line.messages(wait=not busy, seconds=None if released else IDLE_SECONDS)
-            for kind, *values in messages:
+            left = None if release_at is None else max(0.0, release_at - time.monotonic())
+            for kind, *values in self.line.messages(wait=not busy, seconds=left):
                 getattr(self, f"on_{kind}")(*values)
-            if not messages and not busy:
-                self.llm.engine.release()
-                released = True
             told = False
-            released = released and not self.llm.engine.busy
             if self.llm.engine.busy:
                 self.step()
                 told = not self.llm.engine.busy
+                release_at = time.monotonic() + IDLE_SECONDS
+            elif release_at is not None and time.monotonic() >= release_at:
+                self.llm.engine.release()
+                release_at = None
 
     # ------------------------------------------------------------------------------------------------ what it is told
 

@@ -103,6 +103,45 @@ def test_all_it_writes_is_what_an_engine_beside_it_would_write(export: Path) -> 
     run(work())
 
 
+def test_the_memory_of_the_process_is_accounted_for(tmp_path: Path) -> None:
+    """Slots keep the memory of states that they had; the figures say so, or it would be missed."""
+    model = small_model(n_layer=4, n_embd=128, mlp_internal_dim_multiplier=128, vocab_size=262)
+    save_export(model, CHAT, tmp_path / "wide", "A wide model for tests.\n")
+
+    async def work() -> None:
+        async with opened(tmp_path / "wide", max_batch_size=8, prefix_cache_bytes=100 << 20) as llm:
+            prompts = [chr(97 + number) * 70 for number in range(8)]
+            for _ in range(2):  # the second time there are beginnings worth keeping
+                await asyncio.gather(
+                    *(llm.generate(f"{prompt}!", letters(262, max_new_tokens=2)) for prompt in prompts)
+                )
+            await idle(llm)
+            states, stats = 8 * llm.figures.state_nbytes, llm.stats
+            assert states <= stats.slots_nbytes < 1.2 * states and stats.prefix_nbytes > 60 << 20
+            known = llm.figures.loaded_nbytes + stats.slots_nbytes + stats.prefix_nbytes
+            assert llm.figures.loaded_nbytes > 100 << 20
+            assert abs(llm.resident_nbytes - known) < states / 2, (llm.resident_nbytes, llm.figures, stats)
+
+    run(work())
+
+
+@pytest.mark.slow
+def test_an_idle_process_gives_memory_back(tmp_path: Path) -> None:
+    model = small_model(n_layer=4, n_embd=128, mlp_internal_dim_multiplier=128, vocab_size=262)
+    save_export(model, CHAT, tmp_path / "wide", "A wide model for tests.\n")
+
+    async def work() -> None:
+        async with opened(tmp_path / "wide", max_batch_size=8, prefix_cache_bytes=0) as llm:
+            before = await llm.generate("a" * 70, letters(262, n=8))
+            busy = llm.resident_nbytes
+            while llm.stats.slots_nbytes:
+                await asyncio.sleep(0.1)
+            assert busy - llm.resident_nbytes > 7 * llm.figures.state_nbytes
+            assert await llm.generate("a" * 70, letters(262, n=8)) == before
+
+    run(work())
+
+
 def test_requests_end_when_nobody_wants_them(export: Path) -> None:
     async def work() -> None:
         async with opened(export, max_batch_size=2) as llm:
@@ -408,42 +447,3 @@ def test_messages_however_they_are_cut() -> None:
         with pytest.raises(RuntimeError, match="a process that is gone"):
             Stands(released.append).dumps(Remote(number, 0, 0, stands))
     assert replace(EngineSettings("x"), device="cpu") == things.loads(stands.dumps(EngineSettings("x", device="cpu")))
-
-
-def test_the_memory_of_the_process_is_accounted_for(tmp_path: Path) -> None:
-    """Slots keep the memory of states that they had; the figures say so, or it would be missed."""
-    model = small_model(n_layer=4, n_embd=128, mlp_internal_dim_multiplier=128, vocab_size=262)
-    save_export(model, CHAT, tmp_path / "wide", "A wide model for tests.\n")
-
-    async def work() -> None:
-        async with opened(tmp_path / "wide", max_batch_size=8, prefix_cache_bytes=100 << 20) as llm:
-            prompts = [chr(97 + number) * 70 for number in range(8)]
-            for _ in range(2):  # the second time there are beginnings worth keeping
-                await asyncio.gather(
-                    *(llm.generate(f"{prompt}!", letters(262, max_new_tokens=2)) for prompt in prompts)
-                )
-            await idle(llm)
-            states, stats = 8 * llm.figures.state_nbytes, llm.stats
-            assert states <= stats.slots_nbytes < 1.2 * states and stats.prefix_nbytes > 60 << 20
-            known = llm.figures.loaded_nbytes + stats.slots_nbytes + stats.prefix_nbytes
-            assert llm.figures.loaded_nbytes > 100 << 20
-            assert abs(llm.resident_nbytes - known) < states / 2, (llm.resident_nbytes, llm.figures, stats)
-
-    run(work())
-
-
-@pytest.mark.slow
-def test_an_idle_process_gives_memory_back(tmp_path: Path) -> None:
-    model = small_model(n_layer=4, n_embd=128, mlp_internal_dim_multiplier=128, vocab_size=262)
-    save_export(model, CHAT, tmp_path / "wide", "A wide model for tests.\n")
-
-    async def work() -> None:
-        async with opened(tmp_path / "wide", max_batch_size=8, prefix_cache_bytes=0) as llm:
-            before = await llm.generate("a" * 70, letters(262, n=8))
-            busy = llm.resident_nbytes
-            while llm.stats.slots_nbytes:
-                await asyncio.sleep(0.1)
-            assert busy - llm.resident_nbytes > 7 * llm.figures.state_nbytes
-            assert await llm.generate("a" * 70, letters(262, n=8)) == before
-
-    run(work())
