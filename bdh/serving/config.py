@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from bdh.errors import BDHError
+from bdh.serving.hosts import check_names
 from bdh.serving.limits import LimitSettings
 from bdh.serving.logs import LogSettings
 from bdh.serving.names import checked_name
@@ -127,6 +128,8 @@ class ServeConfig:
         queue_size: Continuations that may wait for a place in the batch, for each model; more are refused with 429,
             but for those of a key (or address) that has less than an equal share of them.
         drain_seconds: After SIGTERM, for requests in work to come to their end.
+        allowed_hosts: Names by which clients may call a server without API keys, besides localhost and addresses: those
+            that a proxy passes on as the Host, say. "*" is every name, also one that a web page has made its own.
         trusted_proxies: Addresses whose X-Forwarded-For is believed, or "*".
         docs: Whether /openapi.json is there, which describes all routes.
     """
@@ -141,6 +144,7 @@ class ServeConfig:
     prefix_cache_bytes: int = 1 << 30
     queue_size: int = 256
     drain_seconds: float = 30.0
+    allowed_hosts: list[str] = field(default_factory=list)
     trusted_proxies: list[str] = field(default_factory=lambda: ["127.0.0.1"])
     docs: bool = True
     auth: AuthSettings = field(default_factory=AuthSettings)
@@ -176,6 +180,7 @@ def validate(config: ServeConfig) -> None:
         checked_name(name, "the model's name")
         if names.count(name) > 1:
             raise BDHError(f"two models are called {name}; give them names: --model NAME=DIR")
+    check_names(config.allowed_hosts)
     if not 0 <= config.port <= 65535:
         raise BDHError(f"serve.port is {config.port}; it must be from 0 to 65535")
     wholes = {

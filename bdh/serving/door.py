@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from bdh.serving.config import RequestSettings
     from bdh.serving.server import Server
 
-ALWAYS_OPEN = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
+HEALTH = frozenset({"/health", "/health/live", "/health/ready"})  # tell nothing; probes call them by any name
+ALWAYS_OPEN = HEALTH | {"/metrics"}
 
 
 class Door:
@@ -33,6 +34,13 @@ class Door:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if self.server.hosts is not None and scope["path"] not in HEALTH:
+            try:
+                self.server.hosts.check(scope["headers"])
+            except ApiError as error:
+                self.server.count(error)
+                await error_answer(error)(scope, receive, send)
+                return
         if scope["path"] in ALWAYS_OPEN:
             await self.app(scope, receive, send)
             return

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from bdh.errors import BDHError
 from bdh.serving.config import RaySettings, ServeConfig, check_folders
+from bdh.serving.hosts import is_local
 from bdh.serving.logs import configure_logging
 from bdh.serving.ray_cluster import MISSING, Interrupted, Signals, cluster, first_line
 from bdh.serving.ray_gate import gate_settings
 from bdh.serving.ray_logs import Words
-from bdh.serving.server import Server, is_local, listen, shown_address
+from bdh.serving.server import Server, listen, shown_address
 
 if TYPE_CHECKING:
     from ray.serve import Application

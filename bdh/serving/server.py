@@ -7,7 +7,6 @@ import signal
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
-from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 
@@ -19,6 +18,7 @@ from bdh.serving.brain import TraceStore
 from bdh.serving.config import ServeConfig, validate
 from bdh.serving.connection import PatientProtocol
 from bdh.serving.errors import ApiError
+from bdh.serving.hosts import HostCheck, is_local
 from bdh.serving.keys import KeyStore
 from bdh.serving.limits import RateLimits
 from bdh.serving.metrics import Metrics
@@ -59,6 +59,7 @@ class Server:
         self.config = config
         keys_file = config.auth.keys_file
         self.keys = KeyStore(Path(keys_file) if keys_file else None, environment.get("BDH_API_KEYS"))
+        self.hosts = None if self.keys.required else HostCheck(config.host, config.allowed_hosts)
         self.limits = RateLimits(config.limits)
         self.metrics = Metrics()
         self.models = models or Models(config)
@@ -249,11 +250,3 @@ def listen(host: str, port: int) -> socket.socket:
 def shown_address(listening: socket.socket) -> str:
     host, port, *_ = listening.getsockname()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def is_local(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

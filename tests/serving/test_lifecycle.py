@@ -31,7 +31,7 @@ def begun(url: str, **body: Any) -> Wire:
     """A request that is sent, its answer not awaited."""
     content = json.dumps({**LONG, **body}).encode()
     connection = Wire(url)
-    connection.send(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+    connection.send(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
     connection.send(f"Content-Length: {len(content)}\r\n\r\n".encode(), content)
     return connection
 
@@ -194,7 +194,7 @@ def test_what_is_begun_is_finished(several: Several) -> None:
     while httpx.get(f"{server.url}/health/ready").status_code == 200:
         assert time.monotonic() < deadline
     refused = httpx.post(f"{server.url}/v1/completions", json=LONG)
-    kept.send(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+    kept.send(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
     for answer in (refused.status_code, refused.headers, refused.json()), told(kept.answer()):
         assert answer[0] == 503 and answer[1]["connection"] == "close" and int(answer[1]["retry-after"]) >= 1
         assert answer[2]["error"]["code"] == "draining"
@@ -224,7 +224,7 @@ def taking_nothing(url: str) -> Wire:
     """A client that is sent more than the system buffers, and takes none of it."""
     body = json.dumps({"model": "tiny", "prompt": "é" * 140_000}).encode()
     connection = Wire(url, receive_buffer=4096)
-    connection.send(b"POST /v1/tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+    connection.send(b"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
     connection.send(f"Content-Length: {len(body)}\r\n\r\n".encode(), body)
     assert connection.socket.recv(15) == b"HTTP/1.1 200 OK"
     return connection

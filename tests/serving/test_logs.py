@@ -96,7 +96,7 @@ def test_ids_that_could_break_something_are_replaced(server: Logged, bad: str) -
 
 def test_no_header_comes_from_a_broken_line(server: Logged) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
-        raw.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-Request-ID: a\n\tSet-Cookie: b=c\r\n\r\n")
+        raw.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: a\n\tSet-Cookie: b=c\r\n\r\n")
         answer = raw.recv(10000)
     assert b"set-cookie" not in answer.lower()
 

@@ -97,13 +97,13 @@ def test_a_head_of_more_than_64_kib_is_refused(guarded: Guarded) -> None:
         )
         assert statuses(connection.rest()) == [200]
     with wire(guarded.url) as connection:
-        connection.send(b"GET /" + b"x" * (64 << 10) + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.send(b"GET /" + b"x" * (64 << 10) + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert statuses(connection.rest()) == [400]
 
 
 def test_what_follows_a_body_is_no_part_of_the_head(guarded: Guarded) -> None:
     with wire(guarded.url) as connection:
-        connection.send(b"POST /v1/tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n")
+        connection.send(b"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n")
         connection.send(f"Authorization: Bearer {guarded.keys['web']}\r\n\r\n".encode())
         assert connection.answer().status == 401
     body = b'{"model":"tiny","prompt":"abc"}'
@@ -116,7 +116,7 @@ def test_what_follows_a_body_is_no_part_of_the_head(guarded: Guarded) -> None:
     assert answer.status == 200 and json.loads(answer.body)["count"] == 3 and answer.headers["x-request-id"] != "late"
 
 
-TWICE = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"  # what is smuggled in
+TWICE = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"  # what is smuggled in
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ TWICE = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"  # wh
     ],
 )
 def test_where_a_body_ends_is_never_guessed(server: Running, headers: str) -> None:
-    head = b"POST /v1/tokenize HTTP/1.1\r\nHost: x\r\n" + headers.encode("latin-1") + b"\r\n\r\n"
+    head = b"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\n" + headers.encode("latin-1") + b"\r\n\r\n"
     assert asked(server.url, head + b"0\r\n\r\n" + TWICE) == [400]
 
 
@@ -166,7 +166,7 @@ def test_where_a_body_ends_is_never_guessed(server: Running, headers: str) -> No
     ],
 )
 def test_a_chunk_is_exactly_what_it_says(server: Running, chunk: bytes) -> None:
-    head = b"POST /v1/tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert asked(server.url, head + chunk + b"0\r\n\r\n" + TWICE) == [400]
 
 
@@ -174,11 +174,11 @@ def test_a_chunk_is_exactly_what_it_says(server: Running, chunk: bytes) -> None:
     "request_",
     [
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        b"CONNECT a:443 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"CONNECT a:443 HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"GET /v1/models/\xe9 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /v1/models/\xe9 HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"GET /v1/models HTTP/1.1\r\nHost x\r\n\r\n",
-        b"SECRET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"SECRET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"\0" * 100,
     ],
 )
@@ -191,7 +191,7 @@ def test_who_asks_for_another_protocol_gets_this_one(server: Running) -> None:
     with wire(server.url) as connection:
         for protocol in ("h2c", "websocket"):
             upgrade = f"Connection: Upgrade\r\nUpgrade: {protocol}\r\nContent-Length: {len(body)}\r\n"
-            connection.send(b"POST /v1/tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            connection.send(b"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
             connection.send(upgrade.encode(), b"\r\n", body)
             answer = connection.answer()
             assert answer.status == 200 and json.loads(answer.body)["count"] == 3
