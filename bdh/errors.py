@@ -21,5 +21,9 @@ class QueueFull(BDHError):  # noqa: N818
     """As many requests wait for the engine as may."""
 
 
+class PromptTooLong(BDHError):  # noqa: N818
+    """A text has more tokens than may be read."""
+
+
 class ModelClosed(BDHError):  # noqa: N818
     """The model was closed, and what it had in work with it."""

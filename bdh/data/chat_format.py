@@ -1,15 +1,15 @@
 """How a conversation becomes text: the tokenizer's chat template, or a plain transcript where it has none."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from bdh.errors import BDHError, one_line
 
 Message = Mapping[str, str]  # {"role": "user", "content": "Hello"}
+Renderer = Callable[[Sequence[Message], bool], str]  # messages, and whether the next answer is to begin at the end
 
 # For tokenizers without a template, as text in books looks:
 #
@@ -52,10 +52,16 @@ class AnswerEnd:
 
 
 class ChatFormat:
-    """Conversations in the form of one tokenizer."""
+    """Conversations in the form of one tokenizer.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    Args:
+        tokenizer: Its chat template is used.
+        renderer: Renders that template, say in another process; None renders it here. May raise any exception.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, renderer: Renderer | None = None):
         self.tokenizer = tokenizer
+        self.renderer = renderer or self._render_here
 
     @property
     def template(self) -> str | dict[str, str]:
@@ -109,20 +115,20 @@ class ChatFormat:
         return AnswerEnd((), (between,) if between else (), lead)
 
     def _render(self, messages: Sequence[Message], answer_next: bool) -> str:
-        template = self.template
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    chat_template=template
-                    if isinstance(template, str)
-                    else None,  # several have names; "default" is one
-                    add_generation_prompt=answer_next,
-                    tokenize=False,
-                )
-            )
-        except (TemplateError, ValueError, TypeError, AttributeError, KeyError) as error:
+            return self.renderer(messages, answer_next)
+        except Exception as error:  # a template is a program: it may raise any
             raise BDHError(f"the chat template does not take these messages: {one_line(error)}") from error
+
+    def _render_here(self, messages: Sequence[Message], answer_next: bool) -> str:
+        template = self.template
+        text = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=template if isinstance(template, str) else None,  # several have names; "default" is one
+            add_generation_prompt=answer_next,
+            tokenize=False,
+        )
+        return str(text)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:

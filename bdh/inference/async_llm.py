@@ -151,7 +151,7 @@ class AsyncLLM(AsyncModel):
             if not self._closed:
                 self._commands.put(stop)
         await asyncio.to_thread(self._thread.join)
-        self._beside.shutdown(wait=False, cancel_futures=True)
+        self._shut_down_threads()
 
     # -------------------------------------------------------------------------------------------- in the event loop
 

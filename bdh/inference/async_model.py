@@ -30,7 +30,7 @@ T = TypeVar("T")
 Result = list[Delta] | Completion | Exception | None  # None: the request is in the engine
 
 SHORT_PROMPT = 4096  # characters, or tokens, that are made a request of sooner than a thread is asked to
-BESIDE = 2  # threads for longer ones
+BESIDE = 2  # threads for longer ones, and as many for chats
 MOST_WAITING = 64  # long prompts for these threads; texts to be scored
 
 
@@ -132,6 +132,7 @@ class AsyncModel(ABC):
     def __init__(self, texts: Texts):
         self.texts = texts
         self._beside = ThreadPoolExecutor(BESIDE, "bdh-beside")
+        self._chats = ThreadPoolExecutor(BESIDE, "bdh-chat")  # of their own: a slow template delays chats only
         self._pending = 0  # long work that waits, or is done, beside the engine
         self._pending_lock = threading.Lock()  # there may be several event loops
 
@@ -208,15 +209,18 @@ class AsyncModel(ABC):
         return await self.beside(lambda: self.texts.text_request(prompt, params))
 
     async def chat_request(self, messages: Sequence[Message], params: SamplingParams | None = None) -> TextRequest:
-        """As `LLM.chat_request`; a long conversation is tokenized beside the event loop."""
-        if sum(len(str(message.get("content"))) for message in messages) + 64 * len(messages) <= SHORT_PROMPT:
-            return self.texts.chat_request(messages, params)
-        return await self.beside(lambda: self.texts.chat_request(messages, params))
+        """As `LLM.chat_request`, in a thread: the chat template is a program that may take any time."""
+        return await self.call_in_chat_thread(lambda: self.texts.chat_request(messages, params))
 
     async def beside(self, function: Callable[[], T]) -> T:
         """Calls what takes long in one of a few threads. Raises QueueFull if many wait for them, or as it does."""
         async with self._counted():
             return await asyncio.get_running_loop().run_in_executor(self._beside, function)
+
+    async def call_in_chat_thread(self, function: Callable[[], T]) -> T:
+        """As `beside`, for what renders the chat template. The event loop must never do that itself."""
+        async with self._counted():
+            return await asyncio.get_running_loop().run_in_executor(self._chats, function)
 
     @abstractmethod
     def aside(self) -> Aside:
@@ -294,6 +298,11 @@ class AsyncModel(ABC):
 
     # ----------------------------------------------------------------------------------------------- for the engine
 
+    def _shut_down_threads(self) -> None:
+        """Lets the threads end, without waiting for them."""
+        for executor in (self._beside, self._chats):
+            executor.shutdown(wait=False, cancel_futures=True)
+
     @abstractmethod
     def _new_call(self, asked: TextRequest, wants_deltas: bool) -> Call:
         """A call for a caller in this event loop."""
@@ -315,7 +324,7 @@ class AsyncModel(ABC):
         """Something long is done beside the engine. Raises QueueFull if many such things wait."""
         with self._pending_lock:
             if self._pending >= MOST_WAITING:
-                raise QueueFull(f"{self._pending} long prompts wait to be tokenized already; try again later")
+                raise QueueFull(f"{self._pending} long prompts or chats wait to be tokenized already; try again later")
             self._pending += 1
         try:
             yield

@@ -142,7 +142,7 @@ class AsyncSession(Conversation):
         message = {"role": "user", "content": text}
         check_messages([message])
         checked = self._checked(params)
-        return await self._begin(lambda: self._plan_send(message, checked), is_long(text), wants_deltas, check)
+        return await self._begin(lambda: self._plan_send(message, checked), wants_deltas, check)
 
     async def write(
         self,
@@ -157,7 +157,7 @@ class AsyncSession(Conversation):
         Args and errors as for `send`.
         """
         checked = self._checked(params)
-        return await self._begin(lambda: self._plan_write(text, checked), is_long(text), wants_deltas, check)
+        return await self._begin(lambda: self._plan_write(text, checked), wants_deltas, check)
 
     async def read(self, text: str, *, check: CheckTokens | None = None, charge: Charge | None = None) -> TokensRead:
         """Reads a text that needs no answer; the last token waits for what follows. Errors as for `send`.
@@ -219,10 +219,10 @@ class AsyncSession(Conversation):
         session._restore(await llm.call_beside(errands.read_session, path))
         return session
 
-    async def _begin(self, make: Callable[[], Plan], long: bool, wants_deltas: bool, check: CheckTokens | None) -> Turn:
+    async def _begin(self, make: Callable[[], Plan], wants_deltas: bool, check: CheckTokens | None) -> Turn:
         await self._take()
         try:
-            plan = await beside(self.llm, make, long)
+            plan = await self.llm.call_in_chat_thread(make)
             if check is not None:
                 check(plan.new)
             return Turn(self, plan, await self.llm.start(plan.asked, wants_deltas))

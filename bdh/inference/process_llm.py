@@ -12,6 +12,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
+from transformers import PreTrainedTokenizerFast
+
 from bdh.data.tokenizer import load_export_tokenizer
 from bdh.errors import BDHError, ModelClosed
 from bdh.inference import errands
@@ -20,6 +22,7 @@ from bdh.inference.async_model import Aside, AsyncModel, Call, closed
 from bdh.inference.engine_process import EngineProcess, EngineSettings, resident_nbytes
 from bdh.inference.figures import EngineStats, ModelFigures
 from bdh.inference.request import Event
+from bdh.inference.template_process import TemplateProcess
 from bdh.inference.texts import Texts
 from bdh.inference.wire import Frames, Stands, frame
 
@@ -64,6 +67,7 @@ class ProcessLLM(AsyncModel):
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._ready: asyncio.Future[tuple[ModelFigures, tuple[int, ...]]] = self._loop.create_future()
         self._aside = Aside()
+        self._template: TemplateProcess | None = None
         self._closed = False
 
     @classmethod
@@ -83,13 +87,21 @@ class ProcessLLM(AsyncModel):
         )
         self._transport = transport
         transport.write(frame(self._stands.dumps(self._settings)))
-        tokenizer = asyncio.ensure_future(asyncio.to_thread(load_export_tokenizer, Path(self._settings.model)))
+        tokenizer = asyncio.ensure_future(self._load_tokenizer())
         try:
             figures, ends = await self._ready  # its error is the one to tell
-            super().__init__(Texts(await tokenizer, figures.vocab_size, ends))
+            super().__init__(Texts(await tokenizer, figures.vocab_size, ends, self._template))
             self._figures = figures
         finally:
             tokenizer.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _load_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer, here; a chat template that came with it gets a process. Raises BDHError."""
+        tokenizer = await asyncio.to_thread(load_export_tokenizer, Path(self._settings.model))
+        if tokenizer.chat_template is not None and not self._closed:
+            with suppress(ValueError):  # several templates and no default: the tokenizer says so with each chat
+                self._template = TemplateProcess(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
+        return tokenizer
 
     @property
     def stats(self) -> EngineStats:
@@ -128,8 +140,10 @@ class ProcessLLM(AsyncModel):
             if self._transport is not None:
                 self._transport.close()
         await asyncio.to_thread(self._process.end)
-        if hasattr(self, "_beside"):
-            self._beside.shutdown(wait=False, cancel_futures=True)
+        if hasattr(self, "texts"):
+            self._shut_down_threads()
+        if self._template is not None:
+            await asyncio.to_thread(self._template.close)
 
     def how_it_ended(self) -> str:
         """How the process ended, in words. May take some seconds."""

@@ -7,13 +7,15 @@ from numbers import Integral
 
 from transformers import PreTrainedTokenizerFast
 
-from bdh.data.chat_format import ChatFormat, Message
-from bdh.errors import BDHError
+from bdh.data.chat_format import ChatFormat, Message, Renderer
+from bdh.errors import BDHError, PromptTooLong
 from bdh.inference.answer import TextRequest
 from bdh.inference.params import SamplingParams
 from bdh.inference.request import Request
 
 Prompt = str | Sequence[int]  # text, or its tokens
+
+COUNTED_CHARACTERS = 1 << 16  # of a long text that are tokenized at once to find out whether it is too long
 
 
 class Texts:
@@ -23,28 +25,60 @@ class Texts:
         tokenizer: The model's.
         vocab_size: Tokens that the model knows.
         end_token_ids: Tokens that end a text.
+        renderer: Renders the tokenizer's chat template; None renders it in the calling thread.
+
+    Attributes:
+        max_tokens: Of one text; a longer one is refused before it takes much memory. None: any number.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, end_token_ids: tuple[int, ...]):
+    max_tokens: int | None = None
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        vocab_size: int,
+        end_token_ids: tuple[int, ...],
+        renderer: Renderer | None = None,
+    ):
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.end_token_ids = end_token_ids
+        self.renderer = renderer
         tokenizer.backend_tokenizer.no_truncation()  # now, so that no call changes it while another thread uses it
         tokenizer.backend_tokenizer.no_padding()
 
     @cached_property
     def chat_format(self) -> ChatFormat:
-        return ChatFormat(self.tokenizer)
+        return ChatFormat(self.tokenizer, self.renderer)
 
     def encode(self, text: str, what: str = "the prompt") -> list[int]:
-        """Token ids of a text, without special tokens. Raises BDHError if it is not one."""
+        """Token ids of a text, without special tokens. Raises BDHError if it is not one, or `PromptTooLong`."""
         if not isinstance(text, str):
             raise BDHError(f"{what} is a {type(text).__name__}; give text")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise BDHError(f"{what} is not valid text: character {error.start} is half of one") from error
+        if self.max_tokens is not None:
+            self._check_length(text, what, self.max_tokens)
+        return self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def _check_length(self, text: str, what: str, most: int) -> None:
+        """Raises PromptTooLong for a text that has far too many tokens, without tokenizing all of it at once.
+
+        A token takes a hundred bytes while a text is tokenized. The pieces that are counted here end anywhere, so they
+        may have some more tokens than the text; twice as many is certain.
+        """
+        if len(text) <= max(most, COUNTED_CHARACTERS):
+            return
+        count = 0
+        for start in range(0, len(text), COUNTED_CHARACTERS):
+            count += len(self._encode(text[start : start + COUNTED_CHARACTERS]))
+            if count > 2 * most:
+                raise PromptTooLong(f"{what} has more than {most} tokens, the most that are read here; shorten it")
 
     def text_request(self, prompt: Prompt, params: SamplingParams | None = None) -> TextRequest:
         """A request to continue a prompt. Raises BDHError."""

@@ -13,6 +13,7 @@ from bdh.serving.answers import ChatAnswer, ChatChunk, Envelope
 from bdh.serving.choices import ChatDialect, Choices
 from bdh.serving.documented import streamed
 from bdh.serving.errors import bad_request
+from bdh.serving.json_body import JSONBodyRoute
 from bdh.serving.protocol import ChatRequest
 from bdh.serving.served import ServedModel
 from bdh.serving.token_text import LogprobWriter
@@ -21,7 +22,7 @@ from bdh.serving.writing import Writing
 if TYPE_CHECKING:
     from bdh.serving.server import Server
 
-router = APIRouter()
+router = APIRouter(route_class=JSONBodyRoute)
 
 
 @router.post("/v1/chat/completions", response_model=ChatAnswer, responses=streamed(ChatChunk), tags=["OpenAI"])

@@ -16,6 +16,7 @@ from bdh.serving.answers import CompletionAnswer, Envelope
 from bdh.serving.choices import Choices, CompletionDialect, Scored
 from bdh.serving.documented import streamed
 from bdh.serving.errors import bad_request
+from bdh.serving.json_body import JSONBodyRoute
 from bdh.serving.protocol import CompletionRequest
 from bdh.serving.served import ServedModel
 from bdh.serving.token_text import LogprobWriter, ScoredToken
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from bdh.inference.texts import Texts
     from bdh.serving.server import Server
 
-router = APIRouter()
+router = APIRouter(route_class=JSONBodyRoute)
 
 USUAL_MAX_TOKENS = 16  # the API's own, for completions
 READ_ONLY = SamplingParams(max_new_tokens=1, temperature=0)  # the engine writes a token at least; it is not used
@@ -85,6 +86,9 @@ class CompletionWork:
         )
         self.writing.check_count(len(prompts) * (params.best_of or params.n))
         self.served.check_length(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), "prompt")
+        for prompt in prompts:
+            if not isinstance(prompt, str):  # before a text is made of its tokens
+                self.served.check_prompt(prompt, "prompt")
         self.writing.only_reads = max_tokens == 0
         params = READ_ONLY if self.writing.only_reads else params
         self.asked = [await self.served.llm.text_request(prompt, params) for prompt in prompts]

@@ -19,7 +19,7 @@ LARGEST = 2**31 - 1
 MOST_SCHEMA_BYTES = 1 << 16
 EVERYTHING = 0  # a top_k
 MOST_FIELDS = 100
-MOST_ENTRIES = 1 << 14  # of an object that may have any
+MOST_ENTRIES = 1 << 14  # of an object or a list that may have any
 
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -44,8 +44,8 @@ class Strict(BaseModel):
 
 
 def few(value: Any) -> Any:
-    """Raises PydanticCustomError for an object with very many entries."""
-    if isinstance(value, dict) and len(value) > MOST_ENTRIES:
+    """Raises PydanticCustomError for an object or a list with very many entries, before each of them is checked."""
+    if isinstance(value, dict | list) and len(value) > MOST_ENTRIES:
         raise PydanticCustomError("too_long", f"there are {len(value)} entries; {MOST_ENTRIES} are the most")
     return value
 
@@ -105,7 +105,7 @@ class SamplingFields(Strict):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
     min_tokens: int | None = Field(default=None, ge=0, le=LARGEST)
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[Token], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Token] | None, Field(fail_fast=True), Few] = None
     regex: str | None = None
     brain: bool | None = None
 
@@ -199,7 +199,15 @@ class KnownFields(SamplingFields):
 TokenIds = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 PromptText = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[PromptText], Field(min_length=1, fail_fast=True)]
-Prompts = PromptText | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+SeveralTokenIds = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+
+
+def few_prompts(value: Any) -> Any:
+    """As `few`, where the entries are prompts; one prompt may have many tokens."""
+    return few(value) if isinstance(value, list) and value and not isinstance(value[0], int) else value
+
+
+Prompts = Annotated[PromptText | Texts | TokenIds | SeveralTokenIds, BeforeValidator(few_prompts)]
 
 
 class CompletionRequest(KnownFields):
@@ -246,7 +254,7 @@ class RefusalPart(Strict):
 
 
 Part = Annotated[TextPart | RefusalPart | OtherPart, Field(discriminator="type")]
-Content = str | Annotated[list[Part], Field(min_length=1, fail_fast=True)]
+Content = Annotated[str | Annotated[list[Part], Field(min_length=1, fail_fast=True)], Few]
 
 
 class InstructionMessage(Strict):
@@ -270,10 +278,10 @@ class AssistantMessage(Strict):
     content: Content | None = None
     name: str | None = None
     refusal: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: Annotated[list[Any] | None, Few] = None
     function_call: dict[str, Any] | None = None
     audio: dict[str, Any] | None = None
-    annotations: list[Any] | None = None
+    annotations: Annotated[list[Any] | None, Few] = None
     parsed: Any = None  # what a client made of the content
     reasoning_content: str | None = None
     cache_control: CacheControl = None
@@ -287,6 +295,7 @@ class ToolMessage(Strict):
 
 
 ChatMessage = Annotated[InstructionMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+ChatMessages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), Few]
 
 
 class ChatFields(KnownFields):
@@ -312,14 +321,14 @@ class ChatRequest(ChatFields):
     """POST /v1/chat/completions."""
 
     model: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: ChatMessages
     n: Count | None = None
     # Known, and either not needed or refused in words by `checked`.
-    modalities: Annotated[list[str], Field(fail_fast=True)] | None = None
+    modalities: Annotated[list[str] | None, Field(fail_fast=True), Few] = None
     parallel_tool_calls: bool | None = None
-    tools: list[Any] | None = None
+    tools: Annotated[list[Any] | None, Few] = None
     tool_choice: str | dict[str, Any] | None = None
-    functions: list[Any] | None = None
+    functions: Annotated[list[Any] | None, Few] = None
     function_call: str | dict[str, Any] | None = None
     verbosity: str | None = None
     prediction: dict[str, Any] | None = None

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bdh.errors import BDHError
@@ -181,11 +182,13 @@ class Models:
 
     async def _open(self, name: str) -> "ProcessLLM":
         """A model, by the process that was begun for it, or a new one. Raises BDHError, and OSError."""
+        await asyncio.to_thread(import_module, "bdh.inference.process_llm")  # takes seconds
         from bdh.inference.process_llm import ProcessLLM
 
         try:
             process = self._processes.pop(name, None) or EngineProcess()
             llm = await ProcessLLM.open(process, self._engine_settings(self.settings[name]))
+            llm.texts.max_tokens = self.config.requests.max_prompt_tokens
         except BDHError as error:
             raise BDHError(f"the model {name} cannot be served: {error}") from error
         adopt("transformers")  # is loaded by now, and would write lines of its own kind

@@ -14,6 +14,7 @@ from bdh.serving.answering import answered
 from bdh.serving.answers import ChatAnswer, ChatChunk, CompletionAnswer
 from bdh.serving.documented import errors, links, streamed
 from bdh.serving.errors import bad_request
+from bdh.serving.json_body import JSONBodyRoute
 from bdh.serving.names import NAME
 from bdh.serving.protocol import Strict
 from bdh.serving.served import ServedModel
@@ -25,7 +26,7 @@ from bdh.serving.writing import Writing
 if TYPE_CHECKING:
     from bdh.serving.server import Server
 
-router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=JSONBodyRoute)
 
 PIECE = 1 << 20  # bytes of a file that are sent at once
 
@@ -247,7 +248,7 @@ async def counted(served: ServedModel, system: str) -> int:
     """How many tokens a system message has. Raises ApiError for what no message could follow."""
     check_text(system, "system")
     served.check_length(len(system), "system")
-    tokens = await asyncio.to_thread(served.llm.texts.encode, system)
+    tokens = await served.llm.beside(lambda: served.llm.texts.encode(system))
     if tokens:
         served.check_prompt(tokens, "system")
     return len(tokens)

@@ -12,8 +12,16 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from bdh.errors import BDHError, ModelClosed, QueueFull
-from bdh.serving.errors import ApiError, TooManyRequests, engine_failed, engine_refused, timed_out, unavailable
+from bdh.errors import BDHError, ModelClosed, PromptTooLong, QueueFull
+from bdh.serving.errors import (
+    ApiError,
+    TooManyRequests,
+    bad_request,
+    engine_failed,
+    engine_refused,
+    timed_out,
+    unavailable,
+)
 
 if TYPE_CHECKING:
     from bdh.serving.server import Server
@@ -56,6 +64,8 @@ def as_api_error(error: Exception) -> ApiError:
             return TooManyRequests(str(error), 1, "queue_full")
         case ModelClosed():
             return unavailable("the server ends before the answer is complete; try again", "draining")
+        case PromptTooLong():
+            return bad_request(str(error), code="context_length_exceeded")
         case BDHError():
             return engine_refused(error)
         case RuntimeError() if "the engine failed" in str(error):

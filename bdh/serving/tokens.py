@@ -1,6 +1,7 @@
 """POST /tokenize and /detokenize: what a model reads of a text, and back."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -8,14 +9,18 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from bdh.serving.access import Caller, caller
+from bdh.serving.answering import LARGE
 from bdh.serving.errors import bad_request
-from bdh.serving.protocol import ChatMessage, Strict, Token, plain_message
-from bdh.serving.streaming import JSONAnswer
+from bdh.serving.json_body import JSONBodyRoute
+from bdh.serving.protocol import ChatMessages, Strict, Token, plain_message
+from bdh.serving.served import ServedModel
+from bdh.serving.streaming import JSONAnswer, until_gone
 
 if TYPE_CHECKING:
+    from bdh.data.chat_format import Message
     from bdh.serving.server import Server
 
-router = APIRouter(tags=["tokens"])
+router = APIRouter(tags=["tokens"], route_class=JSONBodyRoute)
 
 
 class TokenizeRequest(Strict):
@@ -23,7 +28,7 @@ class TokenizeRequest(Strict):
 
     model: str
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
+    messages: ChatMessages | None = None
 
 
 class Tokenized(BaseModel):
@@ -46,30 +51,55 @@ class Detokenized(BaseModel):
 @router.post("/v1/tokenize", response_model=Tokenized)
 @router.post("/tokenize", response_model=Tokenized, include_in_schema=False)
 async def tokenize(body: TokenizeRequest, request: Request, who: Annotated[Caller, Depends(caller)]) -> Response:
-    """The tokens of a text."""
+    """The tokens of a text. They count as tokens that are read."""
     server: Server = request.app.state.server
     served = server.models.get(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("give either a prompt or messages", "prompt")
+    what = "prompt" if body.messages is None else "messages"
     messages = [plain_message(message, f"messages.{number}") for number, message in enumerate(body.messages or ())]
+    length = sum(len(message["content"]) for message in messages) + len(body.prompt or "")
+    served.check_length(length, what)
+    tokens = await until_gone(request, encoded(served, body.prompt, messages))
+    if tokens:
+        served.check_prompt(tokens, what)
+    await charge(request, who, served, len(tokens))
 
     def answer() -> JSONAnswer:
-        text = served.llm.texts.chat_format.render(messages) if body.prompt is None else body.prompt
-        tokens = served.llm.texts.encode(text)
-        return JSONAnswer({"tokens": tokens, "count": len(tokens), "pieces": [*map(served.texts.text, tokens)]})
+        pieces = [served.texts.text(token) for token in tokens]
+        return JSONAnswer({"tokens": tokens, "count": len(tokens), "pieces": pieces})
 
-    return await asyncio.to_thread(answer)  # of megabytes, at times
+    return await asyncio.to_thread(answer) if len(tokens) > LARGE else answer()
 
 
 @router.post("/v1/detokenize", response_model=Detokenized)
 @router.post("/detokenize", response_model=Detokenized, include_in_schema=False)
 async def detokenize(body: DetokenizeRequest, request: Request, who: Annotated[Caller, Depends(caller)]) -> Response:
-    """The text of tokens."""
+    """The text of tokens, which count as tokens that are read."""
     server: Server = request.app.state.server
     served = server.models.get(body.model)
-    size = served.llm.texts.vocab_size
+    texts, size = served.llm.texts, served.llm.texts.vocab_size
+    if len(body.tokens) > (most := served.limits.max_prompt_tokens):
+        words = f"there are {len(body.tokens)} tokens; this server reads {most} at most"
+        raise bad_request(words, "tokens", "context_length_exceeded")
     for number, token in enumerate(body.tokens):
         if token >= size:
             raise bad_request(f"tokens.{number} is {token}; the model's tokens are 0 to {size - 1}", f"tokens.{number}")
-    text = await asyncio.to_thread(served.llm.texts.tokenizer.decode, body.tokens)
+    await charge(request, who, served, len(body.tokens))
+    text = await until_gone(request, served.llm.beside(lambda: texts.tokenizer.decode(body.tokens)))
     return JSONAnswer({"text": text})
+
+
+async def encoded(served: ServedModel, prompt: str | None, messages: "Sequence[Message]") -> list[int]:
+    """The tokens of a prompt, or else of messages. Raises BDHError."""
+    texts = served.llm.texts
+    if prompt is None:
+        return await served.llm.call_in_chat_thread(lambda: texts.encode(texts.chat_format.render(messages)))
+    return await served.llm.beside(lambda: texts.encode(prompt))
+
+
+async def charge(request: Request, who: Caller, served: ServedModel, tokens: int) -> None:
+    """Counts tokens that a request had encoded or decoded."""
+    server: Server = request.app.state.server
+    request.state.log.update(model=served.name, prompt_tokens=tokens)
+    request.state.limit_headers.update(await server.limits.charge(who.key, who.address, tokens))

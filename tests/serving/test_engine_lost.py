@@ -17,7 +17,8 @@ LONG = {"prompt": "abc", "max_tokens": 60_000, "ignore_eos": True}
 def engines(server: Running) -> list[int]:
     """The processes that a server has begun, in the order of its models."""
     parent = server.process.pid
-    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(pid) for pid in children if b"engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def ask(server: Running, model: str) -> httpx.Response:

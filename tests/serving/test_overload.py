@@ -63,7 +63,7 @@ def begun(url: str, path: str, body: dict[str, Any]) -> Wire:
     """A request that is sent, its answer not awaited."""
     content = json.dumps(body).encode()
     connection = Wire(url)
-    connection.send(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode())
+    connection.send(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode())
     connection.send(f"Content-Length: {len(content)}\r\n\r\n".encode(), content)
     return connection
 
@@ -149,8 +149,8 @@ def test_who_goes_away_while_it_is_written_for_frees_its_place(
     assert line["disconnected"] and line["status"] == (200 if stream else 499)
 
 
-GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b" " * 90_000
+GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n" + b" " * 90_000
 
 
 @pytest.mark.parametrize("more", [GET, GET[:-2], POST, 3 * GET], ids=["one", "half", "large", "many"])
@@ -193,7 +193,7 @@ def test_who_goes_away_from_the_queue_leaves_it(crowded: Running, stream: bool) 
 
 def test_who_goes_away_before_its_request_is_whole_leaves_nothing(crowded: Running) -> None:
     with wire(crowded.url) as connection:
-        connection.send(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        connection.send(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         time.sleep(0.1)
     assert post(crowded.url, SHORT).status_code == 200
 
@@ -225,6 +225,7 @@ def keys(keys_file: Path) -> dict[str, str]:
         "usual": add_key(file, "usual")[1],
         "few": add_key(file, "few", requests_per_minute=3)[1],
         "short": add_key(file, "short", tokens_per_minute=50)[1],
+        "counter": add_key(file, "counter", tokens_per_minute=100)[1],
         "talker": add_key(file, "talker", tokens_per_minute=1000)[1],
     }
     return {name: f"Bearer {secret}" for name, secret in made.items()}
@@ -293,6 +294,24 @@ def test_tokens_of_a_session_are_counted_once(limited: Running, keys: dict[str, 
             used += said.json()["usage"]["completion_tokens"]  # which are counted when the answer is complete
 
 
+def test_tokens_that_are_only_counted_are_counted(limited: Running, keys: dict[str, str]) -> None:
+    headers = {"Authorization": keys["counter"]}
+    left = []
+    for path, more in (
+        ("tokenize", {"prompt": "x" * 20}),
+        ("tokenize", {"messages": [{"role": "user", "content": "x"}]}),
+        ("detokenize", {"tokens": [65] * 30}),
+        ("detokenize", {"tokens": [65] * 50}),
+    ):
+        answer = httpx.post(f"{limited.url}/v1/{path}", json={"model": "tiny", **more}, headers=headers)
+        assert answer.status_code == 200
+        left.append(int(answer.headers["x-ratelimit-remaining-tokens"]))
+    said = len("_user\nx_\n_assistant\n")  # a special token is one
+    assert left == [80, 80 - said, 50 - said, 0]
+    refused = httpx.post(f"{limited.url}/v1/tokenize", json={"model": "tiny", "prompt": "x"}, headers=headers)
+    assert refused.status_code == 429 and refused.json()["error"]["type"] == "tokens"
+
+
 def test_tokens_of_a_stream_that_is_left_are_counted(limited: Running, keys: dict[str, str]) -> None:
     headers = {"Authorization": keys["free"]}
     before = int(post(limited.url, SHORT, **headers).headers["x-ratelimit-remaining-tokens"])
@@ -339,6 +358,10 @@ def test_a_request_may_take_so_long(limited: Running, keys: dict[str, str], path
         ("completions", {"prompt": "x" * 51, "stream": True}, "prompt"),
         ("completions", {"prompt": "x" * 51, "echo": True, "max_tokens": 0, "logprobs": 1}, "prompt"),
         ("chat/completions", {"messages": [{"role": "user", "content": "x" * 51}]}, "messages"),
+        ("tokenize", {"prompt": "x" * 51}, "prompt"),
+        ("tokenize", {"messages": [{"role": "user", "content": "x" * 51}]}, "messages"),
+        ("tokenize", {"messages": [{"role": "user", "content": "x" * 45}]}, "messages"),  # with what is around it
+        ("detokenize", {"tokens": [65] * 51}, "tokens"),
     ],
 )
 def test_a_prompt_may_be_so_long(
