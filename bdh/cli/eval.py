@@ -1,11 +1,11 @@
 """`bdh eval`: how well a model predicts a text."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdh.cli.parsing import Parser
 from bdh.errors import BDHError
+from bdh.json_text import to_json
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ def run(argv: list[str]) -> int:
             carry_state=args.carry_state,
         )
     if args.json:
-        print(json.dumps(asdict(result)))
+        print(to_json(asdict(result)))
     else:
         print(
             f"{name}: loss {result.loss:.4f} nats a token, perplexity {result.perplexity:.3f}, "
@@ -173,7 +173,7 @@ def by_position(
         )
     if args.json:
         sizes = {"text": name, "length": length, "windows": len(windows), "training_block_size": block_size}
-        print(json.dumps({**sizes, "bins": [asdict(entry) for entry in bins]}))
+        print(to_json({**sizes, "bins": [asdict(entry) for entry in bins]}))
     else:
         print(f"{name}: {len(windows)} windows of {length:,} tokens")
         print("\n".join(table(bins, block_size)))

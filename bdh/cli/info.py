@@ -1,9 +1,9 @@
 """`bdh info`: how large a model is."""
 
-import json
 from pathlib import Path
 
 from bdh.cli.parsing import Parser
+from bdh.json_text import to_json
 
 
 def run(argv: list[str]) -> int:
@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     if args.json:
         names = ("n_layer", "n_embd", "n_head", "vocab_size", "n_neurons", "decay", "decay_half_lives", "write")
         sizes = {name: getattr(config, name) for name in names}
-        print(json.dumps({**sizes, "parameters": parameters, "weight_bytes": 4 * parameters, "state_bytes": state}))
+        print(to_json({**sizes, "parameters": parameters, "weight_bytes": 4 * parameters, "state_bytes": state}))
         return 0
     layer = 3 * config.n_neurons * config.n_embd  # weights of which Muon keeps one moment and not two
     rows = {

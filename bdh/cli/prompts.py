@@ -16,6 +16,7 @@ from bdh.cli.settings import SETTINGS, nearest, read_text, with_token_ids
 from bdh.cli.terminal import show
 from bdh.cli.together import fingerprint, open_shared
 from bdh.errors import BDHError
+from bdh.json_text import to_json
 
 if TYPE_CHECKING:
     from bdh.inference.answer import Completion, TextRequest
@@ -244,7 +245,7 @@ def head_of(index: int, prompt: Prompt, model: Mapping[str, Any]) -> str:
     usual = asdict(SamplingParams())
     settings = {name: value for name, value in asdict(prompt.params).items() if value != usual[name]}
     kind = "prompt" if isinstance(prompt.text, str) else "messages"
-    head = json.dumps({"index": index, kind: prompt.text, "settings": settings, **model}, ensure_ascii=False)
+    head = to_json({"index": index, kind: prompt.text, "settings": settings, **model}, ensure_ascii=False)
     return head[:-1] + ", "
 
 
@@ -261,7 +262,7 @@ def line_of(head: str, completion: "Completion") -> str:
                 for at in choice.logprobs
             ]
         told.append(entry)
-    return f"{head}{CHOICES}{json.dumps(told, ensure_ascii=False)}}}\n"
+    return f"{head}{CHOICES}{to_json(told, ensure_ascii=False)}}}\n"
 
 
 def count_answers(file: BinaryIO, path: Path, heads: Sequence[str]) -> tuple[int, int]:

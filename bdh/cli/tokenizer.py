@@ -9,6 +9,7 @@ from typing import Any
 
 from bdh.cli.parsing import Parser
 from bdh.errors import BDHError
+from bdh.json_text import to_json
 
 USAGE = """usage: bdh tokenizer COMMAND [options]
 
@@ -149,7 +150,7 @@ def info(argv: list[str]) -> int:
         "bytes_per_token": size / max(tokens.predicted(), 1),
     }
     if args.json:
-        print(json.dumps(facts))
+        print(to_json(facts))
         return 0
     facts["special_tokens"] = ", ".join(f"{token} {i}" for token, i in special.items()) or "none"
     facts["end_of_text"] = facts["end_of_text"] or "none"

@@ -111,9 +111,10 @@ def resume(parser: Parser, argv: list[str], where: Path, stays: bool) -> int:
         where: The checkpoint.
         stays: Whether the run goes on in its own folder.
     """
-    from bdh.training.checkpoint import read_state
+    from bdh.training.checkpoint import naming_damage, read_state
 
-    given = ["--config", json.dumps(with_earlier_defaults(read_state(where)["config"])), *argv]
+    with naming_damage(where):
+        given = ["--config", json.dumps(with_earlier_defaults(read_state(where)["config"])), *argv]
     if stays:
         given += ["--run_dir", str(run_of(where))]
     return finish(build_config(parser, parser.parse_args(given)), where)

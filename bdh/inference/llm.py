@@ -260,4 +260,6 @@ def end_tokens(
     """Tokens that end a text: the tokenizer's, and those the model's generation config names."""
     named = getattr(generation_config, "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])]
+    if wrong := [end for end in ends if end is not None and (not isinstance(end, int) or isinstance(end, bool))]:
+        raise BDHError(f"eos_token_id in generation_config.json is {wrong[0]!r}; it must be the number of a token")
     return tuple(dict.fromkeys(end for end in ends if end is not None and 0 <= end < config.vocab_size))

@@ -8,6 +8,13 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+MAX_LAYERS, MAX_HEADS, MAX_LABELS = 1024, 8192, 1024  # sizes that no shape of a weight confirms, or that come first
+RANGES = {  # field: least and greatest value
+    "dropout": (0.0, 1.0),
+    "rope_theta": (1e-6, 1e30),
+    "layer_norm_eps": (1e-30, 1.0),  # above 0: where no neuron fires, the norm of zeros would be NaN
+    "initializer_range": (0.0, 1e30),
+}
 SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 16.0, 1024.0  # of the heads of a model whose half-lives are not given
 
 
@@ -40,8 +47,8 @@ class BDHConfig(PreTrainedConfig):
             about the function: a model without decay is unreliable past this length.
 
     Raises:
-        ValueError: A size is not positive, heads do not divide the neurons, a head's neurons are odd in number, or the
-            half-lives do not fit the heads or the decay.
+        ValueError: A size is not positive or too large, a number is NaN or out of range, heads do not divide the
+            neurons, a head's neurons are odd in number, or the half-lives do not fit the heads or the decay.
     """
 
     model_type = "bdh"
@@ -69,12 +76,23 @@ class BDHConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: object) -> None:
+        labels = kwargs.get("num_labels") or 0
+        if not isinstance(labels, int) or labels > MAX_LABELS:  # each gets a name, before anything else is looked at
+            raise ValueError(f"num_labels is {labels!r}; a language model has no labels, remove it")
         super().__post_init__(**kwargs)
         for field in ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size", "chunk_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be 1 or more")
-        if not 0.0 <= self.dropout < 1.0:
+        for field, most in (("n_layer", MAX_LAYERS), ("n_head", MAX_HEADS)):
+            if getattr(self, field) > most:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be {most} or less")
+        if self.training_block_size is not None and self.training_block_size < 1:
+            raise ValueError(f"training_block_size is {self.training_block_size}; it must be 1 or more, or null")
+        if self.dropout == 1.0:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        for field, (least, most) in RANGES.items():
+            if not least <= (value := getattr(self, field)) <= most:  # NaN is not
+                raise ValueError(f"{field} is {value}; it must be a number from {least:g} to {most:g}")
         if self.n_neurons % self.n_head:
             raise ValueError(
                 f"n_head is {self.n_head}; it must divide the {self.n_neurons} neurons "
@@ -101,7 +119,7 @@ class BDHConfig(PreTrainedConfig):
                 f"{self.n_head} heads (n_head)"
             )
         for half_life in self.decay_half_lives:
-            if half_life is not None and not 0.0 < half_life < float("inf"):
+            if half_life is not None and not 1e-6 <= half_life < float("inf"):
                 raise ValueError(f"decay_half_lives holds {half_life}; a half-life must be a positive number, or null")
 
     @property

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from bdh.data.tokenizer import load_export_tokenizer, vocabulary_size
 from bdh.errors import BDHError, one_line
 from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.model.weight_files import check_finite, check_weight_files
 
 # What an export is made of; a folder that holds anything else is not replaced.
 EXPORT_FILES = re.compile(
@@ -89,14 +90,12 @@ def load_export(directory: str | Path) -> tuple[BDHForCausalLM, PreTrainedTokeni
 def load_model_only(path: Path) -> BDHForCausalLM:
     """The model of an export, as `load_export`, without the tokenizer. Raises BDHError."""
     config = read_config(path)
-    if not any(path.glob("*.safetensors")):
-        raise BDHError(f"{path} has no weights (model.safetensors)")
+    check_weight_files(path, config)
     try:
-        model, report = BDHForCausalLM.from_pretrained(path, config=config, output_loading_info=True)
+        model = BDHForCausalLM.from_pretrained(path, config=config)
     except Exception as error:  # as above
         raise BDHError(f"the weights in {path} cannot be loaded: {one_line(error)}") from error
-    if wrong := sorted(report["missing_keys"]):
-        raise BDHError(f"the weights in {path} are incomplete: {', '.join(wrong)} missing")
+    check_finite(model.named_parameters(), path)
     return model.eval()
 
 
@@ -114,9 +113,15 @@ def read_config(path: Path) -> BDHConfig:
     try:
         settings, _ = BDHConfig.get_config_dict(path, local_files_only=True)
         model_type = settings.get("model_type")
+        quantized = settings.get("quantization_config")
         config = BDHConfig.from_dict(settings) if model_type == "bdh" else None
     except Exception as error:  # the library raises many kinds for a damaged file
         raise BDHError(f"{path / 'config.json'} cannot be read: {one_line(error)}") from error
     if config is None:
         raise BDHError(f"{path} is a {model_type} model, not a bdh one")
+    if quantized:
+        raise BDHError(
+            f"{path} was quantized when it was saved (quantization_config in config.json); give the export that it was "
+            "made from: bdh serve and bdh generate quantize it with --quantization"
+        )
     return config

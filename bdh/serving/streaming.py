@@ -1,7 +1,6 @@
 """Answers over HTTP: JSON, or server-sent events; ended when the client goes away or the time is up."""
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
@@ -13,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from bdh.errors import BDHError, ModelClosed, PromptTooLong, QueueFull
+from bdh.json_text import to_json
 from bdh.serving.errors import (
     ApiError,
     TooManyRequests,
@@ -35,7 +35,7 @@ LAST_WORDS_SECONDS = 2.0  # for a client that is slow to take them
 
 def as_json(body: Any) -> bytes:
     """JSON in ASCII: whatever came from a client, half a surrogate pair too, can be said back to it."""
-    return json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")
+    return to_json(body, separators=(",", ":")).encode("ascii")
 
 
 def as_event(body: Any) -> bytes:

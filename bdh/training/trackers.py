@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bdh.errors import BDHError
+from bdh.json_text import to_json
 from bdh.training.backends import Backend, MLflow, RunIdentity, Samples, TensorBoard, Trackio, WandB
 from bdh.training.config import LoggingConfig, TrainConfig, flatten
 from bdh.training.norms import Histogram
@@ -216,6 +217,6 @@ def write_ids(run_dir: Path, known: dict[str, dict[str, Any]], say: Callable[[st
     from bdh.training.tracking import write_atomically
 
     try:
-        write_atomically(run_dir / IDS, json.dumps(known, indent=1) + "\n")
+        write_atomically(run_dir / IDS, to_json(known, indent=1) + "\n")
     except OSError as error:
         say(f"warning: {run_dir / IDS} cannot be written ({error.strerror}); trackers will begin new runs on resume")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bdh.json_text import to_json
+
 if TYPE_CHECKING:
     from bdh.training.norms import Histogram
     from bdh.training.trackers import Trackers
@@ -36,9 +38,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 
@@ -165,7 +169,7 @@ class Tracker:
             self.say(f"warning: {picture} could not be drawn ({error.strerror or error})")
 
     def _record(self, record: dict[str, Any]) -> None:
-        self._append(self.metrics_path, json.dumps(record) + "\n")
+        self._append(self.metrics_path, to_json(record) + "\n")
         if self.others:
             self.others.scalars(record)
 
@@ -187,7 +191,7 @@ class Tracker:
         """Drops what was written after the checkpoint a run goes on from, so that nothing stands there twice."""
         if self.metrics_path.exists():
             kept = [record for record in read_metrics(self.metrics_path) if record["step"] <= step]
-            write_atomically(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_atomically(self.metrics_path, "".join(to_json(record) + "\n" for record in kept))
         if self.samples_path.exists():
             text = self.samples_path.read_text(encoding="utf-8")
             later = next((m.start() for m in SAMPLE_HEADING.finditer(text) if int(m[1]) > step), None)
