@@ -56,6 +56,7 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
     try:
         if folder.is_dir():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            use_once(tokenizer)
         else:
             from transformers import AutoTokenizer  # brings torch, which nothing else here needs
 
@@ -73,9 +74,16 @@ def load_export_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     if not (directory / "tokenizer.json").is_file():
         raise BDHError(f"{directory} has no tokenizer.json; put a tokenizer beside the model")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(directory)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+        use_once(tokenizer)
+        return tokenizer
     except Exception as error:  # the library raises many kinds for a damaged file; all mean the same to the user
         raise BDHError(f"the tokenizer in {directory} cannot be loaded: {one_line(error)}") from error
+
+
+def use_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Encodes and decodes a letter. Raises any exception where a setting that loading ignores is of the wrong type."""
+    tokenizer.decode(tokenizer("a", add_special_tokens=False, verbose=False).input_ids, skip_special_tokens=True)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -8,7 +8,6 @@ weights are (out, in): the same numbers, transposed. Converting there and back t
 import functools
 import json
 import math
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from bdh.errors import BDHError
+from bdh.errors import BDHError, one_line
+from bdh.json_text import to_json
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.card import model_card
 from bdh.model.export import check_target, load_model_only, save_export
+from bdh.model.weight_files import FLOATS, check_finite
 
 NAMES = ("embed.weight", "encoder", "encoder_v", "decoder", "lm_head")
 PUBLISHED_FIELDS = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size", "dropout")
@@ -87,7 +88,7 @@ def save_published(export: Path, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".safetensors":
-            save_file(tensors, partial, metadata={"config": json.dumps(config)})
+            save_file(tensors, partial, metadata={"config": to_json(config)})
         else:
             torch.save(tensors, partial)
         partial.replace(target)
@@ -112,16 +113,17 @@ def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             for key in ("model", "state_dict"):  # how training scripts often wrap a state dict
                 if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
                     found = loaded[key]
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise BDHError(f"{path} cannot be read as a checkpoint: {' '.join(str(error).split())[:150]}") from error
+    except Exception as error:  # what is unpickled, though safely, raises any kind
+        raise BDHError(f"{path} cannot be read as a checkpoint: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise BDHError(f"{path} holds a {type(found).__name__}, not a state dict")
     tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): tensor for name, tensor in found.items()}
     if missing := [name for name in NAMES if not isinstance(tensors.get(name), Tensor)]:
         raise BDHError(f"{path} is not a published BDH checkpoint: it lacks {', '.join(missing)}")
     for name in NAMES:
-        if tensors[name].layout != torch.strided or not tensors[name].is_floating_point():
-            raise BDHError(f"{name} in {path} is no plain floating-point tensor")
+        if tensors[name].layout != torch.strided or tensors[name].dtype not in FLOATS or tensors[name].is_meta:
+            raise BDHError(f"{name} in {path} is no plain floating-point tensor of 16, 32 or 64 bits")
+    check_finite(((name, tensors[name]) for name in NAMES), path)
     return tensors, recorded if isinstance(recorded, dict) else {}
 
 
@@ -161,20 +163,22 @@ def work_out_config(
         settings["n_layer"] = DEFAULT_LAYERS
     if "rope_theta" not in settings and isinstance(tensors.get("attn.freqs"), Tensor):
         settings["rope_theta"] = theta_of(tensors["attn.freqs"])
-    for name in ("dropout", "rope_theta", "layer_norm_eps"):
-        if isinstance(settings.get(name), int):
-            settings[name] = float(settings[name])
     try:
+        for name in ("dropout", "rope_theta", "layer_norm_eps"):
+            if isinstance(settings.get(name), int):
+                settings[name] = float(settings[name])
         return BDHConfig(**(settings | found)), notes
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise BDHError(f"no such model: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, OverflowError, StrictDataclassError) as error:
+        raise BDHError(f"no such model: {one_line(error)}") from error
 
 
 def theta_of(freqs: Tensor) -> float:
     """The RoPE base that made `attn.freqs`, from its smallest entry theta^(-(N-2)/N) / 2 pi; the default for N = 2."""
-    smallest, N = freqs.flatten()[-1].item(), freqs.numel()
-    default = BDHConfig().rope_theta
-    if N <= 2 or smallest <= 0:
+    default, N = BDHConfig().rope_theta, freqs.numel()
+    if N <= 2 or freqs.is_meta or freqs.layout != torch.strided or freqs.dtype not in FLOATS:
+        return default
+    smallest = freqs.flatten()[-1].item()
+    if not 1e-30 < smallest < 1:  # NaN is not
         return default
     theta = (2 * math.pi * smallest) ** (-N / (N - 2))
     return default if math.isclose(theta, default, rel_tol=1e-4) else float(round(theta, 3))

@@ -42,8 +42,10 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedTokenizerFast
 
 from bdh.data.tokenizer import load_tokenizer
-from bdh.errors import BDHError
+from bdh.errors import BDHError, one_line
+from bdh.json_text import to_json
 from bdh.model.heads import HeadNames
+from bdh.model.weight_files import check_finite
 from bdh.training.optimizer import Together
 from bdh.training.pieces import joined, parted
 
@@ -202,9 +204,23 @@ def damage(path: Path) -> str | None:
     return None
 
 
+@contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """Raises BDHError for any exception that a checkpoint's content causes: checksums do not say who wrote it."""
+    try:
+        yield
+    except BDHError:
+        raise
+    except (Exception, CheckpointException) as error:  # which is none
+        raise BDHError(f"{path} is damaged: {one_line(_cause(error))}") from error
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint. Raises BDHError if it is of a format this version does not know."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    """The JSON part of a checkpoint. Raises BDHError if it is damaged, or of a format this version does not know."""
+    with naming_damage(path):
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError("state.json holds no object")
     if state.get("format") not in READABLE:
         raise BDHError(f"{path} has checkpoint format {state.get('format')}; this version of bdh reads up to {FORMAT}")
     return state
@@ -224,11 +240,12 @@ def load(
     """
     state = read_state(path)
     tensors = collect(model, optimizer, carried, names)
-    _read_tensors(path, tensors)
-    tensors = {names.here(name): tensor for name, tensor in tensors.items()}
-    set_model_state_dict(model, _under("model.", tensors), options=_TRAINED)
-    settings = get_optimizer_state_dict(model, optimizer, options=_FLAT)
-    set_optimizer_state_dict(model, optimizer, {**settings, **_under("optimizer.", tensors)}, options=_FLAT)
+    with naming_damage(path):
+        _read_tensors(path, tensors)
+        tensors = {names.here(name): tensor for name, tensor in tensors.items()}
+        set_model_state_dict(model, _under("model.", tensors), options=_TRAINED)
+        settings = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+        set_optimizer_state_dict(model, optimizer, {**settings, **_under("optimizer.", tensors)}, options=_FLAT)
     return state
 
 
@@ -238,10 +255,21 @@ def tokenizer_of(path: Path) -> PreTrainedTokenizerFast:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Puts a checkpoint's weights, nothing else, into a model of its architecture."""
+    """Puts a checkpoint's weights, nothing else, into a model of its architecture. Raises BDHError if it is damaged."""
     tensors = _model_tensors(model)
-    _read_tensors(path, tensors)
-    set_model_state_dict(model, _under("model.", tensors), options=_TRAINED)
+    with naming_damage(path):
+        _read_tensors(path, tensors)
+        set_model_state_dict(model, _under("model.", tensors), options=_TRAINED)
+    check_finite(model.named_parameters(), path)
+
+
+def check_size(path: Path, n_parameters: int) -> None:
+    """Raises BDHError for a configuration of more parameters than a checkpoint's files have bytes."""
+    nbytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if n_parameters > nbytes:
+        raise BDHError(
+            f"{path} is damaged: its configuration has {n_parameters:,} parameters, and its files {nbytes:,} bytes"
+        )
 
 
 def find_checkpoint(
@@ -361,7 +389,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    path.write_text(to_json(content, indent=1), encoding="utf-8")
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

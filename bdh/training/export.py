@@ -10,7 +10,7 @@ from bdh.data.settings import DataConfig
 from bdh.data.tokenizer import load_tokenizer
 from bdh.errors import BDHError
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.model.card import Section, adapter_card, model_card
+from bdh.model.card import Section, adapter_card, model_card, parameter_count
 from bdh.model.export import load_model_only, read_config, save_export
 from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, from_dict
@@ -18,15 +18,30 @@ from bdh.training.config import TrainConfig, from_dict
 if TYPE_CHECKING:
     from peft import PeftModel
 
+STATE_KEYS = ("step", "tokens", "seconds", "config", "evaluation", "hardware", "text", "data", "random")
+
 
 def model_config(config: TrainConfig) -> BDHConfig:
     """The configuration of the model that a run trains; `model.vocab_size` is filled in."""
     return BDHConfig(**config.model.architecture(), training_block_size=config.data.block_size)
 
 
-def checkpoint_config(state: dict[str, Any]) -> BDHConfig:
-    """The architecture recorded in a checkpoint's state."""
-    return model_config(from_dict(state["config"]))
+def checkpoint_settings(path: Path, state: dict[str, Any]) -> TrainConfig:
+    """The settings recorded in a checkpoint's state. Raises BDHError."""
+    with checkpoint.naming_damage(path):
+        if missing := [name for name in STATE_KEYS if name not in state]:
+            raise ValueError(f"state.json lacks {', '.join(missing)}")
+        settings = from_dict(state["config"])
+        model_config(settings)
+    return settings
+
+
+def checkpoint_config(path: Path, state: dict[str, Any]) -> BDHConfig:
+    """The architecture recorded in a checkpoint's state. Raises BDHError."""
+    config = model_config(checkpoint_settings(path, state))
+    if not state["config"].get("lora", {}).get("rank"):  # else the weights are elsewhere
+        checkpoint.check_size(path, parameter_count(config))
+    return config
 
 
 def load_model(path: Path, base: Path | None = None) -> tuple[BDHForCausalLM, dict[str, Any]]:
@@ -40,12 +55,12 @@ def load_model(path: Path, base: Path | None = None) -> tuple[BDHForCausalLM, di
         BDHError: It has adapters, and what they belong to is gone or another.
     """
     state = checkpoint.read_state(path)
-    settings = from_dict(state["config"])
+    settings = checkpoint_settings(path, state)
     if settings.lora.rank:
         from bdh.training.lora import merged
 
         return merged(load_adapted(path, base)).eval(), state
-    model = BDHForCausalLM(checkpoint_config(state))
+    model = BDHForCausalLM(checkpoint_config(path, state))
     checkpoint.load_weights(path, model)
     return model.eval(), state
 
@@ -55,8 +70,8 @@ def load_adapted(path: Path, base: Path | None = None) -> "PeftModel":
     from bdh.training.lora import add_adapters, load_base
 
     state = checkpoint.read_state(path)
-    settings = from_dict(state["config"])
-    model = BDHForCausalLM(checkpoint_config(state))
+    settings = checkpoint_settings(path, state)
+    model = BDHForCausalLM(checkpoint_config(path, state))
     load_base(model, base or Path(str(settings.init_from)), state["base"])
     adapted = add_adapters(model, settings.lora)
     checkpoint.load_weights(path, model)
@@ -79,7 +94,8 @@ def export_checkpoint(path: Path, directory: Path, base: Path | None = None) -> 
         BDHError: As `load_model` and `save_export`.
     """
     model, state = load_model(path, base)
-    card = model_card(_title(state), model.config, training_sections(state))
+    with checkpoint.naming_damage(path):
+        card = model_card(_title(state), model.config, training_sections(state))
     save_export(model, checkpoint.tokenizer_of(path), directory, card)
 
 
@@ -220,4 +236,4 @@ def describe(where: Path) -> tuple[BDHConfig, Path]:
     if (where / "config.json").is_file() or not run:
         return read_config(where), where
     path = checkpoint.find_checkpoint(where, prefer="best")
-    return checkpoint_config(checkpoint.read_state(path)), path
+    return checkpoint_config(path, checkpoint.read_state(path)), path

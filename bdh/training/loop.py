@@ -25,7 +25,7 @@ from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, compare, validate, with_vocabulary, with_whole_path
 from bdh.training.device import autocast, hardware, recompute_layers, seed_everything
 from bdh.training.evaluation import Evaluation, beyond_block_figures
-from bdh.training.export import export_run, model_config
+from bdh.training.export import checkpoint_config, export_run, model_config
 from bdh.training.folder import RunFolder
 from bdh.training.init_from import check_start
 from bdh.training.lora import begin_with, check_peft
@@ -78,7 +78,10 @@ class Trainer:
         processes = processes or Processes(config.distributed, choose_device(settings.device))
         self.processes = processes
         self.device = processes.device
-        saved = None if resume is None else checkpoint.read_state(resume)
+        saved = None
+        if resume is not None:
+            saved = checkpoint.read_state(resume)
+            checkpoint_config(resume, saved)  # before memory is taken for it
         self.tokenizer = choose_tokenizer(config, resume)
         config = with_vocabulary(config, vocabulary_size(self.tokenizer))
         self.run_dir = Path(config.run_dir)
@@ -153,24 +156,28 @@ class Trainer:
         """Takes everything up as the checkpoint left it, and notes what is not as it was."""
         before = checkpoint.read_state(path)
         different = other_place(before, self.config, self.data.identity)
-        places = places_of(before)
+        with checkpoint.naming_damage(path):
+            places = places_of(before)
         if different is None and len(places) > 1 and len(places) != self.processes.share.world:
             different = f"the stream of text was read by {len(places)} processes"
         memory = self.passes.memory
         carried = None if memory is None or different else memory.tensors(self.processes.mesh)
         saved = checkpoint.load(path, self.model, self.optimizer, carried, self.spread.names)
-        restore_random(saved, self.processes)
-        if different is None:
-            self.data.source.load_state_dict(places[self.processes.share.rank % len(places)])
-        else:
+        with checkpoint.naming_damage(path):
+            restore_random(saved, self.processes)
+            if different is None:
+                self.data.source.load_state_dict(places[self.processes.share.rank % len(places)])
+        if different is not None:
             self.notices.append(f"{different}; the text is read from its beginning")
         if memory is not None and carried is not None:
             memory.load(carried)
-        state = self.state = RunState(**{name: saved[name] for name in RunState.__dataclass_fields__ if name in saved})
-        if saved["evaluation"] is not None:
-            state.evaluation = Evaluation(**saved["evaluation"])
-        if saved.get("beyond_block") is not None:
-            state.beyond_block = PositionBin(**saved["beyond_block"])
+        with checkpoint.naming_damage(path):
+            state = RunState(**{name: saved[name] for name in RunState.__dataclass_fields__ if name in saved})
+            if saved["evaluation"] is not None:
+                state.evaluation = Evaluation(**saved["evaluation"])
+            if saved.get("beyond_block") is not None:
+                state.beyond_block = PositionBin(**saved["beyond_block"])
+        self.state = state
         if saved["hardware"] != self.hardware():
             self.notices.append(f"the run began on {saved['hardware']}: results agree within rounding, not bit for bit")
         if self.folder.goes_on_here:
