@@ -7,7 +7,10 @@ for tokenizers that cannot write every text, what they can write.
 
 import json
 import re
+import threading
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -23,6 +26,10 @@ from bdh.inference.params import SamplingParams
 
 CACHED = 32  # compiled grammars that are kept
 LONGEST = 4096  # characters of an expression; with a row of a million "a?" the library takes minutes, and all memory
+MOST_LEAST = 1 << 16  # minLength and the like: no text that a request may write is longer
+LEAST = ("minLength", "minItems", "minProperties")
+BRISK_SECONDS = 0.05  # of a search, after which it leaves most of the time to other threads
+PAUSE = 3.0  # times what a step of the search took
 SEARCHED = 2000  # beginnings of texts to go through when looking for one that a tokenizer can write
 LIMITS = LLParserLimits(verbose_errors=False)
 
@@ -106,6 +113,9 @@ class Grammars:
         given = schema if isinstance(schema, dict) else {} if schema else {"enum": []}
         for pattern in patterns(given):
             check_length(pattern)
+        for name, number in least_sizes(given):
+            if number > MOST_LEAST:
+                raise ValueError(f"{name} is {number:g}; it may be {MOST_LEAST}")
         return "start: %json " + json.dumps({**given, "x-guidance": spaces})
 
 
@@ -115,8 +125,8 @@ def check_length(expression: str) -> None:
         raise ValueError(f"it has {len(expression)} characters; an expression may have {LONGEST}")
 
 
-def patterns(schema: object) -> Iterator[str]:
-    """All expressions in a schema."""
+def objects(schema: object) -> Iterator[dict[str, object]]:
+    """All objects in a schema."""
     parts = [schema]
     while parts:
         part = parts.pop()
@@ -124,10 +134,24 @@ def patterns(schema: object) -> Iterator[str]:
             parts += part
         elif isinstance(part, dict):
             parts += part.values()
-            if isinstance(pattern := part.get("pattern"), str):
-                yield pattern
-            if isinstance(named := part.get("patternProperties"), dict):
-                yield from named
+            yield part
+
+
+def least_sizes(schema: object) -> Iterator[tuple[str, float]]:
+    """All smallest lengths in a schema, with their keywords."""
+    for part in objects(schema):
+        for name in LEAST:
+            if isinstance(number := part.get(name), int | float):
+                yield name, number
+
+
+def patterns(schema: object) -> Iterator[str]:
+    """All expressions in a schema."""
+    for part in objects(schema):
+        if isinstance(pattern := part.get("pattern"), str):
+            yield pattern
+        if isinstance(named := part.get("patternProperties"), dict):
+            yield from named
 
 
 class Constraint:
@@ -279,15 +303,17 @@ class Vocabulary:
         """Whether the tokens can write a text that fits; True, too, where a search does not tell soon."""
         pending: list[tuple[bytes, Constraint, int | None]] = [(b"", constraint, None)]  # and a token to go on with
         seen = {b""}
+        pace = Pace()
         for _ in range(1 if self.writes_everything else SEARCHED):
             if not pending:
                 return False
             text, here, token = pending.pop()
             try:
-                if token is not None:
-                    here = here.copy()
-                    here.accept(token)
-                allowed = here.allowed()
+                with pace.step():
+                    if token is not None:
+                        here = here.copy()
+                        here.accept(token)
+                    allowed = here.allowed()
             except BDHError:
                 continue
             if here.may_end or self.writes_everything:
@@ -298,6 +324,29 @@ class Vocabulary:
                     seen.add(longer)
                     pending.append((longer, here, letter))
         return bool(pending)
+
+
+class Pace:
+    """Leaves most of the time to other threads once a search takes long: the library lets no other run meanwhile."""
+
+    _turn = threading.Lock()  # one long search at a time
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One step of the search, and a pause after it."""
+        started = time.perf_counter()
+        if started - self._began < BRISK_SECONDS:
+            yield
+            return
+        with self._turn:
+            started = time.perf_counter()
+            try:
+                yield
+            finally:
+                time.sleep(PAUSE * (time.perf_counter() - started))
 
 
 class _Tokens:

@@ -12,6 +12,8 @@ from bdh.errors import BDHError
 
 GREEDY_BELOW = 1e-5  # dividing logits by less could only ever choose the likeliest token
 
+MAX_SCHEMA_DEPTH = 64  # lists and objects of a JSON schema inside one another
+
 _INF = float("inf")
 _LARGEST = sys.float_info.max
 
@@ -175,12 +177,15 @@ class SamplingParams:
             return
         if not isinstance(schema, str | Mapping):
             raise BDHError(f"json_schema is {_shown(schema)}; it must be a mapping or JSON text")
+        if not isinstance(schema, str):
+            check_depth(schema)
         try:
             read = json.loads(schema) if isinstance(schema, str) else json.loads(json.dumps(dict(schema)))
         except (TypeError, ValueError, RecursionError) as error:
             raise BDHError(f"json_schema is {_shown(schema)}; it must be JSON: {_one_line(error)}") from error
         if not isinstance(read, dict | bool):
             raise BDHError(f"json_schema is {_shown(schema)}; it must be a JSON object or true or false")
+        check_depth(read)
 
     def _check_together(self) -> None:
         if self.min_new_tokens > self.max_new_tokens:
@@ -205,6 +210,17 @@ class SamplingParams:
         for name, value in others.items():
             if value is not None:
                 raise BDHError(f"{name} is {_shown(value)} and num_beams is {self.num_beams}; leave one of them out")
+
+
+def check_depth(schema: object) -> None:
+    """Raises BDHError for a JSON schema that is nested too deep for the functions that read, send and compile it."""
+    level = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH + 1):
+        holders = [part for part in level if isinstance(part, Mapping | list | tuple)]
+        if not holders:
+            return
+        level = [one for part in holders for one in (part.values() if isinstance(part, Mapping) else part)]
+    raise BDHError(f"json_schema is nested more than {MAX_SCHEMA_DEPTH} levels deep; give a flatter one")
 
 
 def _is(value: object, kind: type) -> bool:

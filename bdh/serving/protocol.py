@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from bdh.inference.params import SamplingParams
+from bdh.inference.params import SamplingParams, check_depth
 from bdh.serving.config import RequestSettings
 from bdh.serving.errors import bad_request
 
@@ -152,6 +152,7 @@ class SamplingFields(Strict):
     def checked_schema(self) -> dict[str, Any] | None:
         """The schema of the answer, if there is one. Raises ApiError for one that would take long to follow."""
         schema = self.schema_of_answer()
+        check_depth(schema)
         if schema is not None and len(json.dumps(schema)) > MOST_SCHEMA_BYTES:
             words = f"the schema has more than {MOST_SCHEMA_BYTES} bytes; give a smaller one"
             raise bad_request(words, "response_format")

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -373,3 +374,36 @@ def test_a_decoder_that_looks_ahead_is_refused() -> None:
     grammars = decoded_by(decoders.BPEDecoder(suffix="</w>"), ["a</w>", "b", "c</w>"])
     with pytest.raises(BDHError, match="decoder"):
         grammars.constraint(SamplingParams(regex="a"))
+
+
+@pytest.mark.parametrize("depth", [65, 300, 420, 900])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_schema_that_is_nested_too_deep_is_refused(depth: int, as_text: bool) -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    with pytest.raises(BDHError, match="json_schema is nested more than 64 levels deep"):
+        SamplingParams(json_schema=json.dumps(schema) if as_text else schema)
+
+
+def test_a_schema_as_deep_as_may_be_is_followed() -> None:
+    schema: dict[str, Any] = {"const": 1}
+    for _ in range(63):
+        schema = {"type": "array", "items": schema, "minItems": 1}
+    assert grammars_of("byte").constraint(SamplingParams(json_schema=schema)) is not None
+
+
+@pytest.mark.parametrize("keyword", ["minLength", "minItems", "minProperties"])
+def test_a_length_that_no_text_reaches_is_refused(keyword: str) -> None:
+    for number in (10**6, 1e300):
+        schema = {"anyOf": [{"type": "null"}, {"type": "string", keyword: number}]}
+        with pytest.raises(BDHError, match=f"{keyword} is .*; it may be 65536"):
+            grammars_of("wordpiece").constraint(SamplingParams(json_schema=schema))
+
+
+def test_a_long_search_leaves_most_of_the_time_to_others() -> None:
+    """Another thread runs while a grammar is looked into, and searches take turns."""
+    began = time.thread_time(), time.perf_counter()
+    assert grammars_of("wordpiece").constraint(SamplingParams(json_schema={"type": "string", "minLength": 3000}))
+    busy, took = time.thread_time() - began[0], time.perf_counter() - began[1]
+    assert busy < 0.6 * took

@@ -222,6 +222,7 @@ ODD = {
     "deep lists": ("completions", deep(100_000)),
     "deep objects": ("completions", '{"a":' * 100_000),
     "deep tools": ("chat/completions", chat('"tools":' + deep(500))),
+    "rather deep schema": ("chat/completions", schema(deep(320, '{"items":', "{}", "}"))),
     "deep schema": ("chat/completions", schema(deep(400, '{"items":', "{}", "}"))),
     "deep regex": ("completions", completion('"regex":"' + deep(2000, "(", "a", ")") + '"')),
     "long regex": ("completions", completion('"regex":"' + "a?" * 100_000 + '"')),
