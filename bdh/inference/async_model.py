@@ -152,6 +152,11 @@ class AsyncModel(ABC):
         return False
 
     @property
+    def is_silent(self) -> bool:
+        """Whether the engine is there, and has not answered for long."""
+        return False
+
+    @property
     def resident_nbytes(self) -> int:
         """Memory of the process that the engine has for itself; 0 if it has none."""
         return 0

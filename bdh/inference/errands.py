@@ -45,6 +45,10 @@ def fingerprint(llm: "LLM") -> str:
         return llm.fingerprint
 
 
+def ping(llm: "LLM") -> None:
+    """Does nothing: the answer says that the engine goes on."""
+
+
 def prepare_grammar(llm: "LLM", params: "SamplingParams") -> None:
     """Compiles what constrains a request. Raises BDHError."""
     llm.prepare_grammar(params)

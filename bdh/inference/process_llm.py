@@ -28,6 +28,9 @@ from bdh.inference.wire import Frames, Stands, frame
 
 T = TypeVar("T")
 
+PING_SECONDS = 2.0  # between two questions whether the engine goes on
+SILENT_SECONDS = 10.0  # without an answer, after which it counts as stopped: a step takes far less
+
 
 class Connection(asyncio.Protocol):
     """The socket, in the event loop."""
@@ -68,6 +71,8 @@ class ProcessLLM(AsyncModel):
         self._ready: asyncio.Future[tuple[ModelFigures, tuple[int, ...]]] = self._loop.create_future()
         self._aside = Aside()
         self._template: TemplateProcess | None = None
+        self._pinging: asyncio.Task[None] | None = None
+        self._pinged_at: float | None = None  # when the question was asked that is not answered yet
         self._closed = False
 
     @classmethod
@@ -92,6 +97,7 @@ class ProcessLLM(AsyncModel):
             figures, ends = await self._ready  # its error is the one to tell
             super().__init__(Texts(await tokenizer, figures.vocab_size, ends, self._template))
             self._figures = figures
+            self._pinging = self._loop.create_task(self._ping())
         finally:
             tokenizer.add_done_callback(lambda task: task.cancelled() or task.exception())
 
@@ -128,7 +134,23 @@ class ProcessLLM(AsyncModel):
     async def call_beside(self, function: Callable[..., T], *arguments: Any) -> T:
         return await self._ask("call", True, function, arguments)
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether the process is there and does not answer: it is stopped, or hangs."""
+        return self._pinged_at is not None and self._loop.time() - self._pinged_at > SILENT_SECONDS
+
+    async def _ping(self) -> None:
+        """Asks the engine again and again whether it goes on."""
+        with suppress(BDHError, RuntimeError):  # the process is gone, which others notice
+            while True:
+                self._pinged_at = self._loop.time()
+                await self.call(errands.ping)
+                self._pinged_at = None
+                await asyncio.sleep(PING_SECONDS)
+
     async def close(self) -> None:
+        if self._pinging is not None:
+            self._pinging.cancel()
         if not self._closed:
             self._closed = True
             is_loaded = self._ready.done() and not self._ready.exception()

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bdh.errors import BDHError
-from bdh.inference.state_metadata import FORMAT, reason
+from bdh.inference.state_metadata import FORMAT, partial_prefix, reason, remove_leftovers
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 
 SIZES = ("vocab_size", "n_embd", "n_head", "n_layer", "n_neurons", "rope_theta", "layer_norm_eps")
@@ -69,7 +69,8 @@ def save_state(path: str | Path, state: BDHState, fingerprint: str, metadata: Ma
     tensors["position"] = state.position.cpu()
     metadata = {**metadata, "format": FORMAT, "fingerprint": fingerprint, "length": str(state.length)}
     try:
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:  # nobody else's
+        remove_leftovers(path.parent)
+        with tempfile.TemporaryDirectory(prefix=partial_prefix(), dir=path.parent) as folder:  # nobody else's
             partial = Path(folder) / path.name
             save_file(tensors, partial, {**metadata, "sha256": checksum(tensors, metadata)})
             with partial.open("rb") as file:

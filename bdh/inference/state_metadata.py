@@ -1,5 +1,8 @@
-"""What a saved state's file tells besides the state; to be read without torch."""
+"""What a saved state's file tells besides the state, and what killed processes left beside one; without torch."""
 
+import os
+import shutil
+import socket
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -7,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from bdh.errors import BDHError, one_line
 
 FORMAT = "bdh-state-1"
+PARTIAL = ".partial-state-"  # in the names of folders for what is being written
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -28,3 +32,27 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def reason(error: Exception) -> str:
     """What went wrong, in one line."""
     return getattr(error, "strerror", None) or one_line(error)
+
+
+def partial_prefix() -> str:
+    """How the name of a folder begins in which this process writes a state."""
+    return f"{PARTIAL}{socket.gethostname()}-{os.getpid()}-"
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Removes what processes of this machine left in a folder that were killed while they saved."""
+    for folder in parent.glob(f"{PARTIAL}{socket.gethostname()}-*"):
+        process = folder.name.split("-")[-2]
+        if process.isdecimal() and not is_alive(int(process)) and not folder.is_symlink():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it is another user's
+        pass
+    return True

@@ -90,9 +90,9 @@ class BDHConfig(PreTrainedConfig):
             raise ValueError(f"training_block_size is {self.training_block_size}; it must be 1 or more, or null")
         if self.dropout == 1.0:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        for field, (least, most) in RANGES.items():
-            if not least <= (value := getattr(self, field)) <= most:  # NaN is not
-                raise ValueError(f"{field} is {value}; it must be a number from {least:g} to {most:g}")
+        for field, (least, greatest) in RANGES.items():
+            if not least <= (value := getattr(self, field)) <= greatest:  # NaN is not
+                raise ValueError(f"{field} is {value}; it must be a number from {least:g} to {greatest:g}")
         if self.n_neurons % self.n_head:
             raise ValueError(
                 f"n_head is {self.n_head}; it must divide the {self.n_neurons} neurons "

@@ -90,11 +90,15 @@ def save_published(export: Path, target: Path) -> None:
         if target.suffix == ".safetensors":
             save_file(tensors, partial, metadata={"config": to_json(config)})
         else:
-            torch.save(tensors, partial)
+            with partial.open("wb") as file:  # by itself, torch says nothing of a full disk
+                torch.save(tensors, file)
         partial.replace(target)
     except (OSError, SafetensorError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise BDHError(f"{target} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):  # torch raises its own error in place of the disk's
+            cause = cause.__context__
+        raise BDHError(f"{target} cannot be written: {getattr(cause, 'strerror', None) or one_line(error)}") from error
 
 
 def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

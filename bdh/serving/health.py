@@ -30,12 +30,14 @@ async def live(request: Request) -> Response:
 @router.get("/health", include_in_schema=False)  # as other servers call it
 @router.get("/health/ready", response_model=Health, responses=errors(503))
 async def ready(request: Request) -> Response:
-    """Whether requests should be sent here: all models are loaded, and it is not about to end."""
+    """Whether requests should be sent here: all models are loaded and work, and it is not about to end."""
     server: Server = request.app.state.server
     if server.draining:
         raise unavailable("draining", "draining")
     if not server.models.ready:
         raise unavailable("loading", "loading", 2)
+    if silent := server.models.silent:
+        raise unavailable(f"the engine of {', '.join(silent)} does not answer", "engine_silent", 10)
     return JSONAnswer({"status": "ready"})
 
 

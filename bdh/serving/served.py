@@ -132,6 +132,11 @@ class Models:
     def ready(self) -> bool:
         return len(self.loaded) == len(self.settings)
 
+    @property
+    def silent(self) -> list[str]:
+        """The models whose engines do not answer."""
+        return [name for name, served in self.loaded.items() if served.llm.is_silent]
+
     def begin(self) -> None:
         """Begins to load all models, in their processes. Returns at once."""
         for name in self.settings:

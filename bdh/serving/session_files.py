@@ -57,6 +57,14 @@ class SavedFiles:
         if not os.access(self.root, os.W_OK | os.X_OK):
             raise BDHError(f"serve.sessions.folder {folder} cannot be written to")
 
+    def remove_leftovers(self) -> None:
+        """Removes what engines left that were killed while they saved."""
+        from bdh.inference.state_metadata import remove_leftovers
+
+        for folder in self.root.iterdir():
+            if folder.is_dir() and not folder.is_symlink():
+                remove_leftovers(folder)
+
     def place(self, owner: str | None, name: str) -> Path:
         """Where to save a session; its folder is made. Raises BDHError for what is no name, and ApiError or OSError."""
         checked_name(name, "the session's name")

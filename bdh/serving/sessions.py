@@ -279,6 +279,8 @@ class SessionStore:
     async def _look_after(self, parent: Path) -> None:
         """Ends and puts away sessions when it is time to; first of all, those of servers that were killed."""
         await asyncio.to_thread(remove_left, parent)
+        if self.files is not None:
+            await asyncio.to_thread(self.files.remove_leftovers)
         while True:
             idle = [kept.used for kept in self._kept.values() if not kept.busy]
             left = min(idle, default=math.inf) + self.settings.expire_seconds - time.monotonic()

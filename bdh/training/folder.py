@@ -1,6 +1,7 @@
 """A run's folder: taken by one process at a time, never mixed with another run or with anything else."""
 
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -59,6 +60,34 @@ class RunFolder:
         if self.lock is not None:
             drop_lock(self.lock)
             self.lock = None
+
+    def moved_to(self) -> Path | None:
+        """Where the folder is if it was renamed since it was claimed; None while it is where it was.
+
+        Raises:
+            BDHError: It was removed, or renamed on a system that does not say to what.
+        """
+        if self.lock is None:
+            return None
+        ours = os.fstat(self.lock)
+        try:
+            if os.path.samestat(ours, self.store.directory.stat()):
+                return None
+        except OSError:
+            pass
+        try:
+            place = Path(f"/proc/self/fd/{self.lock}").readlink()
+            if os.path.samestat(ours, place.stat()):
+                return place.parent
+        except OSError:
+            pass
+        raise BDHError(f"run_dir {self.path} was renamed or removed during the run, so training stops")
+
+    def remove_if_empty(self) -> None:
+        """Removes the folder if nothing is in it but the empty one for checkpoints."""
+        with suppress(OSError):
+            self.store.directory.rmdir()
+            self.path.rmdir()
 
     def way_on(self) -> str:
         """How to take this run up again."""

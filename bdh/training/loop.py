@@ -250,11 +250,13 @@ class Trainer:
         state.tokens += settings.batch_size * self.config.data.block_size
         state.seconds += time.perf_counter() - started
         last = state.step == settings.max_steps
-        if state.step % logging.interval == 0 or last or state.step == 1 or by_parameter:
+        log_due = state.step % logging.interval == 0 or last or state.step == 1 or bool(by_parameter)
+        save_due = state.step % self.config.checkpoint.interval == 0 and not last
+        place = self.follow_folder() if log_due or save_due else None
+        if log_due:
             progress = {"step": state.step, "tokens": state.tokens}
             self.tracker.step({**progress, **figures, **self.speed(), "seconds": state.seconds, **by_parameter})
         sample_due = logging.sample_interval and (state.step % logging.sample_interval == 0 or last)
-        save_due = state.step % self.config.checkpoint.interval == 0 and not last
         if state.step % settings.eval_interval == 0 or sample_due or save_due:
             self.evaluate()
         if sample_due:
@@ -262,6 +264,8 @@ class Trainer:
         if save_due:
             with self.meter.clock("checkpoint"):
                 self.save()
+        if place is not None:
+            raise self.moved(place)
 
     def learn(self) -> tuple[dict[str, float], dict[str, float]]:
         """Takes the gradient of the next batch and follows it; figures of that, and those by parameter if they are due.
@@ -357,6 +361,25 @@ class Trainer:
         kept = state_to_save(state, self.config, self.data, self.processes, self.base, self.hardware())
         self.saver.save(state.step, tensors, kept, failed)
         return True if scheduled and not last else self.saver.wait()
+
+    def follow_folder(self) -> Path | None:
+        """Where the run's folder was renamed to, None where it was not: what is written goes there from now on."""
+        place = self.processes.on_main(self.folder.moved_to)
+        if place is not None:
+            self.saver.wait()
+            self.processes.on_main(self.folder.remove_if_empty)  # the checkpoint being written may have made it anew
+            self.store.directory = place / "checkpoints"
+            self.tracker.write_into(place)
+        return place
+
+    def moved(self, place: Path) -> BDHError:
+        """The error that stops a run whose folder was renamed: it saves, as its settings name the old place."""
+        saved = self.saver.wait() if self.state.saved_at == self.state.step else self.save(scheduled=False)
+        kept = f"a checkpoint of step {self.state.step} is saved there; " if saved else ""
+        return BDHError(
+            f"run_dir {self.run_dir} was renamed to {place} during the run, so training stops; {kept}go on with: "
+            f"bdh train --resume {place}"
+        )
 
     def finish(self) -> None:
         """The end of a run: a last validation and checkpoint, the curves, and the export of the best checkpoint."""

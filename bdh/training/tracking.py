@@ -71,8 +71,7 @@ class Tracker:
 
     def __init__(self, run_dir: Path, max_steps: int, first_step: int, is_main: bool = True):
         self.is_main = is_main
-        self.metrics_path = run_dir / "metrics.jsonl"
-        self.samples_path = run_dir / "samples.md"
+        self.write_into(run_dir)
         self.max_steps = max_steps
         self.console = PatientConsole(highlight=False, soft_wrap=True)
         self.complained = False
@@ -159,6 +158,11 @@ class Tracker:
         """Histograms of a step, for trackers that have them."""
         if self.others:
             self.others.histograms(step, histograms)
+
+    def write_into(self, run_dir: Path) -> None:
+        """Writes into this folder from now on."""
+        self.metrics_path = run_dir / "metrics.jsonl"
+        self.samples_path = run_dir / "samples.md"
 
     def draw(self) -> None:
         """The curves of all that was logged, in loss.png. For the main process."""

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from bdh.errors import BDHError, QueueFull
+from bdh.inference import process_llm
 from bdh.inference.async_session import TokensRead, Turn
 from bdh.inference.engine_process import EngineProcess, EngineSettings
 from bdh.inference.params import SamplingParams
@@ -447,3 +448,25 @@ def test_messages_however_they_are_cut() -> None:
         with pytest.raises(RuntimeError, match="a process that is gone"):
             Stands(released.append).dumps(Remote(number, 0, 0, stands))
     assert replace(EngineSettings("x"), device="cpu") == things.loads(stands.dumps(EngineSettings("x", device="cpu")))
+
+
+def test_an_engine_that_is_stopped_is_noticed(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `/health/ready` tells; one that only waits for work is not silent."""
+    monkeypatch.setattr(process_llm, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(process_llm, "SILENT_SECONDS", 1.0)
+
+    async def until(llm: ProcessLLM, silent: bool) -> None:
+        while llm.is_silent is not silent:
+            await asyncio.sleep(0.02)
+
+    async def work() -> None:
+        async with opened(export) as llm:
+            await llm.generate("abc", letters(262))
+            await until(llm, False)
+            os.kill(llm.pid, signal.SIGSTOP)
+            await until(llm, True)
+            os.kill(llm.pid, signal.SIGCONT)
+            await until(llm, False)
+            assert (await llm.generate("abc", letters(262))).text
+
+    run(work())

@@ -1,8 +1,10 @@
 """Sessions: what was said stays in the synapses, exactly, however an answer ended; on disk too."""
 
 import json
+import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -447,3 +449,22 @@ def test_where_a_session_cannot_be_saved_the_old_file_stays(tmp_path: Path) -> N
             session.save(target)
         assert "\n" not in str(caught.value)
     assert path.read_bytes() == whole and [file.name for file in tmp_path.iterdir()] == ["s"]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_that_saves(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    host = socket.gethostname()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, going_on, elsewhere = (
+        tmp_path / f".partial-state-{name}-abc"
+        for name in (f"{host}-{ended.pid}", f"{host}-{os.getppid()}", f"other-{host}-{ended.pid}")
+    )
+    for folder in (left, going_on, elsewhere):
+        folder.mkdir()
+        (folder / "s").write_bytes(b"half")
+    small_llm().session().save(tmp_path / "s")
+    assert not left.exists() and going_on.exists() and elsewhere.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"s", going_on.name, elsewhere.name}

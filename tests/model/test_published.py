@@ -1,6 +1,7 @@
 """Published checkpoints: there and back without losing a bit."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,19 @@ def test_a_small_vocabulary_gets_no_byte_tokenizer(tmp_path: Path) -> None:
     notes = convert(tmp_path / "a.pt", tmp_path / "export", {"n_layer": 1}, byte_tokenizer())
     assert notes == ["no tokenizer is written: it has 256 tokens, the model 48"]
     assert not (tmp_path / "export" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_full_disk_is_named_as_such(tmp_path: Path, suffix: str) -> None:
+    save_export(
+        BDHForCausalLM(BDHConfig(n_layer=1, n_embd=32, n_head=2)), byte_tokenizer(), tmp_path / "export", "card"
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(BDHError, match=r"back\S+ cannot be written: .*([Ff]ile too large|File size)") as raised:
+            save_published(tmp_path / "export", tmp_path / f"back{suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "pos" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]

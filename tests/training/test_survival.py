@@ -321,3 +321,46 @@ def test_checkpoints_set_aside_can_be_exported(tmp_path: Path, finished_run: Pat
     done = bdh("export", "run/checkpoints/superseded-0-checkpoint-0000040", "kept")
     assert done.returncode == 0 and (tmp_path / "kept" / "model.safetensors").exists()
     assert find_checkpoint(run).name == "checkpoint-0000040"
+
+
+def test_a_run_whose_folder_is_renamed_stops_there_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No second folder begins under the old name, and no record is missing or stands twice."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    learn = Trainer.learn
+
+    def rename(self: Trainer) -> Any:
+        if self.state.step == 12:
+            Path("run").rename("other")
+        return learn(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "learn", rename)
+        assert main(["train", "--data.path", "text.txt", "--run_dir", "run", *TINY]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "run_dir run was renamed to" in line and f"bdh train --resume {tmp_path / 'other'}" in line
+    assert not Path("run").exists() and find_checkpoint(tmp_path / "other").name == "checkpoint-0000015"
+    assert main(["train", "--resume", "other"]) == 0
+    assert not Path("run").exists()
+    steps = [record["step"] for record in read_metrics(Path("other/metrics.jsonl")) if "loss" in record]
+    assert steps == sorted(set(steps)) == [1, *range(5, 41, 5)]
+
+
+def test_a_run_whose_folder_is_removed_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    learn = Trainer.learn
+
+    def remove(self: Trainer) -> Any:
+        if self.state.step == 2:
+            shutil.rmtree("run")
+        return learn(self)
+
+    monkeypatch.setattr(Trainer, "learn", remove)
+    assert main(["train", "--data.path", "text.txt", "--run_dir", "run", *TINY]) == 2
+    assert "was renamed or removed during the run, so training stops" in capsys.readouterr().err
+    assert not Path("run").exists()
