@@ -1,5 +1,6 @@
 """/v1/brain: what neurons and synapses did while a text was written with `"brain": true`."""
 
+import asyncio
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Depends, Path, Request
@@ -137,7 +138,7 @@ Number = Annotated[int, Path(ge=0)]
 @router.get("/{trace}", response_model=BrainTrace)
 async def whole_trace(trace: Own) -> Response:
     """All tokens of a trace, and how active the neurons were at each."""
-    return JSONAnswer(trace.whole())
+    return await asyncio.to_thread(lambda: JSONAnswer(trace.whole()))  # of megabytes
 
 
 @router.get("/{trace}/tokens/{index}", response_model=TokenDetails, responses=WRITTEN)
@@ -147,9 +148,9 @@ async def token(request: Request, trace: Own, index: Number) -> Response:
 
 
 @router.get("/{trace}/neurons/{layer}/{neuron}", response_model=NeuronDetails)
-async def neuron(trace: Own, layer: Number, neuron: Number) -> Response:
+async def neuron(request: Request, trace: Own, layer: Number, neuron: Number) -> Response:
     """Which tokens excited one neuron."""
-    return JSONAnswer(await trace.neuron(layer, neuron))
+    return JSONAnswer(await until_gone(request, trace.neuron(layer, neuron)))
 
 
 @router.delete("/{trace}", status_code=204, response_class=Response)
