@@ -109,10 +109,33 @@ class ChatFormat:
         head, _, tail = whole.partition(ANSWER)
         lead = head[len(before) :] if head.startswith(before) else ""
         between = tail.partition(QUESTION)[0].rstrip()
-        tokens = self.tokenizer(between, add_special_tokens=False).input_ids
-        if special := [token for token in tokens if token in special_ids(self.tokenizer)]:
+        if special := self._special_tokens(between):
             return AnswerEnd((special[0],), (), lead)
         return AnswerEnd((), (between,) if between else (), lead)
+
+    @cached_property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Special tokens that end an answer: before another turn or as the last turn, in any template of the tokenizer.
+
+        `answer_end` names the one of the default template between turns, which is the first of these. A renderer that
+        is given renders the default template only, so that of the others nothing is known then.
+        """
+        question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
+        names = [] if isinstance(self.template, str) else list(self.template)
+        ends = list(self.answer_end.token_ids)
+        for name in [None, *names] if self.renderer == self._render_here else [None]:
+            for messages in ([question, answer, question], [question, answer]):
+                try:
+                    whole = self._render(messages, False) if name is None else self._render_here(messages, False, name)
+                except Exception:  # a template for something else, which may raise any
+                    continue
+                ends += self._special_tokens(whole.partition(ANSWER)[2].partition(QUESTION)[0])[:1]
+        return tuple(dict.fromkeys(ends))
+
+    def _special_tokens(self, text: str) -> list[int]:
+        """The special tokens of a text, in order."""
+        special = special_ids(self.tokenizer)
+        return [token for token in self.tokenizer(text, add_special_tokens=False).input_ids if token in special]
 
     def _render(self, messages: Sequence[Message], answer_next: bool) -> str:
         try:
@@ -120,11 +143,11 @@ class ChatFormat:
         except Exception as error:  # a template is a program: it may raise any
             raise BDHError(f"the chat template does not take these messages: {one_line(error)}") from error
 
-    def _render_here(self, messages: Sequence[Message], answer_next: bool) -> str:
-        template = self.template
+    def _render_here(self, messages: Sequence[Message], answer_next: bool, name: str | None = None) -> str:
+        """The text of messages; `name` chooses among the templates of a tokenizer that has several."""
         text = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
-            chat_template=template if isinstance(template, str) else None,  # several have names; "default" is one
+            chat_template=self.template if isinstance(self.template, str) else name,  # None: the one named "default"
             add_generation_prompt=answer_next,
             tokenize=False,
         )

@@ -53,6 +53,8 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 def save_state(path: str | Path, state: BDHState, fingerprint: str, metadata: Mapping[str, str]) -> None:
     """Writes a state to a file, whole or not at all; one that is there already is replaced.
 
+    The file can be read by its owner only, because a state tells what was said.
+
     Args:
         path: The file; its folder must exist.
         state: Of any batch size.
@@ -73,6 +75,7 @@ def save_state(path: str | Path, state: BDHState, fingerprint: str, metadata: Ma
         with tempfile.TemporaryDirectory(prefix=partial_prefix(), dir=path.parent) as folder:  # nobody else's
             partial = Path(folder) / path.name
             save_file(tensors, partial, {**metadata, "sha256": checksum(tensors, metadata)})
+            partial.chmod(0o600)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)

@@ -104,7 +104,7 @@ class Texts:
     def as_answer(self, asked: TextRequest) -> TextRequest:
         """The same request, ending and beginning as answers do in this tokenizer's conversations."""
         end = self.chat_format.answer_end
-        ends = tuple(dict.fromkeys((*self.end_token_ids, *end.token_ids)))
+        ends = tuple(dict.fromkeys((*self.end_token_ids, *self.chat_format.end_token_ids)))
         stop = (*asked.request.params.stop, *end.stop)
         return replace(asked, request=replace(asked.request, end_token_ids=ends), stop=stop, strip=bool(end.lead))
 

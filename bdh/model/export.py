@@ -1,12 +1,15 @@
 """Exports: a folder that `from_pretrained()` reads, with or without `bdh` installed."""
 
+import copy
 import json
 import re
 import shutil
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from bdh.data.chat_format import ChatFormat
 from bdh.data.tokenizer import load_export_tokenizer, vocabulary_size
 from bdh.errors import BDHError, one_line
 from bdh.model import BDHConfig, BDHForCausalLM
@@ -33,14 +36,13 @@ def save_export(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast | None
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        if tokenizer is not None:  # so that generate() ends where the model ends a text
-            model.generation_config.eos_token_id = tokenizer.eos_token_id
-            model.generation_config.bos_token_id = tokenizer.bos_token_id
-            model.generation_config.pad_token_id = tokenizer.pad_token_id
+        if tokenizer is not None:
+            set_generation_tokens(model, tokenizer)
         model.save_pretrained(partial)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            with_max_length(tokenizer, model.config).save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        apply_umask(partial)
         if directory.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             directory.rename(replaced)
@@ -54,6 +56,42 @@ def save_export(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast | None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def apply_umask(folder: Path) -> None:
+    """Gives the files of a new folder the permissions that the umask gives to new files.
+
+    safetensors writes through a private temporary file, so weights would be readable by their owner only.
+    """
+    mode = folder.stat().st_mode & 0o666  # the umask itself can only be read by changing it, in all threads
+    for path in folder.iterdir():
+        if path.stat().st_mode & 0o777 != mode:
+            path.chmod(mode)
+
+
+def set_generation_tokens(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Makes `generate()` of transformers end where the model ends a text or, in a conversation, its turn.
+
+    Tokens that the generation config names already stay in it.
+    """
+    config = model.generation_config
+    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = [tokenizer.eos_token_id, *ChatFormat(tokenizer).end_token_ids, *named]
+    unique = [token for token in dict.fromkeys(ends) if token is not None]
+    config.eos_token_id = unique[0] if len(unique) == 1 else unique or None
+    config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+
+
+def with_max_length(tokenizer: PreTrainedTokenizerFast, config: BDHConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer, naming as its longest text (`model_max_length`) how many tokens the model reads reliably.
+
+    That is the training block of a model whose synapses do not decay. Evaluation harnesses read it to choose windows.
+    """
+    if config.training_block_size is None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = config.training_block_size if config.decay == "none" else VERY_LARGE_INTEGER
+    return tokenizer
 
 
 def check_target(directory: Path) -> None:

@@ -19,8 +19,9 @@ This file is copied into every export (`trust_remote_code=True` loads it), so it
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_bdh import BDHConfig
+
+AUTO_MAP = {"AutoModel": "modeling_bdh.BDHModel", "AutoModelForCausalLM": "modeling_bdh.BDHForCausalLM"}
 
 # What the library calls the state in a model's output, and `generate()` in `forward`: "cache" from its 5.24 on.
 STATE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -622,6 +625,12 @@ class BDHPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["BDHLayer"]
     _keep_in_fp32_modules_strict = ["gates"]  # bfloat16 would round a half-life of 1024 tokens by some percent
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in the library; where the code is saved too, the configuration names the class of every auto class."""
+        if self._auto_class is not None:
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, BDHGates):

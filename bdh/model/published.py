@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from bdh.errors import BDHError, one_line
 from bdh.json_text import to_json
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.card import model_card
-from bdh.model.export import check_target, load_model_only, save_export
+from bdh.model.export import apply_umask, check_target, load_model_only, save_export
 from bdh.model.weight_files import FLOATS, check_finite
 
 NAMES = ("embed.weight", "encoder", "encoder_v", "decoder", "lm_head")
@@ -84,21 +85,25 @@ def save_published(export: Path, target: Path) -> None:
         )
     tensors = to_published(model)
     config = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
-    partial = target.with_name(f".partial-{target.name}")
+    folder = target.with_name(f".partial-{target.name}")
+    partial = folder / target.name
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         if target.suffix == ".safetensors":
             save_file(tensors, partial, metadata={"config": to_json(config)})
         else:
             with partial.open("wb") as file:  # by itself, torch says nothing of a full disk
                 torch.save(tensors, file)
+        apply_umask(folder)
         partial.replace(target)
     except (OSError, SafetensorError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):  # torch raises its own error in place of the disk's
             cause = cause.__context__
         raise BDHError(f"{target} cannot be written: {getattr(cause, 'strerror', None) or one_line(error)}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

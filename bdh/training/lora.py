@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bdh.errors import BDHError
 from bdh.inference.state_file import checksum
 from bdh.model import BDHForCausalLM
+from bdh.model.export import apply_umask
 from bdh.training.config import ARCHITECTURE, LoraConfig, TrainConfig
 from bdh.training.export import describe
 from bdh.training.init_from import find_start, load_start
@@ -136,6 +137,7 @@ def save_adapter(adapted: "PeftModel", directory: Path, card: str) -> None:
         config["target_modules"].sort()  # a set, which peft writes in any order
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
+        apply_umask(partial)
         if directory.exists():
             shutil.rmtree(directory)
         partial.rename(directory)

@@ -53,6 +53,23 @@ def test_turns_that_the_end_token_ends() -> None:
     assert instructions.following(MESSAGES, NEXT) == " </s>[INST] And? [/INST]"
 
 
+def test_every_end_of_a_turn_is_found() -> None:
+    assert ChatFormat(CHAT).end_token_ids == (CHAT.convert_tokens_to_ids("<|im_end|>"),)
+    assert format_with(HEADINGS).end_token_ids == () and ChatFormat(BYTES).end_token_ids == ()
+    assert format_with("{{ raise_exception('no') }}").end_token_ids == ()
+
+
+def test_the_last_turn_and_other_templates_may_end_differently() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "</s>", "extra_special_tokens": ["<end>", "<call>"]})
+    turns = "{% for m in messages %}{{ m.role ~ ' ' ~ m.content }}{{ '</s>' if loop.last else '<end>' }}{% endfor %}"
+    calls = "{% for m in messages %}{{ m.content }}<call>{% endfor %}"
+    tokenizer.chat_template = {"default": turns, "tool_use": calls}
+    chat = ChatFormat(tokenizer)
+    ids = tokenizer.convert_tokens_to_ids(["<end>", "</s>", "<call>"])
+    assert chat.answer_end.token_ids == (ids[0],) and chat.end_token_ids == tuple(ids)
+
+
 @pytest.mark.parametrize("template", ["{{ messages | length }}{{ messages[0].content }}", "{{ messages[-1].content }}"])
 def test_a_template_that_does_not_go_on(template: str) -> None:
     other = format_with(template)

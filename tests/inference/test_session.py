@@ -417,6 +417,7 @@ def test_a_session_with_numpys_numbers_is_saved(tmp_path: Path) -> None:
     llm = small_llm()
     params = SamplingParams(seed=np.int64(3), temperature=np.float32(0.5))  # type: ignore[arg-type]
     llm.session(None, params).save(tmp_path / "s")
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o600  # it tells what was said
     assert llm.load_session(tmp_path / "s").params == params
 
 

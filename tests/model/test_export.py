@@ -1,6 +1,7 @@
 """Exports: saved whole or not at all, loaded with and without `bdh`."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,20 +10,29 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from bdh.data.tokenizer import byte_tokenizer
 from bdh.errors import BDHError
 from bdh.model import BDHConfig, BDHForCausalLM, BDHModel
 from bdh.model.card import architecture, model_card, parameter_count, state_bytes
 from bdh.model.export import load_export, save_export
+from bdh.model.published import save_published
+from bdh.training.lora import save_adapter
 from tests.conftest import environment
+from tests.inference.small import CHAT
+
+
+def small_config(**settings: Any) -> BDHConfig:
+    return BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8, initializer_range=0.3, **settings)
 
 
 @pytest.fixture
 def export(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    config = BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8, initializer_range=0.3)
+    config = small_config()
     model = BDHForCausalLM(config).eval()
     save_export(model, byte_tokenizer(), tmp_path / "model", model_card("a test", config, []))
     return tmp_path / "model"
@@ -35,7 +45,11 @@ def test_an_export_holds_code_weights_tokenizer_and_card(export: Path) -> None:
     assert "trust_remote_code=True" in card and "4,096" not in card and "8,192" not in card
     assert "14,336" in card  # parameters: 3 * 128 * 16 + 2 * 256 * 16
     config = json.loads((export / "config.json").read_text())
-    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_bdh.BDHForCausalLM"
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_bdh.BDHConfig",
+        "AutoModel": "modeling_bdh.BDHModel",
+        "AutoModelForCausalLM": "modeling_bdh.BDHForCausalLM",
+    }
     assert config["mlp_internal_dim_multiplier"] == 8 and config["model_type"] == "bdh"
 
 
@@ -59,13 +73,16 @@ def test_loads_in_a_process_without_bdh(export: Path, tmp_path: Path) -> None:
     script.write_text(
         "import sys, json\n"
         "sys.modules['bdh'] = None\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer\n"
         f"folder = {str(export)!r}\n"
         "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
         "prompt = tokenizer('The héron', return_tensors='pt')\n"
         "print(json.dumps([type(model).__module__, prompt.input_ids.tolist(), \n"
         "    model.generate(**prompt, max_new_tokens=12, do_sample=False).tolist()]))\n"
+        "base = AutoModel.from_pretrained(folder, trust_remote_code=True)\n"
+        "assert type(base).__name__ == 'BDHModel' and type(base).__module__ == type(model).__module__\n"
+        "assert base(**prompt).last_hidden_state.equal(model.model(**prompt).last_hidden_state)\n"
         "assert sys.modules['bdh'] is None\n"
     )
     done = subprocess.run(
@@ -116,6 +133,74 @@ def test_nothing_else_is_overwritten(export: Path, tmp_path: Path) -> None:
     save_export(model, tokenizer, export, "a newer card")  # an export may replace an export
     assert (export / "README.md").read_text() == "a newer card"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".partial")]
+
+
+def test_generate_of_transformers_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
+    model = BDHForCausalLM(small_config(vocab_size=len(CHAT))).eval()
+    save_export(model, CHAT, tmp_path / "model", "a card")
+    end_of_text, end_of_turn = CHAT.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    config = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == [end_of_text, end_of_turn]
+    assert (config["bos_token_id"], config["pad_token_id"]) == (CHAT.bos_token_id, CHAT.pad_token_id)
+    chat = pipeline("text-generation", model=str(tmp_path / "model"), device="cpu")
+    for end in (end_of_text, end_of_turn):
+        said = chat(
+            [{"role": "user", "content": "Hi"}], max_new_tokens=9, sequence_bias=[[[end], 100.0]], return_tensors=True
+        )
+        assert said[0]["generated_token_ids"][-1] == end
+        assert len(said[0]["generated_token_ids"]) == 1 + len(
+            CHAT.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True).input_ids
+        )
+
+
+def test_ends_that_a_generation_config_names_stay(tmp_path: Path) -> None:
+    model = BDHForCausalLM(small_config())
+    save_export(model, byte_tokenizer(), tmp_path / "model", "a card")
+    assert model.generation_config.eos_token_id is None
+    model.generation_config.eos_token_id = 10
+    save_export(model, byte_tokenizer(), tmp_path / "model", "a card")
+    assert load_export(tmp_path / "model")[0].generation_config.eos_token_id == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "length"),
+    [
+        ({"training_block_size": 32}, 32),
+        ({"training_block_size": 32, "write": "delta"}, 32),
+        ({"training_block_size": 32, "decay": "fixed"}, VERY_LARGE_INTEGER),
+        ({}, VERY_LARGE_INTEGER),
+    ],
+)
+def test_the_tokenizer_names_the_length_that_the_model_reads_reliably(
+    tmp_path: Path, settings: dict[str, Any], length: int
+) -> None:
+    tokenizer = byte_tokenizer()
+    save_export(BDHForCausalLM(small_config(**settings)), tokenizer, tmp_path / "model", "a card")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").model_max_length == length
+    assert tokenizer.model_max_length == VERY_LARGE_INTEGER  # the caller's own is as it was
+
+
+def test_a_model_that_decays_takes_no_limit_from_the_one_before(tmp_path: Path) -> None:
+    limited = byte_tokenizer()
+    limited.model_max_length = 16
+    save_export(BDHForCausalLM(small_config(training_block_size=32, decay="fixed")), limited, tmp_path / "m", "a card")
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").model_max_length == VERY_LARGE_INTEGER
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        save_export(BDHForCausalLM(small_config()), byte_tokenizer(), tmp_path / "model", "a card")
+        for name in ("published.safetensors", "published.pt"):
+            save_published(tmp_path / "model", tmp_path / name)
+        adapted = get_peft_model(BDHForCausalLM(small_config()), LoraConfig(target_modules=["decoder"]))
+        save_adapter(adapted, tmp_path / "adapter", "a card")  # type: ignore[arg-type]
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 12 and {path.stat().st_mode & 0o777 for path in files} == {mode}
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
