@@ -21,6 +21,7 @@ This file is copied into every export (`trust_remote_code=True` loads it), so it
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -41,22 +42,32 @@ STATE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 # ------------------------------------------------------------------------------------------------ the state
 
 
+@dataclass(eq=False)
 class BDHState:
     """The synapses of a batch of sequences, and how far each has been read.
 
     `forward` consumes a state and leaves it advanced by the tokens it read; `clone()` first to keep the old one. With
-    gradients enabled the tensors are replaced, not overwritten, so that gradients flow through a carried state.
+    gradients enabled, and in compiled and exported code, the tensors are replaced, not overwritten, so that gradients
+    flow through a carried state.
+
+    A state is a pytree of the three fields below, in this order, so `torch.export` and `torch.onnx.export` take it and
+    return it.
 
     Attributes:
         synapses: One tensor (B, h, N, D) a layer, S in the equations; float32 unless moved.
         position: Real tokens read so far, by sequence, padding not counted: (B,) int64.
-        length: Columns read so far, padding counted: what `generate()` takes for the length of the past.
+        columns: Columns read so far, padding counted: () int64 on the CPU. The constructor takes an int too.
     """
 
-    def __init__(self, synapses: Sequence[Tensor], position: Tensor, length: int):
+    synapses: list[Tensor]
+    position: Tensor
+    columns: Tensor
+
+    def __init__(self, synapses: Sequence[Tensor], position: Tensor, columns: Tensor | int):
         self.synapses = list(synapses)
         self.position = position
-        self.length = length
+        # A tensor, as compiled and exported code would take a number for a constant.
+        self.columns = torch.tensor(columns, device="cpu") if isinstance(columns, int) else columns
 
     @classmethod
     def zeros(
@@ -79,32 +90,37 @@ class BDHState:
         return self.position.shape[0]
 
     @property
+    def length(self) -> int:
+        """`columns` as a number: what `generate()` takes for the length of the past."""
+        return int(self.columns)
+
+    @property
     def nbytes(self) -> int:
         """Bytes the synapses take; constant however long the sequences grow."""
         return sum(S.numel() * S.element_size() for S in self.synapses)
 
     def clone(self) -> "BDHState":
         """A copy that shares nothing with this one."""
-        return BDHState([S.clone() for S in self.synapses], self.position.clone(), self.length)
+        return BDHState([S.clone() for S in self.synapses], self.position.clone(), self.columns)
 
     def detach(self) -> "BDHState":
         """The same numbers, cut off from the graph that made them (truncated back-propagation); memory is shared."""
-        return BDHState([S.detach() for S in self.synapses], self.position, self.length)
+        return BDHState([S.detach() for S in self.synapses], self.position, self.columns)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "BDHState":
         """The state on another device, the synapses in another dtype; positions stay integers."""
         return BDHState(
-            [S.to(device=device, dtype=dtype) for S in self.synapses], self.position.to(device=device), self.length
+            [S.to(device=device, dtype=dtype) for S in self.synapses], self.position.to(device=device), self.columns
         )
 
     def forget(self, rows: Tensor) -> "BDHState":
         """The state with the sequences marked in `rows`, (B,) bool, back at the beginning; the others as they are."""
         kept = ~rows.to(self.position.device)  # (B,)
-        return BDHState([S * kept[:, None, None, None] for S in self.synapses], self.position * kept, self.length)
+        return BDHState([S * kept[:, None, None, None] for S in self.synapses], self.position * kept, self.columns)
 
     def select(self, indices: Tensor) -> "BDHState":
         """A new state of the sequences `indices` (int64, any order, repeats allowed)."""
-        return BDHState([S[indices] for S in self.synapses], self.position[indices], self.length)
+        return BDHState([S[indices] for S in self.synapses], self.position[indices], self.columns)
 
     # The next four are what `generate()` asks of a cache.
 
@@ -126,6 +142,10 @@ class BDHState:
         return [False] * len(self.synapses)
 
 
+torch.export.register_dataclass(BDHState, serialized_type_name=f"{BDHState.__module__}.{BDHState.__qualname__}")
+torch.serialization.add_safe_globals([BDHState])  # saved programs hold their example inputs
+
+
 # ------------------------------------------------------------------------------------------------ rotary phases
 
 
@@ -145,8 +165,12 @@ def rotary_phases(positions: Tensor, n: int, theta: float, dtype: torch.dtype) -
         Two tensors (B or 1, 1, T, N) of `dtype`: (cos, cos) and (-sin, sin) for each pair.
     """
     where = "cpu" if positions.device.type == "mps" else positions.device  # Apple's GPUs have no float64
-    pair = torch.arange(0, n, 2, dtype=torch.float64, device=where)  # (N/2)
-    turns_per_token = theta ** (-pair / n) / (2 * math.pi)  # (N/2)
+    if torch.compiler.is_exporting():  # as constants, because ONNX rounds the numbers of a formula to float32
+        per_token = [theta ** (-i / n) / (2 * math.pi) for i in range(0, n, 2)]
+        turns_per_token = torch.tensor(per_token, dtype=torch.float64, device=where)  # (N/2)
+    else:
+        pair = torch.arange(0, n, 2, dtype=torch.float64, device=where)  # (N/2)
+        turns_per_token = theta ** (-pair / n) / (2 * math.pi)  # (N/2)
     turns = positions.to(where, torch.float64)[:, None, :, None] * turns_per_token  # (B|1, 1, T, N/2)
     angle = (turns - turns.floor()) * (2 * math.pi)  # (B|1, 1, T, N/2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)  # (B|1, 1, T, N/2)
@@ -176,7 +200,12 @@ def read_synapses(R: Tensor, S: Tensor) -> Tensor:
 
 
 def may_overwrite(S: Tensor) -> bool:
-    """Whether synapses can be updated in place: no gradient is recorded, and torch allows it for this tensor."""
+    """Whether synapses can be updated in place: no gradient is recorded, and torch allows it for this tensor.
+
+    Compiled and exported code does not, as it is traced once for tensors of any origin.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return not torch.is_grad_enabled() and S.is_inference() == torch.is_inference_mode_enabled()
 
 
@@ -318,8 +347,32 @@ def unit_keys(R: Tensor) -> Tensor:
     return (R / (length + KEY_EPS)).to(R.dtype)  # (..., N)
 
 
+def solve_unit_lower(L: Tensor, B: Tensor, longest: int | None = None) -> Tensor:
+    """(I + L)^-1 B for strictly lower triangular L: (..., T, T), (..., T, D) -> (..., T, D).
+
+    ONNX has no triangular solver. There I + L is inverted block by block: the inverse of [[P, 0], [Q, R]] is
+    [[P^-1, 0], [-R^-1 Q P^-1, R^-1]], for blocks of 1, 2, 4, ... rows.
+
+    Args:
+        L: Strictly lower triangular.
+        B: The right-hand sides.
+        longest: The largest T, for exports in which T is not fixed; None where it is.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return torch.linalg.solve_triangular(L, B, upper=False, unitriangular=True)
+    T = L.shape[-1]
+    size = T if isinstance(T, int) or longest is None else longest
+    row = torch.arange(T, device=L.device)  # (T)
+    inverse = torch.eye(T, dtype=L.dtype, device=L.device)  # (T, T)
+    for level in range((size - 1).bit_length()):
+        block = row // 2**level  # (T)
+        pairs = (block[:, None] == block + 1) & (block % 2 == 0)  # (T, T)  below P and left of R
+        inverse = inverse - inverse @ (L * pairs) @ inverse  # (..., T, T)
+    return inverse @ B
+
+
 def gated_attention_quadratic(
-    k: Tensor, x: Tensor, S: Tensor | None, gates: Gates, documents: Tensor | None = None
+    k: Tensor, x: Tensor, S: Tensor | None, gates: Gates, documents: Tensor | None = None, longest: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """All pairs of tokens at once.
 
@@ -332,6 +385,7 @@ def gated_attention_quadratic(
         S: Synapses of the tokens before, (B, h, N, D), or None at the start.
         gates: Of these tokens; padding neither decays nor writes.
         documents: As for `attention_quadratic`.
+        longest: The largest T, for exports in which T is not fixed.
 
     Returns:
         A, (B, h, T, D), and the synapses after the last token, None if none came in.
@@ -357,7 +411,7 @@ def gated_attention_quadratic(
     if gates.write_strength is not None:
         beta = gates.write_strength.to(wide)[..., None]  # (B, h, T, 1)
         U = beta * (values if P is None else values - P)  # (B, h, T, D)
-        U = torch.linalg.solve_triangular(beta * M, U, upper=False, unitriangular=True)  # (B, h, T, D)
+        U = solve_unit_lower(beta * M, U, longest)  # (B, h, T, D)
     A = M @ U  # (B, h, T, D)
     if S is None or P is None:
         return A.to(k.dtype), None
@@ -420,7 +474,7 @@ def gated_attend(
     if S is not None and T == 1:
         return gated_attention_recurrent(k, x, S, gates, documents)
     if T <= chunk_size:
-        return gated_attention_quadratic(k, x, S, gates, documents)
+        return gated_attention_quadratic(k, x, S, gates, documents, chunk_size)
     if S is None:
         B, h, _, N = k.shape
         S = k.new_zeros(B, h, N, x.shape[-1], dtype=synapse_dtype(k.dtype))  # (B, h, N, D)
@@ -708,7 +762,7 @@ class BDHModel(BDHPreTrainedModel):
             trace.append(x)
         if state is not None:
             state.position = state.position + (T if mask is None else mask.sum(1))  # (B,)
-            state.length += T
+            state.columns = state.columns + T  # ()
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             hidden_states=tuple(trace) if output_hidden_states else None,

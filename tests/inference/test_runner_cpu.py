@@ -206,7 +206,7 @@ def test_states_pass_between_runner_and_model(model: BDHForCausalLM) -> None:
 def test_far_positions(model: BDHForCausalLM) -> None:
     fast, slow = runner(model), plain(model)
     state = BDHState.zeros(MODEL.config, 1)
-    state.position, state.length = torch.tensor([1_999_990]), 1_999_990
+    state.position, state.columns = torch.tensor([1_999_990]), torch.tensor(1_999_990)
     for made in (fast, slow):
         made.write_state(0, state)
     for token in text(20):

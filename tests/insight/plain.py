@@ -55,7 +55,7 @@ def random_state(model: BDHForCausalLM, position: int) -> BDHState:
     for S in state.synapses:
         S.normal_()
     state.position += position
-    state.length = position
+    state.columns += position
     return state
 
 
