@@ -22,15 +22,16 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .configuration_bdh import BDHConfig
 
@@ -122,7 +123,7 @@ class BDHState:
         """A new state of the sequences `indices` (int64, any order, repeats allowed)."""
         return BDHState([S[indices] for S in self.synapses], self.position[indices], self.columns)
 
-    # The next four are what `generate()` asks of a cache.
+    # The rest is what `generate()` and its users ask of a cache.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -131,6 +132,24 @@ class BDHState:
         """Rearranges the sequences in place, as beam search does after each step."""
         chosen = self.select(beam_idx.to(self.position.device))
         self.synapses, self.position = chosen.synapses, chosen.position
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences `indices`, in place."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence, in place: for several continuations of one prompt."""
+        self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError("synapses cannot go back by tokens; clone() the state before tokens that may not count")
+
+    def activate_past_recording(self) -> None:
+        self.crop(0)
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
 
     @property
     def is_compileable(self) -> bool:
@@ -678,6 +697,7 @@ class BDHPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BDHLayer"]
+    _is_stateful = True  # `generate()` then refuses assisted decoding, which takes back tokens
     _keep_in_fp32_modules_strict = ["gates"]  # bfloat16 would round a half-life of 1024 tokens by some percent
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -691,6 +711,88 @@ class BDHPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         else:
             super()._init_weights(module)
+
+
+# What the library, its trainer or its users may say to any model, and means nothing other than what BDH does.
+HARMLESS: dict[str, tuple[object, ...]] = {
+    "output_attentions": (False,),
+    "output_router_logits": (False,),
+    "is_causal": (True,),
+}
+# The library's keywords for packed sequences, which say the same as `document_ids`.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def refuse_unused(kwargs: dict[str, Any], config: BDHConfig) -> None:
+    """Raises TypeError for arguments that would change nothing, although their caller expects something of them."""
+    unused = [
+        name
+        for name, value in kwargs.items()
+        if value is not None and not any(value is harmless for harmless in HARMLESS.get(name, ()))
+    ]
+    if kwargs.get("output_attentions") or config.output_attentions:
+        raise TypeError(
+            "output_attentions is true, but BDH has no attention weights to return; hidden_states hold what each "
+            "layer makes"
+        )
+    if packed := [name for name in unused if name in PACKED]:
+        raise TypeError(f"BDH does not take {', '.join(packed)}; give document_ids, (B, T), to keep documents apart")
+    if unused:
+        raise TypeError(f"BDH does not take {', '.join(unused)}")
+
+
+def given_state(past_key_values: BDHState | None, cache: BDHState | None) -> BDHState | None:
+    """The state to go on from, under either name. Raises ValueError for both, TypeError for something else."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("give either past_key_values or cache, which are two names for one thing")
+    state = past_key_values if cache is None else cache
+    if state is not None and not isinstance(state, BDHState):
+        raise TypeError(
+            f"the cache is a {type(state).__name__}; BDH goes on from a BDHState, because it has no keys and values to "
+            "cache, and none that could be put before them (prefix tuning)"
+        )
+    return state
+
+
+def padding_mask(attention_mask: Tensor, B: int, T: int) -> Tensor:
+    """1 for tokens and 0 for padding, (B, T) int64, from (B, T) or (B, past + T). Raises ValueError."""
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < T:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must say of each token whether it is one or "
+            f"padding, ({B}, {T}) or ({B}, past + {T}), as BDH reads from left to right whatever a mask says"
+        )
+    return attention_mask[:, -T:].to(torch.int64)  # (B, T)
+
+
+def checked_positions(position_ids: Tensor, B: int, T: int) -> Tensor:
+    """The positions (B|1, T) of T tokens. Raises ValueError unless they are that."""
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, B) or position_ids.shape[1] != T:
+        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; it must be ({B}, {T}) or (1, {T})")
+    return position_ids
+
+
+def documents_of(position_ids: Tensor) -> Tensor:
+    """Numbers of the documents, from 0, that positions count through: (B|1, T) -> (B|1, T)."""
+    begins = position_ids[:, 1:] != position_ids[:, :-1] + 1  # (B|1, T - 1)
+    return F.pad(begins.cumsum(1), (1, 0))  # (B|1, T)
+
+
+def next_position(position: Tensor, T: int, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    """The position (B,) after T tokens: one further than the last token that is not padding."""
+    if position_ids is None:
+        return position + (T if mask is None else mask.sum(1))  # (B,)
+    if mask is None:
+        return (position_ids[:, -1] + 1).expand_as(position)  # (B,)
+    after = torch.where(mask.bool(), position_ids + 1, 0).amax(1)  # (B,)
+    return torch.where(mask.any(1), after, position)  # (B,)
+
+
+def selected(trace: list[Tensor], wanted: bool | int | list[int]) -> tuple[Tensor | None, ...] | None:
+    """Hidden states as `output_hidden_states` asks for them: all, none, or those of some numbers, None for others."""
+    if isinstance(wanted, bool):
+        return tuple(trace) if wanted else None
+    numbers = {i % len(trace) for i in ([wanted] if isinstance(wanted, int) else wanted)}
+    return tuple(x if i in numbers else None for i, x in enumerate(trace))
 
 
 class BDHModel(BDHPreTrainedModel):
@@ -709,6 +811,7 @@ class BDHModel(BDHPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -716,10 +819,10 @@ class BDHModel(BDHPreTrainedModel):
         past_key_values: BDHState | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         document_ids: Tensor | None = None,
         cache: BDHState | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Reads T tokens, from the beginning or from where `past_key_values` stopped.
 
@@ -730,29 +833,46 @@ class BDHModel(BDHPreTrainedModel):
             past_key_values: State to go on from; left advanced by these tokens.
             use_cache: Whether to return the state (made if none came in). Default: no while training, else
                 `config.use_cache`.
-            output_hidden_states: Whether to return x before the first layer and after each.
+            output_hidden_states: Whether to return x before the first layer and after each; or the numbers of those to
+                return, the others being None. Default: `config.output_hidden_states`.
             document_ids: Which document each token is of, (B, T) int64, never falling along a row. A token sees only
                 its own document; document 0 goes on from the state, and the state left is that of the last document.
             cache: Another name for `past_key_values`.
+            position_ids: In `kwargs`. Positions of the tokens, (B, T) or (1, T) int64, instead of those that follow
+                from the state and the mask. Where they do not go up by one, another document begins, as in the
+                library, unless there is a state, a mask, or `document_ids`.
+            return_dict: In `kwargs`. False for a tuple. Default: `config.return_dict`.
+
+        Raises:
+            ValueError: Arguments contradict each other, or have shapes of something else.
+            TypeError: An argument is unknown, or asks for what the model does not have.
         """
+        position_ids = kwargs.pop("position_ids", None)
+        refuse_unused(kwargs, self.config)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         B, T, _ = embeds.shape
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        state = past_key_values if cache is None else cache
+        state = given_state(past_key_values, cache)
+        mask = None if attention_mask is None else padding_mask(attention_mask, B, T)  # (B, T)
+        if position_ids is not None:
+            position_ids = checked_positions(position_ids, B, T)  # (B|1, T)
+            if state is None and mask is None and document_ids is None:
+                document_ids = documents_of(position_ids).expand(B, -1)  # (B, T)
         if state is None and use_cache:
             state = BDHState.zeros(self.config, B, embeds.device, synapse_dtype(embeds.dtype))
         if state is not None and state.batch_size != B:
             raise ValueError(f"the state holds {state.batch_size} sequences, the input {B}")
 
-        mask = None if attention_mask is None else attention_mask[:, -T:].to(torch.int64)  # (B, T)
-        kernels = self.layer.kernels
+        kernels = self.layer.kernels if position_ids is None else None
         fast = None if kernels is None else kernels(self.layer, embeds, mask, state, document_ids)
-        phases = self.phases(T, mask, state, embeds) if fast is None else None  # 2 x (B|1, 1, T, N)
+        phases = self.phases(T, mask, state, embeds, position_ids) if fast is None else None  # 2 x (B|1, 1, T, N)
         x = self.layer.norm(embeds)  # (B, T, D)
         values_mask = None if mask is None else mask.to(x.dtype)[:, :, None]  # (B, T, 1)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         trace = [x]
         for i in range(self.config.n_layer):
             S = None if state is None else state.synapses[i]  # (B, h, N, D)
@@ -761,26 +881,33 @@ class BDHModel(BDHPreTrainedModel):
                 state.synapses[i] = S
             trace.append(x)
         if state is not None:
-            state.position = state.position + (T if mask is None else mask.sum(1))  # (B,)
+            state.position = next_position(state.position, T, mask, position_ids)  # (B,)
             state.columns = state.columns + T  # ()
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            hidden_states=tuple(trace) if output_hidden_states else None,
+            hidden_states=selected(trace, output_hidden_states),
             **{STATE: state if use_cache else None},
         )
 
-    def phases(self, T: int, mask: Tensor | None, state: BDHState | None, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary phases of the next T tokens; padding takes no position."""
-        if mask is None:
+    def phases(
+        self, T: int, mask: Tensor | None, state: BDHState | None, embeds: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rotary phases of the next T tokens, at `position_ids` (B|1, T) if given; padding takes no position."""
+        if position_ids is not None:
+            positions = position_ids  # (B|1, T)
+        elif mask is None:
             positions = torch.arange(T, device=embeds.device)[None]  # (1, T)
         else:
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), padding before the first token counts as 0
-        if state is not None:
+        if state is not None and position_ids is None:
             positions = positions + state.position[:, None]  # (B, T)
         dtype = embeds.dtype
         if torch.is_autocast_enabled(embeds.device.type):
             dtype = torch.get_autocast_dtype(embeds.device.type)
         return rotary_phases(positions, self.config.neurons_per_head, self.config.rope_theta, dtype)
+
+
+LOSS_KWARGS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
 class BDHForCausalLM(BDHPreTrainedModel, GenerationMixin):
@@ -792,6 +919,7 @@ class BDHForCausalLM(BDHPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -800,33 +928,38 @@ class BDHForCausalLM(BDHPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         logits_to_keep: int | Tensor = 0,
         document_ids: Tensor | None = None,
         cache: BDHState | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), or of the last `logits_to_keep` tokens, and the mean cross-entropy in nats if labels come.
 
         Args:
             labels: Tokens (B, T); the library's convention, so they are shifted here: position t is scored against
-                label t + 1, and -100 is not scored. Labels already shifted go in as `shift_labels` beside `labels`.
+                label t + 1, and -100 is not scored. Labels already shifted go in as `shift_labels`, with or without
+                `labels`; `num_items_in_batch` divides the sum instead of the number of labels scored.
             The others as for `BDHModel.forward`.
         """
+        loss_kwargs = {name: kwargs.pop(name) for name in LOSS_KWARGS if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values if cache is None else cache,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             document_ids=document_ids,
+            cache=cache,
+            return_dict=True,
+            **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, T, V)
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None or loss_kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{STATE: state_of(outputs)}
         )
@@ -834,6 +967,30 @@ class BDHForCausalLM(BDHPreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes its own BDHState; there are no keys and values to keep
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: str,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """As in the library; for a prompt read in pieces (`prefill_chunk_size`), the state is there beforehand."""
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        use_cache = generation_config.use_cache is not False
+        if generation_config.prefill_chunk_size is not None and use_cache and model_kwargs.get(STATE) is None:
+            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            model_kwargs[STATE] = BDHState.zeros(self.config, rows, self.device, synapse_dtype(self.dtype))
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses the library's continuous batching, which pages keys and values."""
+        raise NotImplementedError(
+            "continuous batching (generate_batch, cache_implementation='paged') pages keys and values, which BDH does "
+            "not have; use generate(), or bdh.LLM and bdh serve, which batch continuously"
+        )
 
 
 def state_of(outputs: BaseModelOutputWithPast | CausalLMOutputWithPast) -> BDHState | None:
