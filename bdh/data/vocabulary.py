@@ -18,6 +18,7 @@ END_OF_TEXT, START_OF_TEXT, PADDING, UNKNOWN = "<|endoftext|>", "<|startoftext|>
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, START_OF_TEXT, PADDING, UNKNOWN, TURN_START, TURN_END)
 
+# `generation` marks what the assistant writes, for trainers that learn from that alone (`return_assistant_tokens_mask`).
 CHAT_TEMPLATE = r"""
 {%- for message in messages %}
     {%- if message['role'] is not string %}
@@ -26,7 +27,13 @@ CHAT_TEMPLATE = r"""
     {%- if message['content'] is not string %}
         {{- raise_exception('message ' ~ loop.index ~ ' has no content, or one that is not text') }}
     {%- endif %}
-    {{- '<|im_start|>' ~ message['role'] ~ '\n' ~ message['content'] ~ '<|im_end|>\n' }}
+    {{- '<|im_start|>' ~ message['role'] ~ '\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}{{- message['content'] ~ '<|im_end|>' }}{%- endgeneration %}
+    {%- else %}
+        {{- message['content'] ~ '<|im_end|>' }}
+    {%- endif %}
+    {{- '\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\n' }}

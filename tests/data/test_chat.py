@@ -83,6 +83,18 @@ def test_each_answer_stands_behind_the_prompt_that_inference_makes(tokenizer: Pr
     assert whole.startswith(texts.chat_format.whole(TALK))
 
 
+@pytest.mark.parametrize("tokenizer", [SPECIAL, WORDS], ids=["bytes", "words"])
+def test_the_template_marks_what_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Trainers of other projects ask the template which tokens are the assistant's."""
+    marked = tokenizer.apply_chat_template(TALK, return_assistant_tokens_mask=True, return_dict=True)
+    pairs = zip(marked["input_ids"], marked["assistant_masks"], strict=True)
+    assistant = [token for token, mask in pairs if mask]
+    assert tokenizer.decode(assistant) == "".join(f"{TALK[i]['content']}<|im_end|>" for i in (2, 4))
+    assert "".join(learned(tokenizer, TALK)) == tokenizer.decode(assistant)
+    plain = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in TALK)
+    assert tokenizer.apply_chat_template(TALK, tokenize=False) == plain
+
+
 def test_a_transcript_with_an_end_of_text_token_ends_with_it() -> None:
     tokenizer = train_tokenizer("bytes", (), 0)
     tokenizer.chat_template = None
