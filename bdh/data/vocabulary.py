@@ -18,7 +18,7 @@ END_OF_TEXT, START_OF_TEXT, PADDING, UNKNOWN = "<|endoftext|>", "<|startoftext|>
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, START_OF_TEXT, PADDING, UNKNOWN, TURN_START, TURN_END)
 
-# `generation` marks what the assistant writes, for trainers that learn from that alone (`return_assistant_tokens_mask`).
+# `generation` marks what the assistant writes, for trainers that learn from that alone.
 CHAT_TEMPLATE = r"""
 {%- for message in messages %}
     {%- if message['role'] is not string %}

@@ -1,0 +1,122 @@
+"""What the model tests of transformers check of every model, as far as other tests here do not.
+
+Not applicable: attention weights and attention implementations (there is no softmax), tied embeddings (input and output
+embeddings are separate by design), pruning of heads, caches of keys and values, and assisted or contrastive decoding,
+which take back tokens.
+"""
+
+import copy
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bdh.model import BDHConfig, BDHForCausalLM, BDHModel
+from tests.inference.small import random_gates
+
+V = 23
+TOKENS = torch.arange(18).view(2, 9) * 5 % V
+
+
+@pytest.fixture(params=[{}, {"decay": "gated", "write": "delta"}], ids=["add", "delta"])
+def model(request: pytest.FixtureRequest) -> BDHForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 8, "vocab_size": V}
+    return random_gates(BDHForCausalLM(BDHConfig(initializer_range=0.3, **sizes, **request.param)).eval())
+
+
+def test_a_configuration_survives_json_and_files(model: BDHForCausalLM, tmp_path: Path) -> None:
+    config = model.config
+    assert BDHConfig.from_dict(json.loads(config.to_json_string(use_diff=False))).to_dict() == config.to_dict()
+    config.to_json_file(tmp_path / "one.json")
+    assert BDHConfig.from_json_file(tmp_path / "one.json").to_dict() == config.to_dict()
+    config.save_pretrained(tmp_path)
+    assert BDHConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert copy.deepcopy(config).to_dict() == config.to_dict() and BDHConfig().to_dict() == BDHConfig().to_dict()
+
+
+def test_the_common_names_of_sizes_read_and_write_ours() -> None:
+    config = BDHConfig(hidden_size=32, num_attention_heads=8, num_hidden_layers=3)
+    assert (config.n_embd, config.n_head, config.n_layer) == (32, 8, 3)
+    config.num_hidden_layers = 5
+    assert config.n_layer == config.num_hidden_layers == 5 and "num_hidden_layers" not in config.to_dict()
+    assert BDHConfig(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+
+
+def test_a_model_is_saved_and_loaded_exactly(model: BDHForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    loaded, report = BDHForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    base = BDHModel.from_pretrained(tmp_path)
+    assert torch.equal(base(TOKENS).last_hidden_state, model.model(TOKENS).last_hidden_state)
+    base.save_pretrained(tmp_path / "base")
+    headed = BDHForCausalLM.from_pretrained(tmp_path / "base")  # its head is drawn anew
+    assert torch.equal(headed.model(TOKENS).last_hidden_state, base(TOKENS).last_hidden_state)
+
+
+def test_a_model_made_of_a_configuration_is_initialized(model: BDHForCausalLM) -> None:
+    made = AutoModelForCausalLM.from_config(model.config)
+    assert all(p.isfinite().all() for p in made.parameters())
+    assert abs(made.lm_head.weight.std() - 0.3) < 0.05
+
+
+def test_the_signature_begins_as_of_every_model() -> None:
+    for kind in (BDHModel, BDHForCausalLM):
+        assert list(inspect.signature(kind.forward).parameters)[1:3] == ["input_ids", "attention_mask"]
+
+
+def test_embeddings_can_be_resized(model: BDHForCausalLM) -> None:
+    before = model(TOKENS).logits
+    model.resize_token_embeddings(V + 7)
+    assert model.config.vocab_size == V + 7 and model.get_output_embeddings().weight.shape[0] == V + 7
+    after = model(TOKENS).logits
+    assert after.shape == (2, 9, V + 7) and torch.allclose(after[..., :V], before, atol=1e-6)
+    assert model(TOKENS + 7, labels=TOKENS + 7).loss.isfinite()
+    model.resize_token_embeddings(V)
+    assert torch.allclose(model(TOKENS).logits, before, atol=1e-6)
+
+
+def test_embeddings_can_be_given_instead_of_tokens(model: BDHForCausalLM) -> None:
+    embeds = model.get_input_embeddings()(TOKENS)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(TOKENS).logits)
+    model.set_input_embeddings(torch.nn.Embedding.from_pretrained(torch.zeros(V, 16)))
+    assert not torch.equal(model(TOKENS).logits, model(inputs_embeds=embeds).logits)
+
+
+def test_a_row_computes_the_same_in_any_batch(model: BDHForCausalLM) -> None:
+    together = model(TOKENS).logits
+    assert torch.allclose(model(TOKENS[1:]).logits, together[1:], atol=1e-5)
+    assert torch.equal(model(TOKENS).logits, together)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_every_weight_learns_with_and_without_checkpointing(model: BDHForCausalLM, reentrant: bool) -> None:
+    model.config.dropout = 0.0
+    model.train()
+    expected = torch.autograd.grad(model(TOKENS, labels=TOKENS).loss, list(model.parameters()))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model(TOKENS, labels=TOKENS).loss.backward()
+    for (name, p), gradient in zip(model.named_parameters(), expected, strict=True):
+        assert p.grad is not None and torch.allclose(p.grad, gradient, atol=1e-6), name
+        assert gradient.abs().max() > 0, name
+
+
+def test_gradients_of_hidden_states_can_be_kept(model: BDHForCausalLM) -> None:
+    outputs = model(TOKENS, output_hidden_states=True)
+    for x in outputs.hidden_states:
+        x.retain_grad()
+    outputs.logits[0, -1].sum().backward()
+    assert all(x.grad is not None for x in outputs.hidden_states)
+
+
+def test_half_precision_keeps_the_gates_whole(model: BDHForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = BDHForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, p in loaded.named_parameters():
+        assert p.dtype == (torch.float32 if ".gates." in name else torch.bfloat16), name
+    assert loaded.generate(TOKENS, max_new_tokens=3, do_sample=False).shape == (2, 12)
