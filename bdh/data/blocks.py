@@ -226,22 +226,25 @@ class ValidationWindows:
         tokens: Token ids.
         block_size: Tokens predicted in a window.
         limit: Use at most this many windows, spread evenly over the text; None for all.
+        whole: Score every token after the first one: also those after the last window, in a shorter window.
     """
 
-    def __init__(self, tokens: Tokens, block_size: int, limit: int | None = None):
+    def __init__(self, tokens: Tokens, block_size: int, limit: int | None = None, whole: bool = False):
         self.tokens = tokens
         self.block_size = block_size
         self.count = (len(tokens) - 1) // block_size
+        self.whole = whole
         chosen = np.arange(self.count)
         if limit is not None and limit < self.count:
             chosen = np.linspace(0, self.count - 1, limit).astype(int)
         self.starts = chosen * block_size
+        self.tail_size = len(tokens) - 1 - self.count * block_size if whole else 0
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.starts) + (self.tail_size > 0)
 
     def batches(self, batch_size: int, share: Share = ALONE) -> Iterator[Tensor]:
-        """The windows in order, (up to batch_size, block_size + 1) int64 at a time.
+        """The windows in order, (up to batch_size, block_size + 1) int64 at a time; the shorter one is the last batch.
 
         Of several processes each gets as many batches as the others: where there are too few windows for that, empty
         ones, (0, block_size + 1).
@@ -250,20 +253,41 @@ class ValidationWindows:
         own = self.starts[share.rank * size : (share.rank + 1) * size]
         for i in range(0, size, batch_size):
             yield self._windows(own[i : i + batch_size])
+        if self.tail_size:
+            tail = self._tail()
+            yield tail if share.rank == share.world - 1 else tail[:0]
 
     def lanes(self, batch_size: int) -> Iterator[Tensor]:
         """As many windows in another arrangement, for a state that is carried: each row goes on from batch to batch.
 
         The rows begin at places spread evenly over the text; (up to batch_size, block_size + 1) int64 at a time. What
-        does not fill all rows, less than `batch_size` windows, is left out.
+        does not fill all rows, less than `batch_size` windows, is left out, or, of a whole text, read by the last row,
+        while the others have nothing to predict.
         """
         rows = min(batch_size, len(self.starts))
         steps = len(self.starts) // rows
         first = np.arange(rows) * (self.count // rows)  # (rows,) windows
         for step in range(steps):
             yield self._windows((first + step) * self.block_size)
+        if not self.whole:
+            return
+        for number in range(rows * steps, self.count):
+            yield _in_last_row(self._windows(np.array([number * self.block_size])), rows)
+        if self.tail_size:
+            yield _in_last_row(self._tail(), rows)
+
+    def _tail(self) -> Tensor:
+        """The tokens after the last window and the one before them, (1, tail_size + 1) int64."""
+        ids = self.tokens.read(self.count * self.block_size, self.tail_size + 1)
+        return torch.from_numpy(ids.astype(np.int64))[None]
 
     def _windows(self, starts: np.ndarray) -> Tensor:
         rows = [self.tokens.read(int(start), self.block_size + 1) for start in starts]
         stacked = np.stack(rows) if rows else np.empty((0, self.block_size + 1))
         return torch.from_numpy(stacked.astype(np.int64))
+
+
+def _in_last_row(window: Tensor, rows: int) -> Tensor:
+    """A window (1, T + 1) as the last of `rows` rows; in the others nothing is to be predicted: (rows, T + 1)."""
+    masked = torch.where(window < 0, window, ~window)
+    return torch.cat([masked.expand(rows - 1, -1), window])

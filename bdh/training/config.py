@@ -90,7 +90,8 @@ class TrainingConfig:
             (truncated back-propagation through time); costs a state for each row in memory. With model.decay it has
             not lowered the loss at any position, and without decay it ruins a model: docs/memory.md.
         eval_interval: Steps between validations; each checkpoint is validated as well.
-        eval_windows: Validate on this many windows, always the same; null means the whole split.
+        eval_windows: Validate on this many windows, always the same; null means the whole split, the tokens after its
+            last whole window included.
         eval_batch_size: Sequences of one forward pass in validation.
     """
 

@@ -60,7 +60,7 @@ class Review:
         self.windows = self.some_windows(config.training.eval_windows)
 
     def some_windows(self, count: int | None) -> ValidationWindows:
-        return ValidationWindows(self.data.validation, self.config.data.block_size, count)
+        return ValidationWindows(self.data.validation, self.config.data.block_size, count, whole=count is None)
 
     def validate(self) -> Evaluation:
         """Scores the windows. Raises BDHError where nothing in them is to be predicted."""

@@ -1,6 +1,7 @@
 """Blocks: every token once an epoch, shared without overlap or loss, and taken up again exactly."""
 
 from collections import Counter
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bdh.data.blocks import BlockSource, Lanes, Mixture, PackedBlocks, Share, ValidationWindows, document_ids
+from bdh.data.blocks import (
+    BlockSource,
+    Lanes,
+    Mixture,
+    PackedBlocks,
+    Share,
+    ValidationWindows,
+    document_ids,
+    inputs_and_targets,
+)
 from bdh.data.tokens import Documents, Tokens
 
 
@@ -139,3 +149,29 @@ def test_validation_lanes_go_on_from_batch_to_batch() -> None:
     for before, after in pairwise(batches):
         assert (before[:, -1] == after[:, 0]).all()
     assert sorted(torch.cat(batches)[:, 1:].flatten().tolist()) == sorted(set(range(1, 37)))
+
+
+@pytest.mark.parametrize("count", [42, 41, 44])
+@pytest.mark.parametrize("size", [1, 3, 4, 20])
+def test_windows_of_a_whole_text_predict_every_token_once(count: int, size: int) -> None:
+    windows = ValidationWindows(numbered(count), 4, whole=True)
+    everything = list(range(1, count))
+    assert len(windows) == -(-(count - 1) // 4)
+    assert targets(windows.batches(size)) == everything
+    assert targets(windows.lanes(size)) == everything
+    shared = [list(windows.batches(size, Share(rank, 3))) for rank in range(3)]
+    assert sorted(token for batches in shared for token in targets(batches)) == everything
+    assert len({len(batches) for batches in shared}) == 1
+
+
+def test_the_last_lane_goes_on_to_the_end_of_a_whole_text() -> None:
+    batches = list(ValidationWindows(numbered(42), 4, whole=True).lanes(4))
+    assert [batch.shape for batch in batches] == [(4, 5)] * 4 + [(4, 2)]
+    for before, after in pairwise(batches):
+        assert before[-1, -1] == after[-1, 0]
+
+
+def targets(batches: Iterable[torch.Tensor]) -> list[int]:
+    """The tokens that are predicted, in ascending order."""
+    rows = [inputs_and_targets(batch)[1].flatten() for batch in batches]
+    return sorted(token for row in rows for token in row.tolist() if token >= 0)

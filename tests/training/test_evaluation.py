@@ -9,7 +9,7 @@ import torch
 
 from bdh.data.blocks import ValidationWindows
 from bdh.data.tokens import Tokens
-from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.model import BDHConfig, BDHForCausalLM, state_of
 from bdh.training.evaluation import evaluate
 
 
@@ -54,3 +54,23 @@ def test_progress_counts_windows(model: BDHForCausalLM) -> None:
     seen: list[int] = []
     evaluate(model, ValidationWindows(Tokens([np.zeros(101, dtype=np.uint8)]), 10), 1.0, 4, nullcontext, seen.append)
     assert seen == [4, 8, 10]
+
+
+@pytest.mark.parametrize("carry_state", [False, True])
+def test_every_token_after_the_first_is_scored_in_a_whole_text(model: BDHForCausalLM, carry_state: bool) -> None:
+    tokens = Tokens([np.random.default_rng(0).integers(0, 50, 151).astype(np.uint8)])
+    scored = [
+        evaluate(model, ValidationWindows(tokens, 128, whole=True), 1.0, size, nullcontext, carry_state=carry_state)
+        for size in (1, 8)
+    ]
+    nats = 0.0
+    model.eval()
+    state = None
+    with torch.no_grad():
+        for start, stop in ((0, 129), (128, 151)):
+            window = torch.from_numpy(tokens.read(start, stop - start).astype(np.int64))
+            outputs = model(window[None, :-1], past_key_values=state, use_cache=True)
+            state = state_of(outputs) if carry_state else None
+            nats -= outputs.logits[0].double().log_softmax(-1).gather(1, window[1:, None]).sum().item()
+    for result in scored:
+        assert result.tokens == 150 and result.loss == pytest.approx(nats / 150, rel=1e-5)
