@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdh.cli.parsing import Parser
+from bdh.cli.settings import notify
 from bdh.errors import BDHError
 from bdh.json_text import to_json
 
@@ -26,8 +27,8 @@ def run(argv: list[str]) -> int:
         prog="bdh eval",
         allow_abbrev=False,
         description="Score a model on a text: --data.path as a whole, or the validation part of a corpus. Windows of "
-        "data.block_size tokens, each predicted from its own beginning. --by_position reads longer windows, with the "
-        "state carried, and reports the loss by position.",
+        "data.block_size tokens, the last one shorter, each predicted from its own beginning. --by_position reads longer "
+        "windows, with the state carried, and reports the loss by position.",
     )
     parser.add_argument("--model", metavar="DIR", type=str, required=True, help="folder of an export")
     parser.add_class_arguments(DataConfig, "data")
@@ -80,7 +81,8 @@ def run(argv: list[str]) -> int:
     device = choose_device(args.device)
     model.to(device)
     console = Console(stderr=True)
-    name, tokens, size = read_text(data, tokenizer, console.log if console.is_terminal else lambda line: None)
+    say = console.log if console.is_terminal else lambda line: None
+    name, tokens, size = read_text(data, tokenizer, say, notify)
     if len(tokens) < 2:
         raise BDHError(f"{name} has {len(tokens)} tokens; at least 2 are needed to score one")
     settings = TrainConfig().training
@@ -89,7 +91,7 @@ def run(argv: list[str]) -> int:
     if args.by_position is not None:
         end_of_text = tokenizer.eos_token_id if apart else None
         return by_position(args, model, name, tokens, bytes_per_token, end_of_text, settings, console)
-    windows = ValidationWindows(tokens, min(data.block_size, len(tokens) - 1))
+    windows = ValidationWindows(tokens, min(data.block_size, len(tokens) - 1), whole=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("scoring", total=len(windows))
         result = evaluate(

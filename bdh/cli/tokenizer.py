@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bdh.cli.parsing import Parser
+from bdh.cli.settings import notify
 from bdh.errors import BDHError
 from bdh.json_text import to_json
 
@@ -101,7 +102,7 @@ class Progress:
 
         console = Console(stderr=True)
         with console.status("reading") as status:
-            for text in training_texts(data):
+            for text in training_texts(data, notify):
                 self.documents += 1
                 self.bytes += len(encode_utf8(text))
                 yield text
@@ -134,7 +135,8 @@ def info(argv: list[str]) -> int:
 
     tokenizer = load_tokenizer(args.tokenizer)
     console = Console(stderr=True)
-    name, tokens, size = read_text(data, tokenizer, console.log if console.is_terminal else lambda line: None)
+    say = console.log if console.is_terminal else lambda line: None
+    name, tokens, size = read_text(data, tokenizer, say, notify)
     if not len(tokens):
         raise BDHError(f"{name} has no tokens")
     special = {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}

@@ -22,7 +22,7 @@ from bdh.errors import BDHError
 CHAT_COLUMNS = ("messages", "conversations")  # where they are looked for
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}  # as in ShareGPT
-LAYOUT = 1  # goes into the fingerprint: raise it when the same conversations give other tokens
+LAYOUT = 2  # goes into the fingerprint: raise it when the same conversations give other tokens
 FIRST_STAND_IN = 0x10F000  # private characters, which stand for special tokens that somebody has spelled
 
 Messages = list[dict[str, str]]
@@ -169,16 +169,14 @@ def messages_of(value: Any) -> Messages:
     """The messages of a row up to the last answer, in one form whatever form they came in.
 
     Args:
-        value: A list of {"role", "content"} or {"from", "value"}, or the JSON of one.
+        value: A list of {"role", "content"} or {"from", "value"}, or the JSON of one. A content is text, or a list of
+            parts of text, which are joined.
 
     Raises:
         BDHError: It is something else, a role is unknown, a content is not text, or the assistant says nothing.
     """
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise BDHError("the messages are not JSON") from error
+        value = _from_json(value)
     if isinstance(value, Mapping):  # a list of messages in columns
         value = [dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)]
     if not isinstance(value, list | tuple) or not value:
@@ -190,17 +188,43 @@ def messages_of(value: Any) -> Messages:
     return messages[: answers[-1] + 1]
 
 
+def _from_json(text: str) -> Any:
+    """The value of JSON; of a text in it, which was made JSON twice, the value of that. Raises BDHError."""
+    try:
+        value = json.loads(text)
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise BDHError("the messages are not JSON") from error
+
+
 def _checked(messages: list[Any]) -> Iterator[dict[str, str]]:
     for number, message in enumerate(messages):
+        if isinstance(message, str):
+            message = _from_json(message)
         if not isinstance(message, Mapping):
             raise BDHError(f"messages[{number}] is no message")
         role, content = (_first(message, names) for names in (("role", "from"), ("content", "value")))
         role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise BDHError(f"messages[{number}] has the role {str(role)[:40]!r}; known are {', '.join(ROLES)}")
-        if not isinstance(content, str):
+        yield {"role": role, "content": clean(_text_of(content, number))}
+
+
+def _text_of(content: Any, number: int) -> str:
+    """The text of a message's content, as the server reads it: a text, or parts of text."""
+    if isinstance(content, Mapping):  # parts in columns
+        content = [dict(zip(content, row, strict=False)) for row in zip(*content.values(), strict=False)]
+    parts = content if isinstance(content, list | tuple) and content else [content]
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        text = _first(part, ("text", "refusal")) if isinstance(part, Mapping) else part
+        if kind not in ("text", "refusal", "input_text", "output_text"):
+            raise BDHError(f"messages[{number}] has a content of type {str(kind)[:40]}, which is not text")
+        if not isinstance(text, str):
             raise BDHError(f"messages[{number}] has a content that is not text")
-        yield {"role": role, "content": clean(content)}
+        texts.append(text)
+    return "".join(texts)
 
 
 def _first(message: Mapping[str, Any], names: tuple[str, ...]) -> Any:

@@ -26,6 +26,7 @@ SETTINGS = (
         r"Unknown split \"([^\"]+)\"\. Should be one of (\[[^\]]*\])",
         "data.split {1} is not a split of {0}; there are {2}",
     ),
+    (r"Instruction \"[^\"]*\" corresponds to no data", "data: {0} has no rows"),
     (r"Bad split: (\S+)\. Available splits: (\[[^\]]*\])", "data.split {1} is not a split of {0}; there are {2}"),
 )
 

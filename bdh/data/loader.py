@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from bdh.data.blocks import ALONE, BlockSource, Lanes, Mixture, PackedBlocks, Sh
 from bdh.data.chat import ChatEncoder, messages_of
 from bdh.data.corpora import load_corpus
 from bdh.data.encoding import Encoder
+from bdh.data.finding import counted, find
 from bdh.data.prepare import (
     Counts,
     Prepared,
@@ -34,6 +36,7 @@ from bdh.errors import BDHError
 
 VALIDATION_TOKENS = 1 << 20  # of a stream: what is held out and read before training begins
 VALIDATION_READ = 200_000_000  # characters of a stream read to find them
+ROWS_CHECKED = 1000  # of a stream in which too little was held out
 
 
 @dataclass
@@ -154,10 +157,25 @@ def open_data(
 
 
 def read_text(
-    config: DataConfig, tokenizer: PreTrainedTokenizerFast, say: Callable[[str], None] = lambda line: None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    say: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> tuple[str, Tokens, int]:
-    """What a model is scored on: a path as a whole (its validation split if one is named), or a corpus's validation
-    part. Returns its name, its tokens, and their UTF-8 bytes. Raises BDHError.
+    """The text to score a model on: a path as a whole (its validation split if one is named), or a corpus's validation
+    part.
+
+    Args:
+        config: Which text.
+        tokenizer: Makes its tokens.
+        say: Called with lines about the progress.
+        notify: Called with lines about files and rows that are not read.
+
+    Returns:
+        The name of the text, its tokens, and their UTF-8 bytes.
+
+    Raises:
+        BDHError: A source cannot be read, or no row of it can be used.
     """
     opener = _Opener(config, tokenizer, Encoder(tokenizer), 1, 0, False, ALONE, say)
     sources = config.sources()
@@ -167,16 +185,27 @@ def read_text(
         return config.corpus, validation, size
     name = ", ".join(source.path for source in sources)
     if config.streaming:
-        streams = [opener.held_out(source, 1.0, 1) for source in sources]
+        streams = [opener.whole_stream(source, notify) for source in sources]
         tokens = Tokens([array for stream in streams for array in stream[0].arrays])
         return f"{name} (the first {len(tokens):,} tokens)", tokens, sum(stream[1] for stream in streams)
     texts = [opener.prepared(source, source.validation_split or source.split) for source in sources]
+    for source, text in zip(sources, texts, strict=True):
+        for line in [*find(source.path).remarks, *text.counts.remarks(source.path)]:
+            notify(line)
     tokens = Tokens([array for text in texts for array in text.tokens.arrays])
     return name, tokens, sum(int(text.row_bytes.sum()) for text in texts)
 
 
-def training_texts(config: DataConfig) -> Iterator[str]:
-    """The training part of a text, as it comes: what a tokenizer may learn from. Raises BDHError."""
+def training_texts(config: DataConfig, notify: Callable[[str], None] = lambda line: None) -> Iterator[str]:
+    """The training part of a text, as it comes: what a tokenizer may learn from.
+
+    Args:
+        config: Which text.
+        notify: Called with lines about files and rows that are not read.
+
+    Raises:
+        BDHError: A source cannot be read, or no row of it can be used.
+    """
     sources = config.sources()
     if not sources:
         documents = load_corpus(config.corpus, config.cache_dir)
@@ -187,37 +216,56 @@ def training_texts(config: DataConfig) -> Iterator[str]:
             if room <= 0:
                 return
     for source in sources:
-        yield from _texts_of(source, config)
+        yield from _texts_of(source, config, notify)
 
 
-def _texts_of(source: SourceConfig, config: DataConfig) -> Iterator[str]:
+def _texts_of(source: SourceConfig, config: DataConfig, notify: Callable[[str], None]) -> Iterator[str]:
     from bdh.data.sources import explained, open_source
 
-    rows: Any = open_source(source, config.streaming)
+    location = find(source.path)
+    for line in location.remarks:
+        notify(line)
+    rows: Any = open_source(source, config.streaming, location=location)
     share = 1.0 if source.validation_split else config.train_split
+    counts = Counts()
     with explained(source):
         if config.streaming:
             room = math.inf
         elif source.chat:
-            room = share * sum(len(said(row["text"])) for row in rows)
+            room = share * sum(len(said(row["text"], Counts())) for row in rows)
         else:
             room = share * characters(rows)
         for row in rows:
-            text = said(row["text"]) if source.chat else row["text"] or ""
             if config.streaming and is_held_out(row.get("key", row["text"] or ""), share):
                 continue
+            text = said(row["text"], counts) if source.chat else _plain(row["text"], counts)
             yield text[: int(min(room, len(text)))]
             room -= len(text)
-            if room <= 0:
-                return
+            if room <= 0 and text:
+                break
+    if not counts.documents:
+        raise BDHError(counts.nothing_usable(source.path, source.text_column))
+    for line in counts.remarks(source.path):
+        notify(line)
 
 
-def said(conversation: Any) -> str:
-    """What is said in a conversation, one message after another; nothing if it is none that can be used."""
-    try:
-        return "\n".join(message["content"] for message in messages_of(conversation))
-    except BDHError:
+def _plain(text: str | None, counts: Counts) -> str:
+    counts.add(Counts(documents=1) if text else Counts(empty=1))
+    return text or ""
+
+
+def said(conversation: Any, counts: Counts) -> str:
+    """The contents of a conversation, one message after another; empty if it cannot be used, which is counted."""
+    if conversation is None:
+        counts.empty += 1
         return ""
+    try:
+        text = "\n".join(message["content"] for message in messages_of(conversation))
+    except BDHError as error:
+        counts.add(Counts(unusable=1, problem=str(error)))
+        return ""
+    counts.documents += 1
+    return text
 
 
 @dataclass
@@ -249,19 +297,23 @@ class _Opener:
             return self._streamed(source, stream)
         text = self.prepared(source, source.split)
         held_out = self.prepared(source, source.validation_split) if source.validation_split else None
-        return self._still(text, held_out, source.path, stream, source.chat)
+        part = self._still(text, held_out, source.path, stream, source.chat)
+        part.remarks = [*find(source.path).remarks, *part.remarks]
+        return part
 
     def prepared(self, source: SourceConfig, split: str) -> Prepared:
         """All tokens of a split, from the cache or made now."""
         from bdh.data.sources import explained, open_source
 
-        rows: Any = open_source(source, streaming=False, split=split)
+        location = find(source.path)
+        rows: Any = open_source(source, streaming=False, split=split, location=location)
         with explained(source):
             text = prepare(rows, self.encoder_of(source), self.config.num_proc)
-        if text.counts.unusable and not text.counts.documents:
-            raise BDHError(f"data: {source.path} holds no conversation that can be used; {text.counts.problem}")
+        if not text.counts.documents:
+            raise BDHError(text.counts.nothing_usable(source.path, source.text_column))
         how = "found tokenized in the cache" if text.cached else "tokenized"
-        self.say(f"{source.path} ({split}): {len(text.tokens):,} tokens {how}")
+        sizes = [location.size(), *([] if location.kind == "text" else [counted(len(rows), "row")])]
+        self.say(f"{source.path} ({split}): {', '.join(filter(None, sizes))}, {len(text.tokens):,} tokens {how}")
         return text
 
     def _still(self, text: Prepared, held_out: Prepared | None, name: str, stream: int, chat: bool) -> _Part:
@@ -310,7 +362,8 @@ class _Opener:
         config = self.config
         split = source.validation_split
         share = 1.0 if split else config.train_split
-        open_source(source, streaming=True)  # what is wrong with it is wrong now, not in another process
+        location = find(source.path)
+        open_source(source, streaming=True, location=location)  # an error in it is one now, not in another process
         settings = StreamSettings(
             source, self.encoder_of(source), config.block_size, config.shuffle_blocks, share, self.seed, stream
         )
@@ -321,9 +374,11 @@ class _Opener:
             reader = Reader(settings, self.share.rank * readers + worker, total)
             lanes = self.batch_size // self.share.world
             streams.append(CarriedLanes(reader, lanes) if self.carry_state else WindowedBlocks(reader))
-        self.say(f"{source.path}: reading what to validate on")
+        size_of_it = location.size()
+        self.say(f"{source.path}: {size_of_it + ', ' if size_of_it else ''}reading the validation text")
         validation, size, remarks = self.held_out(source, share, total)
         if len(validation) <= config.block_size:
+            self._check_usable(source)
             raise BDHError(
                 f"data.block_size is {config.block_size}, but {len(validation)} tokens of {source.path} are held out "
                 "to validate on; try a smaller data.train_split, data.validation_split, or no data.streaming"
@@ -332,8 +387,34 @@ class _Opener:
         identity: dict[str, Any] = {"stream": [name, source.config, source.split, source.revision]}
         identity["validation_checksum"] = validation.checksum()
         return _Part(
-            StreamRows(streams, source.path, config.num_workers > 0), validation, size, None, identity, remarks
+            StreamRows(streams, source.path, config.num_workers > 0),
+            validation,
+            size,
+            None,
+            identity,
+            [*location.remarks, *remarks],
         )
+
+    def whole_stream(self, source: SourceConfig, notify: Callable[[str], None]) -> tuple[Tokens, int]:
+        """A stream from its beginning, up to VALIDATION_TOKENS, and its UTF-8 bytes. Raises BDHError if it is empty."""
+        tokens, size, remarks = self.held_out(source, 1.0, 1)
+        for line in [*find(source.path).remarks, *remarks]:
+            notify(line)
+        if not len(tokens):
+            self._check_usable(source)
+        return tokens, size
+
+    def _check_usable(self, source: SourceConfig) -> None:
+        """Raises BDHError if the first rows of a stream are all empty or unusable, whether held out or not."""
+        from bdh.data.sources import explained, open_source
+
+        encode, counts = rows_encoder(self.encoder_of(source)), Counts()
+        rows: Any = open_source(source, True, ask_hub=False)
+        with explained(source), closing(iter(rows)) as texts:
+            for row in islice(texts, ROWS_CHECKED):
+                tally(counts, encode({name: [value] for name, value in row.items()}))
+        if not counts.documents and not (rows.features and "ends" in rows.features):
+            raise BDHError(counts.nothing_usable(source.path, source.text_column))
 
     def held_out(self, source: SourceConfig, share: float, readers: int) -> tuple[Tokens, int, list[str]]:
         """What a stream is validated on: its own split, or the documents held out, and their UTF-8 bytes.

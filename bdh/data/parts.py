@@ -1,24 +1,22 @@
-"""Text and JSON-lines files as rows, in parts: from any part on, in bounded memory, whatever the length of a line.
+"""Files in parts, and plain text as rows: from any part on, in bounded memory, whatever the length of a line.
 
-`datasets` reads every other format. These two it reads from the beginning only, and text a line a row; a stream that is
-to go on in the middle of one large file, or to be shared by several readers, needs places to begin at. So a file is a
-list of parts, each part a shard of a `datasets` stream.
+A stream that continues in the middle of one large file, or that several readers share, needs offsets to start at. So a
+file is a list of parts, each part a shard of a `datasets` stream.
 """
 
 import codecs
 import io
-import json
+import os
+import re
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
 
-from bdh.errors import BDHError
-
-# A part of a file: address, first byte, byte after the last (-1: to the end), and what tells a later version of the
-# file from this one. A tuple of plain values, so that it has a fingerprint.
+# A part of a file: path or address, first byte, byte after the last (-1: to the end), and the version of the file. Of
+# Parquet, row groups are counted instead of bytes. A tuple of plain values, so that it has a fingerprint.
 Part = tuple[str, int, int, str]
 
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".py", ".tex", ".html", ".log"})
@@ -54,7 +52,8 @@ def parts_of(files: list[str], readers: int = 1) -> list[Part]:
 
 
 def is_local(file: str) -> bool:
-    return "://" not in file
+    """Whether a name is a path on this disk, and not an address such as https://… or zip://…::https://…."""
+    return re.match(r"[A-Za-z][\w+.-]*(::[A-Za-z][\w+.-]*)*://", file) is None
 
 
 def is_compressed(file: str) -> bool:
@@ -101,7 +100,7 @@ def _decoded(part: Part) -> Iterator[str]:
     """The text of a part. A character that a boundary divides belongs to the part it begins in."""
     _, begin, end, _ = part
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    with _opened(part) as stream:
+    with open_file(part[0]) as stream:
         place = begin
         if begin:
             stream.seek(begin)
@@ -126,52 +125,7 @@ def _continuation(data: bytes) -> int:
     return count
 
 
-def json_rows(parts: list[Part], column: str) -> Iterator[dict[str, Any]]:
-    """The texts of JSON-lines parts, {"text": str or None}; a line belongs to the part it begins in.
-
-    A line is an object with the text under `column`, or the text itself. Raises BDHError for anything else.
-    """
-    for file, place, row in _objects(parts):
-        value = row.get(column) if isinstance(row, dict) else row
-        if not isinstance(value, str | None):
-            shown = json.dumps(value)[:40]
-            raise BDHError(f"{file} has {shown} at byte {place} where a text should be, under {column}")
-        yield {"text": value}
-
-
-def json_chats(parts: list[Part], column: str) -> Iterator[dict[str, Any]]:
-    """As `json_rows`, of conversations: what stands under `column`, whatever it is, as JSON again."""
-    for _, _, row in _objects(parts):
-        value = row.get(column) if isinstance(row, dict) else row
-        yield {"text": None if value is None else json.dumps(value)}
-
-
-def json_columns(parts: list[Part], kind: type = str) -> list[str]:
-    """The names under which the first hundred lines hold a kind of value. Raises BDHError for what is no JSON lines."""
-    names: dict[str, None] = {}
-    for _, _, row in islice(_objects(parts), 100):
-        found = row.items() if isinstance(row, dict) else [("text", row)]
-        names.update({name: None for name, value in found if isinstance(value, kind)})
-    return list(names)
-
-
-def _objects(parts: list[Part]) -> Iterator[tuple[str, int, Any]]:
-    """(file, byte, what stands there) of each line that is not empty."""
-    for part in parts:
-        file, begin, end, _ = part
-        with _opened(part) as stream:
-            place = begin
-            if begin:  # the line that was begun before belongs to the part before
-                stream.seek(begin - 1)
-                place = begin - 1 + _skip_line(stream)
-            while (end < 0 or place < end) and (line := stream.readline()):
-                text = line.removeprefix(codecs.BOM_UTF8) if place == 0 else line
-                if text.strip():
-                    yield file, place, _parsed(text, file, place)
-                place += len(line)
-
-
-def _skip_line(stream: BinaryIO) -> int:
+def skip_line(stream: BinaryIO) -> int:
     """Reads to the end of a line in bounded memory; returns the bytes read."""
     count = 0
     while data := stream.readline(1 << 20):
@@ -181,16 +135,10 @@ def _skip_line(stream: BinaryIO) -> int:
     return count
 
 
-def _parsed(line: bytes, file: str, place: int) -> dict[str, Any] | str:
-    try:
-        row = json.loads(line.decode("utf-8", errors="replace"))
-    except (ValueError, RecursionError) as error:
-        raise BDHError(f"{file} is not JSON lines at byte {place}: {error}") from error
-    if not isinstance(row, dict | str):
-        raise BDHError(f"{file} has a line at byte {place} that is neither an object nor a text")
-    return row
-
-
-def _opened(part: Part) -> Any:
-    stream = fsspec.open(part[0], "rb", compression="infer").open()
-    return io.BufferedReader(stream) if is_compressed(part[0]) else stream  # not every decompressor has readline
+def open_file(file: str) -> Any:
+    """A binary stream of a file, decompressed as its name says. The rules of addresses are for addresses only."""
+    if is_local(file):
+        stream = fsspec.filesystem("file").open(os.path.abspath(file), "rb", compression="infer")  # noqa: PTH100
+    else:
+        stream = fsspec.open(file, "rb", compression="infer").open()
+    return io.BufferedReader(stream) if is_compressed(file) else stream  # not every decompressor has readline

@@ -4,13 +4,10 @@ Every source comes out the same: a `Dataset`, or an `IterableDataset` when strea
 None) and, for plain text read in pieces, `ends` (whether the document ends with the row).
 """
 
-import glob
-import json
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +19,18 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 
 from bdh.data.chat import CHAT_COLUMNS
 from bdh.data.failures import cache_folder, explain, offline, reason
-from bdh.data.parts import (
-    COMPRESSIONS,
-    TEXT_SUFFIXES,
-    Part,
-    is_compressed,
-    is_local,
-    json_chats,
-    json_columns,
-    json_rows,
-    parts_of,
-    text_rows,
-    whole_files,
-)
+from bdh.data.finding import Location, find
+from bdh.data.parts import is_local, parts_of, text_rows, whole_files
 from bdh.data.settings import SourceConfig
+from bdh.data.tables import (
+    SAMPLE_ROWS,
+    as_json,
+    chat_values,
+    has_column,
+    sample_columns,
+    table_parts,
+    text_values,
+)
 from bdh.errors import BDHError
 
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it then raises, which is said in our words
@@ -43,56 +38,36 @@ huggingface_hub.logging.set_verbosity_error()
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 
-KINDS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-LINES = frozenset({".jsonl", ".ndjson"})
-JSON_ROWS = Features({"text": Value("large_string")})
+TABLE_ROWS = Features({"text": Value("large_string")})
 TEXT_ROWS = Features({"text": Value("large_string"), "ends": Value("bool"), "key": Value("string")})
 
 
-@dataclass(frozen=True)
-class Place:
-    """What a path turned out to be.
-
-    Attributes:
-        kind: text, json, csv, parquet, arrow: `files` of that format; dataset: a folder or a name for `load_dataset`;
-            saved: a folder that `save_to_disk` wrote.
-        files: Paths or addresses, in the order of their names.
-        name: Of a dataset: the folder, or the name on the hub.
-    """
-
-    kind: str
-    files: tuple[str, ...] = ()
-    name: str = ""
-
-
 def open_source(
-    source: SourceConfig, streaming: bool, split: str | None = None, ask_hub: bool = True, readers: int = 1
+    source: SourceConfig,
+    streaming: bool,
+    split: str | None = None,
+    ask_hub: bool = True,
+    readers: int = 1,
+    location: Location | None = None,
 ) -> Dataset | IterableDataset:
     """The rows of a source, with the columns `text` and perhaps `ends` and `key` (see `text_rows`).
 
     Args:
-        source: What to read.
+        source: The text.
         streaming: Whether to read lazily.
         split: Another split than `source.split`.
-        ask_hub: Whether to find out first if the hub can be reached; not for who opens a source once more.
+        ask_hub: Whether to find out first if the hub can be reached; False for a source that was opened before.
         readers: How many will share a stream.
+        location: Where `source.path` is, if that is known already.
 
     Raises:
         BDHError: There is no such file or dataset, it cannot be reached or read, or has no single text column.
     """
-    place = find(source.path)
+    location = location or find(source.path)
     with explained(source):
-        if place.kind == "dataset" and ask_hub and not Path(place.name).exists():
+        if location.kind == "dataset" and ask_hub and not Path(location.name).exists():
             check_hub(source)
-        return _open(place, source, streaming, split or source.split, readers)
+        return _open(location, source, streaming, split or source.split, readers)
 
 
 def check_hub(source: SourceConfig) -> None:
@@ -121,41 +96,57 @@ def in_cache(name: str) -> bool:
     return (cache_folder() / name.replace("/", "___")).is_dir()
 
 
-def _open(place: Place, source: SourceConfig, streaming: bool, split: str, readers: int) -> Dataset | IterableDataset:
-    if place.kind not in ("dataset", "saved") and split != "train":
-        raise BDHError(f"data: {source.path} has no split {split}; only datasets have splits, files are all train")
-    files = list(place.files)
-    if place.kind == "text" and source.text_column is not None:
+def _open(
+    location: Location, source: SourceConfig, streaming: bool, split: str, readers: int
+) -> Dataset | IterableDataset:
+    _check_dataset_path(location, source)
+    if location.kind == "saved":
+        return only_text(_saved(location, source, streaming, split), source)
+    if location.kind == "dataset":
+        data = load_dataset(
+            location.name, name=source.config, split=split, revision=source.revision, streaming=streaming
+        )
+        if isinstance(data, IterableDataset):
+            data = data.reshard()  # Parquet's row groups are places to go on from
+        return only_text(data, source)
+    if split != "train":
+        raise BDHError(
+            f"data: {source.path} has no split {split}; only datasets have splits, files are all train; to split the "
+            "files of a folder, name those of each split in its README.md (configs with data_files)"
+        )
+    files = [file if streaming or is_local(file) else _downloaded(file) for file in location.files]
+    if location.kind == "text":
+        _check_plain(source)
+        parts = parts_of(files, readers) if streaming else whole_files(files)
+        return _generated(text_rows, TEXT_ROWS, {"parts": parts}, streaming)
+    column = _table_column(location.kind, files, source)
+    given = {"kind": location.kind, "parts": table_parts(location.kind, files, streaming, readers), "column": column}
+    return _generated(chat_values if source.chat else text_values, TABLE_ROWS, given, streaming)
+
+
+def _check_dataset_path(location: Location, source: SourceConfig) -> None:
+    """Refuses a local dataset in whose path `datasets` would take characters for a glob or for chained addresses."""
+    special = {"dataset": r"[*?\[\]]|::", "saved": "::"}.get(location.kind)
+    if special is not None and (match := re.search(special, location.name)):
+        raise BDHError(
+            f"data.path {source.path} is the folder of a dataset, which `datasets` cannot read because of the "
+            f"{match.group()!r} in its path; rename the folder, or name its files, as in 'FOLDER/*.jsonl'"
+        )
+
+
+def _check_plain(source: SourceConfig) -> None:
+    """Refuses settings that plain text cannot have."""
+    if source.text_column is not None:
         raise BDHError(f"data.text_column is {source.text_column}, but {source.path} is plain text without columns")
-    if place.kind == "text" and source.chat:
+    if source.chat:
         raise BDHError(
             f"data.chat true needs rows of messages, but {source.path} is plain text; give .jsonl or .parquet"
         )
-    if place.kind == "text":
-        return _generated(text_rows, TEXT_ROWS, {"parts": _parts(files, streaming, readers)}, streaming)
-    if place.kind == "json" and all(suffix_of(file) in LINES and (streaming or is_local(file)) for file in files):
-        parts = _parts(files, streaming, readers)
-        if source.chat:
-            column = choose_chat_column(json_columns(parts, object), source)
-            return _generated(json_chats, JSON_ROWS, {"parts": parts, "column": column}, streaming)
-        column = choose_column(json_columns(parts), source)
-        return _generated(json_rows, JSON_ROWS, {"parts": parts, "column": column}, streaming)
-    if place.kind == "saved":
-        return only_text(_saved(place, source, streaming, split), source)
-    if place.kind == "dataset":
-        data = load_dataset(place.name, name=source.config, split=split, revision=source.revision, streaming=streaming)
-    else:
-        names = {"train": [glob.escape(file) if is_local(file) else file for file in files]}
-        data = load_dataset(
-            place.kind, data_files=names, split="train", streaming=streaming, **reading(place.kind, files)
-        )
-    if isinstance(data, IterableDataset):
-        data = data.reshard()  # Parquet's row groups are places to go on from
-    return only_text(data, source)
 
 
-def _parts(files: list[str], streaming: bool, readers: int) -> list[Part]:
-    return parts_of(files, readers) if streaming else whole_files(files)
+def _downloaded(address: str) -> str:
+    """A copy of a remote file in the cache, decompressed; one that has changed there is downloaded again."""
+    return str(datasets.DownloadManager().download_and_extract(address))
 
 
 def _generated(rows: Any, features: Features, given: dict[str, Any], streaming: bool) -> Dataset | IterableDataset:
@@ -163,9 +154,9 @@ def _generated(rows: Any, features: Features, given: dict[str, Any], streaming: 
     return kind.from_generator(rows, features=features, gen_kwargs=given)
 
 
-def _saved(place: Place, source: SourceConfig, streaming: bool, split: str) -> Dataset | IterableDataset:
+def _saved(location: Location, source: SourceConfig, streaming: bool, split: str) -> Dataset | IterableDataset:
     """What `save_to_disk` wrote: one dataset, or several by the names of their splits."""
-    saved = datasets.load_from_disk(place.name)
+    saved = datasets.load_from_disk(location.name)
     if isinstance(saved, DatasetDict):
         if split not in saved:
             raise BDHError(f"data.split {split} is not a split of {source.path}; there are {', '.join(saved)}")
@@ -175,28 +166,42 @@ def _saved(place: Place, source: SourceConfig, streaming: bool, split: str) -> D
     return saved.to_iterable_dataset(num_shards=min(64, max(len(saved), 1))) if streaming else saved
 
 
-def reading(kind: str, files: list[str]) -> dict[str, Any]:
-    """How `datasets` is to read a format: bytes that are not UTF-8 become U+FFFD instead of ending the run."""
-    if kind == "json":
-        return {
-            "encoding": "utf8",
-            "encoding_errors": "replace",
-        }  # the library decodes leniently only what is not "utf-8"
-    if kind == "csv":
-        return {"encoding_errors": "replace", **({"sep": "\t"} if suffix_of(files[0]) == ".tsv" else {})}
-    return {}
-
-
 def only_text(data: Dataset | IterableDataset, source: SourceConfig) -> Dataset | IterableDataset:
     """The data with its text column alone, called `text`; of conversations, their messages, as JSON in a stream."""
     name = choose_chat_column(columns(data), source) if source.chat else choose_column(text_columns(data), source)
     data = data.select_columns([name])
     data = data if name == "text" else data.rename_column(name, "text")
-    return data.map(_as_json, features=JSON_ROWS) if source.chat and isinstance(data, IterableDataset) else data
+    return data.map(_as_json, features=TABLE_ROWS) if source.chat and isinstance(data, IterableDataset) else data
 
 
 def _as_json(row: dict[str, Any]) -> dict[str, Any]:
-    return {"text": None if row["text"] is None else json.dumps(row["text"])}
+    return {"text": as_json(row["text"])}
+
+
+def _table_column(kind: str, files: list[str], source: SourceConfig) -> str:
+    """The column of files to read: the one that is asked for, in whichever file or row it first appears.
+
+    Raises:
+        BDHError: There is no such column, or none is asked for and there are none or several.
+    """
+    samples = sample_columns(kind, files)
+    names = list(dict.fromkeys(name for sample in samples for name in sample))
+    name = source.text_column
+    if name is not None and name not in names and has_column(kind, files, name):
+        return name
+    if source.chat:
+        return choose_chat_column(names, source)
+    if name is not None and any(sample.get(name, False) is None for sample in samples):
+        return name  # no value of it was seen yet
+    texts = [name for name in names if any(sample.get(name) for sample in samples)]
+    with_text = [sample for sample in samples if any(sample.values())]
+    everywhere = [name for name in texts if all(sample.get(name, False) is not False for sample in with_text)]
+    if name is None and not texts and names:
+        raise BDHError(
+            f"data: {source.path} has no text column in the first {SAMPLE_ROWS} rows of a file, which have "
+            f"{', '.join(names)}; if there is one, name it: --data.text_column"
+        )
+    return choose_column(everywhere if name is None and len(everywhere) == 1 else texts, source)
 
 
 def choose_column(columns: list[str], source: SourceConfig) -> str:
@@ -207,7 +212,7 @@ def choose_column(columns: list[str], source: SourceConfig) -> str:
         hint = "; name one: --data.text_column" if columns else ""
         raise BDHError(f"data: {source.path} {have}{hint}")
     if name is not None and name not in columns:
-        there = f"it has {', '.join(columns)}" if columns else "it has none"
+        there = f"it has {', '.join(columns)}" if columns else "none was found"
         raise BDHError(f"data.text_column {name} is not a text column of {source.path}; {there}")
     return name or columns[0]
 
@@ -234,116 +239,8 @@ def text_columns(data: Dataset | IterableDataset) -> list[str]:
     if data.features is None:
         first: dict[str, list[Any]] = next(data.iter(batch_size=1), {})
         return [name for name, values in first.items() if isinstance(values[0], str)]
-    texts = ("string", "large_string")
+    texts = ("string", "large_string", "string_view")
     return [name for name, kind in data.features.items() if isinstance(kind, Value) and kind.dtype in texts]
-
-
-# ---------------------------------------------------------------------------------------------------- finding
-
-
-def find(path: str) -> Place:
-    """What a path is: files and their format, a dataset's folder, or else a name on the hub. Raises BDHError."""
-    if not path:
-        raise BDHError("data.path is empty; it must name a file, a folder, a dataset, or be left out")
-    if not is_local(path):
-        kind = kind_of(path)
-        if kind is None:
-            raise BDHError(f"data.path {path} ends in none of the known formats: {known_suffixes()}")
-        return Place(kind, (path,))
-    local = Path(path).expanduser()
-    try:
-        if local.is_file() and kind_of(path) is None and is_text(local):
-            return Place("text", (str(local),))
-        if local.is_file():
-            return of_one_kind(path, [str(local)])
-        if local.is_dir():
-            return in_folder(local)
-    except OSError as error:
-        raise BDHError(f"data.path {path} cannot be read: {error.strerror}") from error
-    if glob.has_magic(path):
-        found = sorted(name for name in glob.glob(str(local), recursive=True) if Path(name).is_file())  # noqa: PTH207
-        if not found:
-            raise BDHError(f"data.path {path} matches no file")
-        return of_one_kind(path, found)
-    if is_hub_name(path):
-        return Place("dataset", name=path)
-    raise BDHError(f"data.path {path} does not exist")
-
-
-def is_hub_name(path: str) -> bool:
-    """Whether a path that is not on this disk can be the name of a dataset: NAME or OWNER/NAME, and no file's."""
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None and path[0] not in "./~" and kind_of(path) is None
-
-
-def in_folder(folder: Path) -> Place:
-    """A saved dataset, a dataset with its card or with files of one format, or text files."""
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return Place("saved", name=str(folder))
-    card = folder / "README.md"
-    front = _front_matter(card)
-    if re.search(r"^(configs|dataset_info):", front, re.MULTILINE):
-        return Place("dataset", name=str(folder))
-    files = sorted(str(file) for file in folder.rglob("*") if file.is_file() and not hidden(file, folder))
-    files = [file for file in files if not (front and Path(file) == card)]
-    kinds = {kind_of(file) for file in files if Path(file) != card} - {None}
-    if kinds - {"text"}:
-        if len(kinds) > 1:
-            raise BDHError(
-                f"data.path {folder} holds files of several formats ({', '.join(sorted(map(str, kinds)))}); name one "
-                f"by a glob, as in '{folder}/*.jsonl'"
-            )
-        return Place("dataset", name=str(folder))
-    texts = [file for file in files if kind_of(file) == "text"]
-    if not texts:
-        raise BDHError(f"data.path {folder} holds no text; looked for files ending in {known_suffixes()}")
-    return of_one_kind(str(folder), texts)
-
-
-def is_text(file: Path) -> bool:
-    """Whether a file of an unknown format begins like text: UTF-8 without control characters."""
-    with file.open("rb") as stream:
-        head = stream.read(4096)
-    text = head.decode("utf-8", errors="ignore")
-    return len(text.encode()) > len(head) - 4 and not set(text) & set(map(chr, [*range(9), *range(14, 27)]))
-
-
-def _front_matter(card: Path) -> str:
-    """What stands between the first two lines of dashes of a dataset's card; nothing where it is no card."""
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    return text.split("\n---", 1)[0].removeprefix("---") if text.startswith("---\n") else ""
-
-
-def hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
-def of_one_kind(path: str, files: list[str]) -> Place:
-    """Files that must all be of one known format, and not all empty."""
-    kinds = {kind_of(file) for file in files}
-    if None in kinds:
-        strange = next(file for file in files if kind_of(file) is None)
-        raise BDHError(f"data.path {strange} is of no known format; known are {known_suffixes()}")
-    if len(kinds) > 1:
-        raise BDHError(f"data.path {path} matches files of several formats: {', '.join(sorted(map(str, kinds)))}")
-    full = [file for file in files if Path(file).stat().st_size]
-    if not full:
-        raise BDHError(f"data.path {path} is empty")
-    return Place(str(kinds.pop()), tuple(full))
-
-
-def kind_of(file: str) -> str | None:
-    """The format of a file by its name, what it is compressed with left out; None for an unknown one."""
-    suffix = suffix_of(file)
-    return "text" if suffix in TEXT_SUFFIXES else KINDS.get(suffix)
-
-
-def suffix_of(file: str) -> str:
-    name = Path(file.split("?")[0])
-    return (name.with_suffix("") if is_compressed(str(name)) else name).suffix.lower()
-
-
-def known_suffixes() -> str:
-    return f"{' '.join(sorted([*KINDS, *TEXT_SUFFIXES]))} (and these with {' '.join(sorted(COMPRESSIONS))})"
 
 
 @contextmanager

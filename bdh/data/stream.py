@@ -105,6 +105,8 @@ class Reader:
             yield Batch(before, after, encoded["tokens"], encoded["ends"])
             before = after
         if whole and not read:
+            if counts.unusable:
+                raise BDHError(counts.nothing_usable(settings.source.path, settings.source.text_column))
             raise BDHError(
                 f"data: {settings.source.path} gives reader {self.number + 1} of {self.count} no text to train on; try "
                 "a smaller data.num_workers, or no data.streaming"

@@ -12,7 +12,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bdh.data.parts import Part, json_rows, parts_of, text_rows, whole_files
+from bdh.data.parts import Part, parts_of, text_rows, whole_files
+from bdh.data.tables import text_values
 from bdh.errors import BDHError
 
 
@@ -69,14 +70,14 @@ def test_json_lines_in_parts_are_the_lines(
     file = tmp_path_factory.mktemp("parts") / "a.jsonl"
     lines = [json.dumps({"text": text}, ensure_ascii=bool(len(text) % 2)) for text in texts]
     file.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass") + b"\n" * newline)
-    assert [row["text"] for row in json_rows(in_parts(file, size), "text")] == texts
+    assert [row["text"] for row in text_values("json", in_parts(file, size), "text")] == texts
 
 
 @pytest.mark.parametrize("line", ["this is no JSON", '{"text": "cut', "[1, 2]", "7"])
 def test_what_is_not_json_lines_is_named_with_its_place(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\n{line}\n')
     with pytest.raises(BDHError, match=r"a\.jsonl .* byte 17"):
-        list(json_rows(whole_files([str(tmp_path / "a.jsonl")]), "text"))
+        list(text_values("json", whole_files([str(tmp_path / "a.jsonl")]), "text"))
 
 
 def test_compressed_files_are_read_whole(tmp_path: Path) -> None:
@@ -105,9 +106,9 @@ def test_a_value_that_is_no_text_is_named(tmp_path: Path) -> None:
     for row in ({"text": 5}, {"text": ["a"]}):
         (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"}) + "\n" + json.dumps(row))
         with pytest.raises(BDHError, match="at byte 14 where a text should be, under text"):
-            list(json_rows(whole_files([str(tmp_path / "a.jsonl")]), "text"))
+            list(text_values("json", whole_files([str(tmp_path / "a.jsonl")]), "text"))
     (tmp_path / "a.jsonl").write_text('{"other": 1}\n"bare"\n{"text": "\\ud800"}')
-    assert [row["text"] for row in json_rows(whole_files([str(tmp_path / "a.jsonl")]), "text")] == [
+    assert [row["text"] for row in text_values("json", whole_files([str(tmp_path / "a.jsonl")]), "text")] == [
         None,
         "bare",
         "\ud800",

@@ -169,7 +169,7 @@ def test_resuming_does_not_read_from_the_beginning(tmp_path: Path, monkeypatch: 
         begun.append(len(line))
         return original(line)
 
-    monkeypatch.setattr("bdh.data.parts.json.loads", counted)
+    monkeypatch.setattr("bdh.data.json_files.json.loads", counted)
     rows = [row for row, _, _ in itertools.islice(stream.rows(whole[9999][2]), 10)]
     assert all(np.array_equal(row, expected[0]) for row, expected in zip(rows, whole[10_000:], strict=False))
     assert 0 < sum(begun) < file.stat().st_size / 20  # two or three parts of seventy
