@@ -27,8 +27,8 @@ def run(argv: list[str]) -> int:
         prog="bdh eval",
         allow_abbrev=False,
         description="Score a model on a text: --data.path as a whole, or the validation part of a corpus. Windows of "
-        "data.block_size tokens, the last one shorter, each predicted from its own beginning. --by_position reads longer "
-        "windows, with the state carried, and reports the loss by position.",
+        "data.block_size tokens, the last one shorter, each predicted from its own beginning. --by_position reads "
+        "longer windows, with the state carried, and reports the loss by position.",
     )
     parser.add_argument("--model", metavar="DIR", type=str, required=True, help="folder of an export")
     parser.add_class_arguments(DataConfig, "data")

@@ -24,6 +24,7 @@ class Share:
 
 
 ALONE = Share()
+WINDOWS_SCANNED = 1024  # at a time
 
 
 class BlockSource(Protocol):
@@ -225,7 +226,8 @@ class ValidationWindows:
     Args:
         tokens: Token ids.
         block_size: Tokens predicted in a window.
-        limit: Use at most this many windows, spread evenly over the text; None for all.
+        limit: Use at most this many windows, spread evenly over those of the text in which a token is to be predicted;
+            None for all.
         whole: Score every token after the first one: also those after the last window, in a shorter window.
     """
 
@@ -236,12 +238,26 @@ class ValidationWindows:
         self.whole = whole
         chosen = np.arange(self.count)
         if limit is not None and limit < self.count:
-            chosen = np.linspace(0, self.count - 1, limit).astype(int)
+            chosen = self._with_targets()
+            if limit < len(chosen):
+                chosen = chosen[np.linspace(0, len(chosen) - 1, limit).astype(int)]
         self.starts = chosen * block_size
         self.tail_size = len(tokens) - 1 - self.count * block_size if whole else 0
 
     def __len__(self) -> int:
         return len(self.starts) + (self.tail_size > 0)
+
+    def _with_targets(self) -> np.ndarray:
+        """The numbers of the windows in which a token is to be predicted, ascending; of all, if there are none."""
+        if self.tokens.dtype.kind == "u":
+            return np.arange(self.count)
+        found = []
+        for first in range(0, self.count, WINDOWS_SCANNED):
+            count = min(WINDOWS_SCANNED, self.count - first)
+            ids = self.tokens.read(first * self.block_size + 1, count * self.block_size)
+            found.append(first + np.flatnonzero((ids.reshape(count, -1) >= 0).any(1)))
+        numbers = np.concatenate(found)
+        return numbers if len(numbers) else np.arange(self.count)
 
     def batches(self, batch_size: int, share: Share = ALONE) -> Iterator[Tensor]:
         """The windows in order, (up to batch_size, block_size + 1) int64 at a time; the shorter one is the last batch.

@@ -55,6 +55,16 @@ def beyond_block_figures(beyond: PositionBin) -> dict[str, float]:
     }
 
 
+def check_has_targets(windows: ValidationWindows, batch_size: int, carry_state: bool) -> None:
+    """Raises BDHError if `evaluate` would find no token to predict in the windows."""
+    batches = windows.lanes(batch_size) if carry_state else windows.batches(batch_size)
+    if not any(bool((batch[:, 1:] >= 0).any()) for batch in batches):
+        raise BDHError(
+            f"no token of an answer is in the {len(windows)} windows of data.block_size {windows.block_size} to "
+            "validate on; use more conversations, a smaller data.train_split, or training.eval_windows null"
+        )
+
+
 @torch.no_grad()
 def evaluate(
     model: BDHForCausalLM,

@@ -290,7 +290,11 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         figures = {"loss": loss, "learning_rate": learning_rate, "gradient_norm": norm}
-        return {**figures, **({"answer_tokens": predicted} if self.config.data.has_chats() else {})}, by_parameter
+        if self.config.data.has_chats():
+            figures["answer_tokens"] = predicted
+        if not predicted:  # a mean over no tokens
+            del figures["loss"]
+        return figures, by_parameter
 
     def speed(self) -> dict[str, float]:
         """Figures of a step's work, averaged since this was last asked; evaluation and saving not counted as steps."""

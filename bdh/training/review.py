@@ -15,7 +15,7 @@ from bdh.inference.params import SamplingParams
 from bdh.model.card import state_bytes
 from bdh.training.activity import observe_activity
 from bdh.training.config import TrainConfig
-from bdh.training.evaluation import Evaluation, evaluate
+from bdh.training.evaluation import Evaluation, check_has_targets, evaluate
 from bdh.training.norms import Histogram, weight_histograms
 from bdh.training.processes import Processes
 from bdh.training.spread import Spread
@@ -38,6 +38,9 @@ class Review:
 
     Attributes:
         windows: What is scored.
+
+    Raises:
+        BDHError: Nothing in the windows is to be predicted.
     """
 
     def __init__(
@@ -58,12 +61,13 @@ class Review:
         self.end_of_text = end_of_text
         self.precision = precision
         self.windows = self.some_windows(config.training.eval_windows)
+        check_has_targets(self.windows, config.training.eval_batch_size, config.training.carry_state)
 
     def some_windows(self, count: int | None) -> ValidationWindows:
         return ValidationWindows(self.data.validation, self.config.data.block_size, count, whole=count is None)
 
     def validate(self) -> Evaluation:
-        """Scores the windows. Raises BDHError where nothing in them is to be predicted."""
+        """Scores the windows."""
         settings = self.config.training
         with self.spread.whole_steps():
             return evaluate(

@@ -121,7 +121,8 @@ class Tracker:
         """The figures of a training step that is logged."""
         self._record(record)
         scored = " of answers" if "answer_tokens" in record else ""
-        figures = f"loss{scored} {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
+        loss = f"loss{scored} {record['loss']:.4f}" if "loss" in record else "no answer tokens"
+        figures = f"{loss}  {record['tokens_per_second']:,.0f} tokens/s"
         if self.progress:
             self.progress.update(self.task, completed=record["step"], figures=figures)
         else:

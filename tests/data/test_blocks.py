@@ -151,6 +151,16 @@ def test_validation_lanes_go_on_from_batch_to_batch() -> None:
     assert sorted(torch.cat(batches)[:, 1:].flatten().tolist()) == sorted(set(range(1, 37)))
 
 
+def test_a_sample_is_of_windows_in_which_something_is_predicted() -> None:
+    ids = ~np.arange(401, dtype=np.int32)
+    ids[[9, 10, 100, 250, 399]] *= -1
+    ids[[9, 10, 100, 250, 399]] -= 1
+    windows = ValidationWindows(Tokens([ids[:57], ids[57:]]), 4, limit=3)
+    assert windows.starts.tolist() == [8, 96, 396]  # of 8, 96, 248 and 396
+    assert ValidationWindows(Tokens([ids]), 4, limit=9).starts.tolist() == [8, 96, 248, 396]
+    assert ValidationWindows(Tokens([ids[:9]]), 4, limit=1).starts.tolist() == [0]  # nothing is predicted
+
+
 @pytest.mark.parametrize("count", [42, 41, 44])
 @pytest.mark.parametrize("size", [1, 3, 4, 20])
 def test_windows_of_a_whole_text_predict_every_token_once(count: int, size: int) -> None:
