@@ -1,6 +1,5 @@
 """`bdh train`: all settings by flag, YAML and environment; `--resume` takes a run up again."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from bdh.training.config import TrainConfig, with_earlier_defaults
 DESCRIPTION = (
     "Train a model. A setting is taken from its flag, else from the last --config file that has it, else from its "
     "environment variable BDH_SECTION__FIELD, else it is the default. --resume continues the run in run_dir; "
-    "--resume PATH continues that run or checkpoint, with the settings it was saved with unless others are given; "
+    "--resume PATH continues that run or checkpoint, with the settings it was saved with instead of the defaults; "
     "--resume auto continues the run in run_dir if there is one, and begins it else, for whoever starts the same line "
     "again. Several processes: torchrun --nproc-per-node=N -m bdh train …; those that torchrun starts again go on from "
     "the last checkpoint. --init_from DIR fine-tunes an export: its sizes and its tokenizer come with it."
@@ -45,16 +44,39 @@ def run(argv: list[str]) -> int:
         assert where is not None
         return resume(parser, argv, where, stays=not elsewhere)
     if parsed.init_from:
-        argv = after(parsed, argv)
+        argv = begin_after(parser, parsed, argv)
     return finish(build_config(parser, parser.parse_args(argv)), None)
 
 
-def after(parsed: Any, argv: list[str]) -> list[str]:
-    """A command line that has underneath it what follows from the model to begin with."""
+def begin_after(parser: Parser, parsed: Any, argv: list[str]) -> list[str]:
+    """The command line of a run that begins with a model, from which the defaults of the parser are then taken."""
     from bdh.training.init_from import starting_settings
 
     settings = starting_settings(parsed.init_from, parsed.data.tokenizer)
-    return ["--config", json.dumps(settings), *argv, "--init_from", settings["init_from"]]
+    use_defaults(parser, settings, parsed.init_from)
+    return [*argv, "--init_from", settings["init_from"]]
+
+
+def use_defaults(parser: Parser, settings: dict[str, Any], origin: str) -> None:
+    """Makes settings the defaults of the parser, which flags, files and environment variables override.
+
+    Args:
+        parser: Of the command line.
+        settings: Sections with their fields, as in a YAML file.
+        origin: Where they are from, for messages.
+
+    Raises:
+        BDHError: One of them is no setting.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat.update(
+            {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+        )
+    known = {action.dest for action in parser._actions}
+    if unknown := sorted(flat.keys() - known):
+        raise BDHError(f"{origin} has the setting {unknown[0]}, which this version of bdh does not have")
+    parser.set_defaults(flat)
 
 
 def started_again() -> bool:
@@ -103,7 +125,7 @@ def notice(line: str) -> None:
 
 
 def resume(parser: Parser, argv: list[str], where: Path, stays: bool) -> int:
-    """Parses once more with a checkpoint's configuration underneath what the command line says.
+    """Parses once more with a checkpoint's configuration as the defaults.
 
     Args:
         parser: Of the command line.
@@ -114,10 +136,9 @@ def resume(parser: Parser, argv: list[str], where: Path, stays: bool) -> int:
     from bdh.training.checkpoint import naming_damage, read_state
 
     with naming_damage(where):
-        given = ["--config", json.dumps(with_earlier_defaults(read_state(where)["config"])), *argv]
-    if stays:
-        given += ["--run_dir", str(run_of(where))]
-    return finish(build_config(parser, parser.parse_args(given)), where)
+        use_defaults(parser, with_earlier_defaults(read_state(where)["config"]), str(where))
+    given = ["--run_dir", str(run_of(where))] if stays else []
+    return finish(build_config(parser, parser.parse_args([*argv, *given])), where)
 
 
 def run_of(checkpoint: Path) -> Path:

@@ -1,14 +1,17 @@
 """The configuration: flags, files, environment; and one line for every mistake."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from bdh.cli import train as cli_train
 from bdh.cli.parsing import build_config, ready_configs, train_parser
 from bdh.errors import BDHError
 from bdh.model import BDHConfig
+from bdh.training import checkpoint
 from bdh.training.config import (
     LIMITS,
     SYNAPSES,
@@ -229,3 +232,54 @@ def test_limits_hold_for_configurations_made_in_python_too() -> None:
     config.training.batch_size = 0
     with pytest.raises(BDHError, match=r"training\.batch_size is 0; it must be at least 1"):
         validate(config)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
+    """The configurations that `bdh train` would have started with."""
+    configs: list[TrainConfig] = []
+
+    def finish(config: TrainConfig, checkpoint: Path | None) -> int:
+        configs.append(config)
+        return 0
+
+    monkeypatch.setattr("bdh.cli.train.finish", finish)
+    return configs
+
+
+def test_the_environment_goes_before_what_a_run_was_saved_with(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[TrainConfig]
+) -> None:
+    saved = from_dict(checkpoint.read_state(checkpoint.find_checkpoint(finished_run))["config"])
+    monkeypatch.setenv("BDH_TRAINING__MAX_STEPS", "90")
+    monkeypatch.setenv("BDH_TRAINING__LEARNING_RATE", "0.002")
+    (tmp_path / "more.yaml").write_text("training: {learning_rate: 0.003}\n")
+    files = ["--config", str(tmp_path / "more.yaml")]
+    for argv in ([], files, [*files, "--training.learning_rate", "0.004"]):
+        assert cli_train.run(["--resume", str(finished_run), *argv]) == 0
+    assert [config.training.learning_rate for config in started] == [0.002, 0.003, 0.004]
+    expected = replace(saved, training=replace(saved.training, max_steps=90, learning_rate=0.002))
+    assert replace(started[0], run_dir=saved.run_dir) == expected
+
+
+def test_the_environment_goes_before_what_a_model_brings(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, started: list[TrainConfig]
+) -> None:
+    begin = ["--init_from", str(finished_run / "model")]
+    assert cli_train.run(begin) == 0
+    monkeypatch.setenv("BDH_MODEL__DROPOUT", "0.35")
+    assert cli_train.run(begin) == 0
+    plain, given = started
+    assert plain.model.n_embd != TrainConfig().model.n_embd
+    assert given == replace(plain, model=replace(plain.model, dropout=0.35))
+
+
+def test_a_saved_setting_that_is_none_is_one_line(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, started: list[TrainConfig]
+) -> None:
+    def newer(path: Path) -> dict[str, Any]:
+        return {"config": {"training": {"batch_size": 2, "of_the_future": 1}}}
+
+    monkeypatch.setattr("bdh.training.checkpoint.read_state", newer)
+    with pytest.raises(BDHError, match=r"checkpoint-\d+ has the setting training\.of_the_future, which this version"):
+        cli_train.run(["--resume", str(finished_run)])
