@@ -5,6 +5,8 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -36,7 +38,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line torn by a kill is left out. A missing file has none."""
     records = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
@@ -44,6 +46,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
     return records
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    """Writes all of the data; a single write may accept a part of it. Raises OSError."""
+    while data:
+        data = data[file.write(data) or 0 :]
 
 
 class PatientConsole(Console):
@@ -74,7 +82,7 @@ class Tracker:
         self.write_into(run_dir)
         self.max_steps = max_steps
         self.console = PatientConsole(highlight=False, soft_wrap=True)
-        self.complained = False
+        self.unwritable: set[Path] = set()  # files that were warned of
         self.last_step = max((record["step"] for record in read_metrics(self.metrics_path)), default=0)
         self.others: Trackers | None = None
         self.progress: Progress | None = None
@@ -179,18 +187,24 @@ class Tracker:
             self.others.scalars(record)
 
     def _append(self, path: Path, text: str) -> None:
+        """Adds a record to a file, whole or not at all. A file that cannot be written is warned of once."""
         if not self.is_main:
             return
-        size = path.stat().st_size if path.is_file() else 0
         try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(text)
+            with path.open("ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    _write_all(file, text.encode("utf-8"))
+                except OSError:
+                    with suppress(OSError):
+                        file.truncate(size)  # no half a record for the next one to run into
+                    raise
         except OSError as error:
-            if path.is_file():
-                os.truncate(path, size)  # no half a record for the next one to run into
-            if not self.complained:
-                self.say(f"warning: {path} cannot be written ({error.strerror}); training goes on without it")
-                self.complained = True
+            if path not in self.unwritable:
+                self.say(f"warning: {path} cannot be written ({error.strerror or error}); training goes on without it")
+            self.unwritable.add(path)
+        else:
+            self.unwritable.discard(path)
 
     def _forget_after(self, step: int) -> None:
         """Drops what was written after the checkpoint a run goes on from, so that nothing stands there twice."""
