@@ -160,7 +160,7 @@ def by_position(
             f"by_position is {length}, but {name} has {len(tokens):,} tokens; use a length of at most "
             f"{len(tokens) - 1}, or a longer text"
         )
-    windows = ValidationWindows(tokens, length, args.windows)
+    windows = ValidationWindows(tokens, length, args.windows, whole=args.windows * length >= len(tokens) - 1)
     device: torch.device = next(model.parameters()).device
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("scoring", total=len(windows) * length)

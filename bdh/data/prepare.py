@@ -53,7 +53,7 @@ class Counts:
     def nothing_usable(self, name: str, column: str | None) -> str:
         """The message for a text of which no row can be used."""
         if self.unusable:
-            return f"data: {name} holds no conversation that can be used; the first: {self.problem}"
+            return f"data: {name} holds no conversation that can be used; {self.problem}"
         under = f" under data.text_column {column}" if column else ""
         return f"data: {name} holds no text{under}: {f'all {self.empty:,} rows are empty' if self.empty else 'no rows'}"
 
