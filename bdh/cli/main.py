@@ -6,6 +6,8 @@ import io
 import logging
 import os
 import sys
+from contextlib import suppress
+from errno import EBADF
 
 from bdh import __version__
 from bdh.errors import BDHError, ToldElsewhere
@@ -89,19 +91,45 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
+        place = "the output cannot be written: " if error.errno == EBADF and not place else place
         print(f"bdh {name}: error: {place}{error.strerror or error}", file=sys.stderr)
         return 2
 
 
+def open_closed_streams() -> None:
+    """Opens standard streams that the caller has closed, as `>&-` does: or files opened later would get their numbers.
+
+    stdin is then empty, what goes to stderr is discarded, and writing to stdout is an error as it was before.
+    """
+    for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
+        if getattr(sys, name) is not None:
+            continue
+        with suppress(OSError):
+            os.fstat(number)  # open, but of no use to Python
+            continue
+        opened = os.open(os.devnull, flags)  # the lowest number that is free, which is this one
+        if opened != number:
+            os.dup2(opened, number)
+            os.close(opened)
+        mode = "r" if name == "stdin" else "w"
+        setattr(sys, name, open(number, mode, encoding="utf-8", errors="replace", closefd=False))  # noqa: SIM115
+
+
 def entry() -> None:
     """The console command: `main`, and its output written out before the process ends."""
+    open_closed_streams()
+    code: int | str | None = 0
     try:
-        code = main()
+        try:
+            code = main()
+        except SystemExit as done:  # as --help ends
+            code = done.code
         sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more
-        code = 141
-        if not isinstance(error, BrokenPipeError):
+        if isinstance(error, BrokenPipeError):
+            code = 141
+        elif not code:  # an error of the command has its line already
             print(f"bdh: error: the output cannot be written: {error.strerror}", file=sys.stderr)
             code = 2
     sys.exit(code)

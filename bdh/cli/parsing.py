@@ -22,6 +22,7 @@ def ready_configs() -> dict[str, str]:
     return {entry.name.removesuffix(".yaml"): str(entry) for entry in folder.iterdir() if entry.name.endswith(".yaml")}
 
 
+_FUNCTION = r"<function\s+\S+\s+at\s+0x[0-9a-f]+>"  # as which jsonargparse shows the type of an option with choices
 OTHER_VARIABLES = {"BDH_SHAKESPEARE_URL", "BDH_API_KEYS"}  # of this program, but no settings
 
 
@@ -52,6 +53,12 @@ class Parser(ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:  # type: ignore[override]
         return super().parse_args(None if args is None else files_first(args), *more, **options)
+
+    def format_help(self) -> str:
+        """The help text; types are in words, and are left out beside choices."""
+        text = re.sub(rf"\(type:\s+{_FUNCTION},\s+", "(", super().format_help())
+        text = re.sub(rf"(,\s+type:\s+{_FUNCTION})|(\s+\(type:\s+{_FUNCTION}\))", "", text)
+        return re.sub(r"<class\s+'(?:\w+\.)*(\w+)'>", r"\1", text)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise BDHError(self.explain(message)) from ex

@@ -2,12 +2,13 @@
 
 import os
 import re
-from errno import EDQUOT, EFBIG, ENOSPC
+from errno import EACCES, EDQUOT, EFBIG, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
 from bdh.data.settings import SourceConfig
 
 UNREACHABLE = {"ConnectionError", "OfflineModeIsEnabled", "TimeoutError", "HfHubHTTPError", "HTTPError"}
+UNWRITABLE = {EACCES, EPERM, EROFS, ENOTDIR}
 # What the libraries say of a setting, and how we do: {0} is the source, {1} … what the pattern found.
 SETTINGS = (
     (
@@ -44,6 +45,8 @@ def explain(error: BaseException, source: SourceConfig) -> str:
     full = [link for link in chain if isinstance(link, OSError) and link.errno in (ENOSPC, EFBIG, EDQUOT)]
     if full:
         return f"{name} cannot be prepared in {cache_folder()}: {full[0].strerror}; make room, or set HF_HOME"
+    if (problem := cache_problem(chain)) is not None:
+        return f"{name} cannot be prepared: {problem}"
     if "Permission denied" in text or "Read-only file system" in text:
         return f"{name} cannot be read or prepared: {reason(chain)}; {cache_folder()} must be writable, or set HF_HOME"
     if "GatedRepoError" in kinds or re.search(r"\bgated dataset\b", text):
@@ -64,6 +67,22 @@ def explain(error: BaseException, source: SourceConfig) -> str:
     if kinds & UNREACHABLE:
         return f"{name} cannot be reached ({reason(chain)}); check the connection, or give a local path"
     return f"{name} cannot be read: {reason(chain)}"
+
+
+def cache_problem(chain: list[BaseException]) -> str | None:
+    """The message for a cache folder of the Hugging Face libraries that cannot be made or written; None for others."""
+    from huggingface_hub import constants
+
+    folders = [Path(folder).expanduser().absolute() for folder in (constants.HF_HOME, cache_folder())]
+    for link in chain:
+        if not isinstance(link, OSError) or not isinstance(link.filename, str):
+            continue
+        path = Path(link.filename).absolute()
+        above = any(folder.is_relative_to(path) for folder in folders)
+        inside = any(path.is_relative_to(folder) for folder in folders)
+        if above or (inside and link.errno in UNWRITABLE):
+            return f"{folders[0]} must be writable ({path}: {link.strerror}), or set HF_HOME to a folder that is"
+    return None
 
 
 def offline() -> bool:

@@ -39,9 +39,10 @@ class Location:
     name: str = ""
     remarks: tuple[str, ...] = ()
 
-    def size(self) -> str:
-        """How many files there are; empty for a dataset, which `datasets` reads."""
-        return counted(len(self.files), "file") if self.files else ""
+    def size(self, path: str) -> str:
+        """The number of files; empty for a dataset, which `datasets` reads, and where the path is the only file's."""
+        named = self.files == (str(Path(path).expanduser()),) or not is_local(path)
+        return "" if named or not self.files else counted(len(self.files), "file")
 
 
 def counted(count: int, noun: str) -> str:

@@ -312,7 +312,7 @@ class _Opener:
         if not text.counts.documents:
             raise BDHError(text.counts.nothing_usable(source.path, source.text_column))
         how = "found tokenized in the cache" if text.cached else "tokenized"
-        sizes = [location.size(), *([] if location.kind == "text" else [counted(len(rows), "row")])]
+        sizes = [location.size(source.path), *([] if location.kind == "text" else [counted(len(rows), "row")])]
         self.say(f"{source.path} ({split}): {', '.join(filter(None, sizes))}, {len(text.tokens):,} tokens {how}")
         return text
 
@@ -374,8 +374,8 @@ class _Opener:
             reader = Reader(settings, self.share.rank * readers + worker, total)
             lanes = self.batch_size // self.share.world
             streams.append(CarriedLanes(reader, lanes) if self.carry_state else WindowedBlocks(reader))
-        size_of_it = location.size()
-        self.say(f"{source.path}: {size_of_it + ', ' if size_of_it else ''}reading the validation text")
+        files = location.size(source.path)
+        self.say(f"{source.path}: {files + ', ' if files else ''}reading the validation text")
         validation, size, remarks = self.held_out(source, share, total)
         if len(validation) <= config.block_size:
             self._check_usable(source)

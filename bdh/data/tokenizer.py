@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
+from bdh.data.failures import cache_problem, causes
 from bdh.errors import BDHError, one_line
 
 
@@ -62,6 +63,8 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
 
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds; all mean the same to the user
+        if not folder.is_dir() and (problem := cache_problem(causes(error))) is not None:
+            raise BDHError(f"data.tokenizer {name} cannot be loaded from the hub: {problem}") from error
         where = "cannot be loaded" if folder.is_dir() else "is no folder here and cannot be loaded from the hub"
         raise BDHError(f"data.tokenizer {name} {where}: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -1,6 +1,8 @@
 """Every command as a user runs it."""
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -99,6 +101,47 @@ def test_generate_streams_while_it_writes(finished_run: Path, tmp_path: Path) ->
     process.stdout.close()  # the reader goes away, as `| head` does
     assert process.wait(timeout=120) == 141
     assert process.stderr is not None and b"Traceback" not in process.stderr.read()
+
+
+HELP = [
+    *({"keys", "tokenizer"} ^ set(COMMANDS)),
+    *(f"tokenizer {name}" for name in ("train", "info", "encode", "decode")),
+]
+
+
+@pytest.mark.parametrize("command", sorted(HELP))
+def test_help_shows_types_in_words(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, *rest = command.split()
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"bdh.cli.{name}").run([*rest, "--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and shown.startswith("usage: ")
+    assert not re.search(r"<(class|function|locals)|lambda| at 0x|\(\)(?! reads)", shown)
+
+
+@pytest.mark.parametrize(
+    "command", ["--help", "info --help", "tokenizer decode bytes 65", "generate --model {model} --prompt a"]
+)
+def test_a_closed_stdout_is_one_line(finished_run: Path, command: str) -> None:
+    arguments = command.format(model=finished_run / "model").split()
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "bdh", *arguments],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"bdh( \w+)?: error: the output cannot be written: Bad file descriptor\n", done.stderr)
+
+
+def test_closed_streams_are_opened_so_that_no_file_takes_their_numbers(tmp_path: Path) -> None:
+    script = (
+        "import sys; from bdh.cli.main import open_closed_streams as opened; opened(); "
+        f"file = open({str(tmp_path / 'a')!r}, 'w'); print('lost', file=sys.stderr); file.write(str(file.fileno())); "
+        "file.write(repr(sys.stdin.read()))"
+    )
+    subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", script], check=True)
+    assert (tmp_path / "a").read_text() == "3''"
 
 
 def test_eval_of_a_file_and_of_a_corpus(finished_run: Path, tmp_path: Path, bdh: Run) -> None:

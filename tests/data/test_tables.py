@@ -189,7 +189,7 @@ def test_what_is_read_and_what_is_not_is_said(tmp_path: Path) -> None:
     read = DataConfig(path=str(tmp_path / "log.1"))
     remarks: list[str] = []
     read_text(read, byte_tokenizer(), said.append, remarks.append)
-    assert said[0].endswith("(train): 1 file, 63 tokens tokenized")
+    assert said[0].endswith("(train): 63 tokens tokenized")
     assert remarks == [f"{tmp_path}/log.1 has no suffix of a known format and is read as plain text"]
 
 
@@ -204,3 +204,21 @@ def test_a_text_of_which_nothing_can_be_used_is_refused_for_that_reason(tmp_path
         empty = DataConfig(path=str(tmp_path / "b.jsonl"), text_column="text", block_size=8, streaming=streaming)
         with pytest.raises(BDHError, match=r"holds no text under data\.text_column text: all 40 rows are empty"):
             open_data(empty, byte_tokenizer(), 2, 1)
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_setting_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.write_text("a file, in which there can be no folder")
+    for name, folder in (
+        ("huggingface_hub.constants.HF_HOME", home),
+        ("datasets.config.HF_DATASETS_CACHE", home / "d"),
+    ):
+        monkeypatch.setattr(name, str(folder))
+    file = lines(tmp_path / "a.jsonl", {"text": "a"})
+    for streaming in (False, True):
+        with pytest.raises(
+            BDHError, match=r"home must be writable \(.*: Not a directory\), or set HF_HOME to a folder"
+        ):
+            texts(file, streaming)
