@@ -312,8 +312,9 @@ class _Opener:
         if not text.counts.documents:
             raise BDHError(text.counts.nothing_usable(source.path, source.text_column))
         how = "found tokenized in the cache" if text.cached else "tokenized"
-        sizes = [location.size(source.path), *([] if location.kind == "text" else [counted(len(rows), "row")])]
-        self.say(f"{source.path} ({split}): {', '.join(filter(None, sizes))}, {len(text.tokens):,} tokens {how}")
+        sizes = [location.size(source.path), "" if location.kind == "text" else counted(len(rows), "row")]
+        sizes.append(f"{len(text.tokens):,} tokens {how}")
+        self.say(f"{source.path} ({split}): {', '.join(filter(None, sizes))}")
         return text
 
     def _still(self, text: Prepared, held_out: Prepared | None, name: str, stream: int, chat: bool) -> _Part:
