@@ -54,9 +54,9 @@ class Parser(ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:  # type: ignore[override]
         return super().parse_args(None if args is None else files_first(args), *more, **options)
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **options: Any) -> str:
         """The help text; types are in words, and are left out beside choices."""
-        text = re.sub(rf"\(type:\s+{_FUNCTION},\s+", "(", super().format_help())
+        text = re.sub(rf"\(type:\s+{_FUNCTION},\s+", "(", super().format_help(*args, **options))
         text = re.sub(rf"(,\s+type:\s+{_FUNCTION})|(\s+\(type:\s+{_FUNCTION}\))", "", text)
         return re.sub(r"<class\s+'(?:\w+\.)*(\w+)'>", r"\1", text)
 
