@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from bdh.errors import BDHError
 
 VALIDATION_TOKENS = 1 << 20  # of a stream: what is held out and read before training begins
 VALIDATION_READ = 200_000_000  # characters of a stream read to find them
+POSITIONS = 2  # raise it when positions in a stream of files with columns become others
 ROWS_CHECKED = 1000  # of a stream in which too little was held out
 
 
@@ -387,6 +389,9 @@ class _Opener:
         name = source.path.rstrip("/").rsplit("/", 1)[-1]  # a run may be taken up from another folder
         identity: dict[str, Any] = {"stream": [name, source.config, source.split, source.revision]}
         identity["validation_checksum"] = validation.checksum()
+        in_folder = location.kind == "json" and Path(source.path).expanduser().is_dir()
+        if location.kind in ("parquet", "csv", "arrow") or in_folder:  # earlier versions had other positions in these
+            identity["positions"] = POSITIONS
         return _Part(
             StreamRows(streams, source.path, config.num_workers > 0),
             validation,
