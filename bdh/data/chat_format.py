@@ -126,8 +126,8 @@ class ChatFormat:
         for name in [None, *names] if self.renderer == self._render_here else [None]:
             for messages in ([question, answer, question], [question, answer]):
                 try:
-                    whole = self._render(messages, False) if name is None else self._render_here(messages, False, name)
-                except Exception:  # a template for something else, which may raise any
+                    whole = self._render(messages, False, name)
+                except BDHError:  # as above
                     continue
                 ends += self._special_tokens(whole.partition(ANSWER)[2].partition(QUESTION)[0])[:1]
         return tuple(dict.fromkeys(ends))
@@ -137,9 +137,12 @@ class ChatFormat:
         special = special_ids(self.tokenizer)
         return [token for token in self.tokenizer(text, add_special_tokens=False).input_ids if token in special]
 
-    def _render(self, messages: Sequence[Message], answer_next: bool) -> str:
+    def _render(self, messages: Sequence[Message], answer_next: bool, name: str | None = None) -> str:
+        """The text of messages in the default template, or here in the one of a name. Raises BDHError."""
         try:
-            return self.renderer(messages, answer_next)
+            return (
+                self.renderer(messages, answer_next) if name is None else self._render_here(messages, answer_next, name)
+            )
         except Exception as error:  # a template is a program: it may raise any
             raise BDHError(f"the chat template does not take these messages: {one_line(error)}") from error
 
