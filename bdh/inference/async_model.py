@@ -219,13 +219,19 @@ class AsyncModel(ABC):
 
     async def beside(self, function: Callable[[], T]) -> T:
         """Calls what takes long in one of a few threads. Raises QueueFull if many wait for them, or as it does."""
-        async with self._counted():
-            return await asyncio.get_running_loop().run_in_executor(self._beside, function)
+        return await self._call_in(self._beside, function)
 
     async def call_in_chat_thread(self, function: Callable[[], T]) -> T:
         """As `beside`, for what renders the chat template. The event loop must never do that itself."""
+        return await self._call_in(self._chats, function)
+
+    async def _call_in(self, executor: ThreadPoolExecutor, function: Callable[[], T]) -> T:
         async with self._counted():
-            return await asyncio.get_running_loop().run_in_executor(self._chats, function)
+            try:
+                future = asyncio.get_running_loop().run_in_executor(executor, function)
+            except RuntimeError as error:  # it was shut down
+                raise closed() from error
+            return await future
 
     @abstractmethod
     def aside(self) -> Aside:

@@ -45,7 +45,12 @@ def test_an_export_with_a_decay(given: list[object], trained: Path, tmp_path: Pa
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     card = (tmp_path / "calibrated" / "README.md").read_text()
     assert "## Calibration" in card and "held out.txt" in card and "## Training" in card
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "modeling_bdh.py"):
+    old_texts, new_texts = (
+        json.loads((folder / "tokenizer_config.json").read_text()) for folder in (trained, tmp_path / "calibrated")
+    )
+    assert old_texts.pop("model_max_length") == 16 < new_texts.pop("model_max_length")  # none, with decay
+    assert old_texts == new_texts
+    for name in ("tokenizer.json", "generation_config.json", "modeling_bdh.py"):
         assert (tmp_path / "calibrated" / name).read_bytes() == (trained / name).read_bytes()
     ends = []
     for folder in (trained, "calibrated"):

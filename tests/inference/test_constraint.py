@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from bdh.data.tokenizer import IncrementalDecoder, byte_level_symbols, byte_tokenizer
 from bdh.data.vocabulary import SPECIAL_TOKENS, train_tokenizer
 from bdh.errors import BDHError
-from bdh.inference.constraint import Constraint, Grammars
+from bdh.inference.constraint import SEARCHED, Constraint, Grammars
 from bdh.inference.params import SamplingParams
 
 KINDS = ("byte", "bytes", "bpe", "unigram", "wordpiece")
@@ -401,9 +400,10 @@ def test_a_length_that_no_text_reaches_is_refused(keyword: str) -> None:
             grammars_of("wordpiece").constraint(SamplingParams(json_schema=schema))
 
 
-def test_a_long_search_leaves_most_of_the_time_to_others() -> None:
-    """Another thread runs while a grammar is looked into, and searches take turns."""
-    began = time.thread_time(), time.perf_counter()
+def test_a_long_search_leaves_most_of_the_time_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread sleeps after each step of a search, once that has taken BRISK_SECONDS."""
+    pauses: list[float] = []
+    monkeypatch.setattr("bdh.inference.constraint.time.sleep", pauses.append)
+    monkeypatch.setattr("bdh.inference.constraint.BRISK_SECONDS", 0.0)
     assert grammars_of("wordpiece").constraint(SamplingParams(json_schema={"type": "string", "minLength": 3000}))
-    busy, took = time.thread_time() - began[0], time.perf_counter() - began[1]
-    assert busy < 0.6 * took
+    assert 1000 < len(pauses) <= SEARCHED and min(pauses) > 0

@@ -67,6 +67,7 @@ def guarded_server(export: Path, folder: Path) -> Iterator[Guarded]:
         "--serve.requests.body_seconds": SECONDS,
         "--serve.requests.idle_seconds": SECONDS,
         "--serve.requests.max_body_bytes": LARGEST,
+        "--serve.requests.max_prompt_tokens": 300_000,
         "--serve.cors.origins": json.dumps([PAGE]),
         "--serve.docs": "false",
         "--serve.logging.level": "debug",

@@ -240,7 +240,7 @@ def taking_nothing(url: str) -> Wire:
 def test_what_takes_too_long_is_cut_off(
     export: Path, tmp_path: Path, drain: float, signals: list[signal.Signals]
 ) -> None:
-    flags = ["--serve.drain_seconds", drain, "--max_batch_size", 2]
+    flags = ["--serve.drain_seconds", drain, "--max_batch_size", 2, "--serve.requests.max_prompt_tokens", 300_000]
     with running(tmp_path, "--model", export, *flags) as server:
         inside = [begun(server.url, stream=stream) for stream in (True, False, True, False)]  # two of them wait
         silent, stuck = Wire(server.url), taking_nothing(server.url)

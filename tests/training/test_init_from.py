@@ -318,8 +318,8 @@ def test_validation_scores_answers_alone(finished_run: Path, tmp_path: Path) -> 
 def test_nothing_to_score_is_said(finished_run: Path, tmp_path: Path) -> None:
     row = [{"role": "user", "content": "x" * 3000}, {"role": "assistant", "content": "y"}]
     (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps({"messages": row})] * 4))
-    run = trainer(
-        tmp_path / "run", finished_run / "model", {"path": str(tmp_path / "chat.jsonl"), "chat": True}, eval_windows=1
-    )
-    with pytest.raises(BDHError, match="there is no token of an answer to validate on; use more conversations"):
-        run.evaluate()
+    data = {"path": str(tmp_path / "chat.jsonl"), "chat": True}
+    with pytest.raises(
+        BDHError, match=r"no token of an answer is in the 1 windows of data\.block_size 32 to validate on"
+    ):
+        trainer(tmp_path / "run", finished_run / "model", data, eval_windows=1)
