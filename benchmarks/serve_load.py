@@ -82,8 +82,8 @@ async def ask(host: str, port: int, asked: Asked, tally: Tally) -> None:
     reader, writer = await asyncio.open_connection(host, port)
     try:
         writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(body) + body
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         )
         if asked.hangs_up_after is not None and not asked.stream:
             await asyncio.sleep(asked.hangs_up_after)
