@@ -4,6 +4,7 @@ Every source comes out the same: a `Dataset`, or an `IterableDataset` when strea
 None) and, for plain text read in pieces, `ends` (whether the document ends with the row).
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 
 from bdh.data.chat import CHAT_COLUMNS
 from bdh.data.failures import cache_folder, explain, offline, reason
-from bdh.data.finding import Location, find
+from bdh.data.finding import Location, find, suffix_of
 from bdh.data.parts import is_local, parts_of, text_rows, whole_files
 from bdh.data.settings import SourceConfig
 from bdh.data.tables import (
@@ -145,8 +146,18 @@ def _check_plain(source: SourceConfig) -> None:
 
 
 def _downloaded(address: str) -> str:
-    """A copy of a remote file in the cache, decompressed; one that has changed there is downloaded again."""
-    return str(datasets.DownloadManager().download_and_extract(address))
+    """A copy of a remote file in the cache, decompressed; one that has changed there is downloaded again.
+
+    The cache names files by their addresses' hashes. A file of tabs gets a second name, which says so.
+    """
+    path = Path(datasets.DownloadManager().download_and_extract(address))
+    if suffix_of(address) != ".tsv":
+        return str(path)
+    named, partial = path.with_name(f"{path.name}.tsv"), path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(path)
+    partial.replace(named)
+    return str(named)
 
 
 def _generated(rows: Any, features: Features, given: dict[str, Any], streaming: bool) -> Dataset | IterableDataset:

@@ -85,8 +85,12 @@ def load_export_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def use_once(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Encodes and decodes a letter. Raises any exception where a setting that loading ignores is of the wrong type."""
-    tokenizer.decode(tokenizer("a", add_special_tokens=False, verbose=False).input_ids, skip_special_tokens=True)
+    """Encodes an empty text and decodes a token. Raises any exception where a setting that loading ignores is wrong.
+
+    No other text will do: a tokenizer without an unknown token encodes the words of its vocabulary only.
+    """
+    tokenizer("", add_special_tokens=False, verbose=False)
+    tokenizer.decode([min(tokenizer.get_vocab().values(), default=0)], skip_special_tokens=True)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -20,6 +20,7 @@ EXPORT_FILES = re.compile(
     r"README\.md|(generation_)?config\.json|(modeling|configuration)_bdh\.py|model.*\.safetensors(\.index\.json)?"
     r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|vocab\.json|merges\.txt"
 )
+EXPORT_FOLDERS = frozenset({"additional_chat_templates"})  # of tokenizers whose templates have names
 
 
 def save_export(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast | None, directory: Path, card: str) -> None:
@@ -64,8 +65,8 @@ def apply_umask(folder: Path) -> None:
     safetensors writes through a private temporary file, so weights would be readable by their owner only.
     """
     mode = folder.stat().st_mode & 0o666  # the umask itself can only be read by changing it, in all threads
-    for path in folder.iterdir():
-        if path.stat().st_mode & 0o777 != mode:
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o777 != mode:
             path.chmod(mode)
 
 
@@ -100,7 +101,11 @@ def check_target(directory: Path) -> None:
         raise BDHError(f"{directory} is a file; name a folder for the export")
     if not directory.is_dir() or not any(directory.iterdir()):
         return
-    foreign = [path.name for path in directory.iterdir() if path.is_dir() or not EXPORT_FILES.fullmatch(path.name)]
+    foreign = [
+        path.name
+        for path in directory.iterdir()
+        if not (path.name in EXPORT_FOLDERS if path.is_dir() else EXPORT_FILES.fullmatch(path.name))
+    ]
     try:
         is_bdh = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"] == "bdh"
     except (OSError, ValueError, KeyError, TypeError):

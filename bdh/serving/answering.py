@@ -12,7 +12,7 @@ from bdh.serving.protocol import KnownFields
 from bdh.serving.streaming import DONE, EventStream, JSONAnswer, as_event, until_gone
 from bdh.serving.writing import Writing
 
-LARGE = 2000  # tokens whose log-probabilities are sooner put into JSON beside the event loop
+LARGE = 200  # tokens whose log-probabilities are sooner put into JSON beside the event loop
 
 
 class Work(Protocol):

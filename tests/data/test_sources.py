@@ -164,7 +164,7 @@ def test_an_address(serve: tuple[Path, str], streaming: bool, monkeypatch: pytes
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     folder, address = serve
-    for name in ("a.jsonl", "b.parquet", "c.txt", "d.jsonl.gz"):
+    for name in ("a.jsonl", "b.parquet", "c.txt", "d.jsonl.gz", "e.csv", "f.tsv"):
         write(folder / name)
         expected = ["\n".join(TEXTS)] if name == "c.txt" else TEXTS
         assert texts(f"{address}/{name}", streaming) == expected

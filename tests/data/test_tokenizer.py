@@ -1,11 +1,15 @@
 """The byte tokenizer: ids are the bytes, nothing is lost."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bdh.data.tokenizer import byte_level_symbols, byte_tokenizer
+from bdh.data.tokenizer import byte_level_symbols, byte_tokenizer, load_export_tokenizer, load_tokenizer
 
 TOKENIZER = byte_tokenizer()
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
@@ -35,3 +39,14 @@ def test_the_vocabulary_is_256_and_nothing_else(tmp_path: object) -> None:
 
 def test_bytes_that_are_no_utf8_decode_to_replacement_marks() -> None:
     assert TOKENIZER.decode([0xFF, 0x41]) == "\ufffdA"
+
+
+@pytest.mark.parametrize("load", [lambda folder: load_tokenizer(str(folder)), load_export_tokenizer])
+def test_a_vocabulary_need_not_have_every_letter(
+    load: Callable[[Path], PreTrainedTokenizerFast], tmp_path: Path
+) -> None:
+    """One of symbols, without a token for what is unknown."""
+    backend = Tokenizer(models.WordLevel({"x": 0, "y": 1}))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    assert load(tmp_path)("x y").input_ids == [0, 1]

@@ -203,6 +203,16 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path, mask: int, mode
     assert not list(tmp_path.glob(".*"))
 
 
+def test_templates_with_names_can_be_entered_and_replaced(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "other": "{{ messages[0].role }}"}
+    for card in ("one", "two"):
+        save_export(BDHForCausalLM(small_config()), tokenizer, tmp_path / "model", card)
+    folder = tmp_path / "model" / "additional_chat_templates"
+    assert folder.stat().st_mode & 0o111 == (tmp_path / "model").stat().st_mode & 0o111 != 0
+    assert (tmp_path / "model" / "README.md").read_text() == "two"
+
+
 @pytest.mark.parametrize(
     "synapses",
     [{}, {"decay": "fixed"}, {"decay": "gated"}, {"write": "delta"}, {"decay": "gated", "write": "delta"}],
