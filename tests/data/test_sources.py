@@ -165,7 +165,7 @@ def test_an_address(serve: tuple[Path, str], streaming: bool, monkeypatch: pytes
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     folder, address = serve
     for name in ("a.jsonl", "b.parquet", "c.txt", "d.jsonl.gz", "e.csv", "f.tsv"):
-        write(folder / name)
+        write(folder / name, number=list(range(len(TEXTS))))
         expected = ["\n".join(TEXTS)] if name == "c.txt" else TEXTS
         assert texts(f"{address}/{name}", streaming) == expected
     for name, message in (("gone.jsonl", "cannot be re"), ("strange.bin", "none of the known formats")):
