@@ -19,7 +19,13 @@ Backward, with V the gradient of U and G that of what a chunk writes (for "delta
     d log a = A . E + U . V
 
 and the gradient of log_decay_t is the sum over t' >= t of A . E - U . V, plus S . dS of the end: it scales what the
-tokens from t on read, and its inverse what they write.
+tokens from t on read, and its inverse what they write. The difference of two numbers that are rounded would keep their
+rounding, and its sum over many tokens would be of that: so it is summed by its parts,
+
+    A . E - U . V = sums over rows minus sums over columns of dM * M, plus a exp(u) (R S) . E - a exp(u_C - u) (R G) . U
+
+of which the first are of the same products and cancel exactly within a chunk, and the rest is as small as the share of
+the synapses that outlasts the tokens between.
 """
 
 from collections.abc import Sequence
@@ -137,25 +143,27 @@ class GatedAttention:
         beta = self.of_heads(self.gates.beta, heads)  # (k * G, C)
         M, inverse, squares = self.gated_op.delta_scores(R, u, beta, self.repeated(heads))  # 2 x (k * G, C, C)
         if self.has_past:
-            A, U, states, end = self.forward_chunks(heads, R, M, inverse, beta, inverse_length(squares), S)
-            return A, end, (M, A, inverse, U, squares, states, end if self.wants_decay else None)
+            A, U, Q, states, end = self.forward_chunks(heads, R, M, inverse, beta, inverse_length(squares), S)
+            for_decay = (Q, end) if self.wants_decay else (None, None)
+            return A, end, (M, A, inverse, U, squares, states, *for_decay)
         U = inverse @ self.gated_op.scaled_difference(beta, self.x)  # (G, C, D)
         A = M @ U  # (G, C, D)
-        return A, None, (M, A, inverse, U, squares, None, None)
+        return A, None, (M, A, inverse, U, squares, None, None, None)
 
     def forward_add(
         self, heads: slice, R: Tensor, M: Tensor, S: Tensor | None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
         A = M @ self.x  # (G, C, D)
         if not self.has_past:
-            return A, None, (M, A if self.wants_decay else None, None, None)
+            return A, None, (M, None, None, None)
         values = self.gated_op.scaled_difference(self.of_heads(self.gates.writes, heads), self.x)  # (G, C, D)
         written = (R.mT @ values).unflatten(0, (self.B, self.c))  # (B, c, N, D)
         remains = self.of_heads(self.gates.remains, heads)  # (B, c)
         states, end = self.op.scan(written, S, *self.chunk_phases, remains)  # (B, c, N, D), (B, N, D)
         states = states.flatten(0, 1)  # (G, N, D)  S before each chunk
-        self.gated_op.add_scaled_(A, R @ states, self.of_heads(self.gates.reads, heads))  # (G, C, D)
-        return A, end, (M, A if self.wants_decay else None, states, end if self.wants_decay else None)
+        Q = R @ states  # (G, C, D)
+        self.gated_op.add_scaled_(A, Q, self.of_heads(self.gates.reads, heads))  # (G, C, D)
+        return A, end, (M, states, *((Q, end) if self.wants_decay else (None, None)))
 
     def forward_chunks(
         self,
@@ -166,8 +174,8 @@ class GatedAttention:
         beta: Tensor,
         a: Tensor,
         S: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The delta rule by chunk: A and U (k * G, C, D), S before each chunk (k * B, c, N, D), and the last S.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """The delta rule by chunk: A, U and Q (k * G, C, D), S before each chunk (k * B, c, N, D), and the last S.
 
         With r = a exp(u), w = a exp(u_C - u) and Q = R S, what is written of a chunk, w U, is
         w inverse (beta (x - r Q)) = Y - W Q: all but Q is known before.
@@ -181,7 +189,7 @@ class GatedAttention:
         U = inverse @ op.scaled_difference(beta, self.x, reads, Q)  # (k * G, C, D)
         A = M @ U  # (k * G, C, D)
         op.add_scaled_(A, Q, reads)  # (k * G, C, D)
-        return A, U, states, state
+        return A, U, Q, states, state
 
     def scan(
         self,
@@ -213,23 +221,29 @@ class GatedAttention:
     ) -> AttentionGradient:
         if not self.delta:
             return self.backward_add(heads, R, dA, saved, dS, dx)
-        M, A, inverse, U, squares, states, end = saved
+        M, A, inverse, U, squares, states, Q, end = saved
         assert M is not None and A is not None and inverse is not None and U is not None and squares is not None
         assert self.gates.beta is not None
         beta, u = self.of_heads(self.gates.beta, heads), self.of_heads(self.gates.u, heads)  # (k * G, C)
-        past, before = None, None
+        past, before, P = None, None, None
+        a = inverse_length(squares)  # (k * G, C)
+        reads, writes = (self.of_heads(each, heads) * a for each in (self.gates.reads, self.gates.writes))
         if states is None:
             V = inverse.mT @ (M.mT @ dA)  # (G, C, D)
         else:
-            V, past, before = self.backward_chunks(
-                heads, R, dA, M, inverse, beta, inverse_length(squares), U, states, dS
-            )  # (k * G, C, D)
-        E, difference, diagonal, d_beta = self.gated_op.delta_rows_backward(
+            V, P, past, before = self.backward_chunks(
+                heads, R, dA, M, inverse, beta, reads, writes, U, states, dS
+            )  # 2 x (k * G, C, D)
+        E, diagonal, d_beta = self.gated_op.delta_rows_backward(
             dA, V, A, U, self.x, beta, squares, dx
-        )  # (k * G, C, D), 3 x (k * G, C)
+        )  # (k * G, C, D), 2 x (k * G, C)
         self.d_beta[heads] = d_beta.view_as(self.d_beta[heads])  # (k, G, C)
-        self.keep_decay_gradient(heads, difference, end, dS)
-        dP = self.gated_op.gated_scores_backward(E, U, u, squares, self.repeated(heads), diagonal)  # (k * G, C, C)
+        dP, of_u = self.gated_op.gated_scores_backward(
+            E, U, u, squares, self.repeated(heads), diagonal, M if self.wants_decay else None
+        )  # (k * G, C, C), (k * G, C)
+        if of_u is not None and Q is not None and P is not None:
+            of_u += self.gated_op.difference_of_dots(reads, E, Q, writes, U, P)  # (k * G, C)
+        self.keep_decay_gradient(heads, of_u, end, dS)
         return AttentionGradient(dP, past, before)
 
     def backward_add(
@@ -241,27 +255,27 @@ class GatedAttention:
         dS: Tensor | None,
         dx: Tensor,
     ) -> AttentionGradient:
-        M, A, states, end = saved
+        M, states, Q, end = saved
         assert M is not None
-        V = M.mT @ dA if self.wants_decay else None  # (G, C, D)
-        if V is None:
-            add_product_(dx, M.mT, dA)  # (G, C, D)
+        add_product_(dx, M.mT, dA)  # (G, C, D)
+        u = self.of_heads(self.gates.u, heads)  # (G, C)
+        dP, of_u = self.gated_op.gated_scores_backward(
+            dA, self.x, u, None, self.document_ids, None, M if self.wants_decay else None
+        )  # (G, C, C), (G, C)
         past, before = None, None
         if states is not None:
-            reading = self.gated_op.scaled_difference(self.of_heads(self.gates.reads, heads), dA)  # (G, C, D)
+            reads, writes = self.of_heads(self.gates.reads, heads), self.of_heads(self.gates.writes, heads)  # (G, C)
+            reading = self.gated_op.scaled_difference(reads, dA)  # (G, C, D)
             of_states = (R.mT @ reading).unflatten(0, (self.B, self.c))  # (B, c, N, D)
             remains = self.of_heads(self.gates.remains, heads)  # (B, c)
             of_written, before = self.op.scan_backward(of_states, dS, *self.chunk_phases, remains)
             of_written = of_written.flatten(0, 1)  # (G, N, D)
-            writes = self.of_heads(self.gates.writes, heads)  # (G, C)
-            self.gated_op.add_scaled_(dx if V is None else V, R @ of_written, writes)  # (G, C, D)
+            P = R @ of_written  # (G, C, D)
+            self.gated_op.add_scaled_(dx, P, writes)  # (G, C, D)
             past = (reading, states, self.gated_op.scaled_difference(writes, self.x), of_written)
-        if V is not None:
-            assert A is not None
-            difference = self.gated_op.add_rows_backward(dA, V, A, self.x, dx)  # (G, C)
-            self.keep_decay_gradient(heads, difference, end, dS)
-        u = self.of_heads(self.gates.u, heads)  # (G, C)
-        dP = self.gated_op.gated_scores_backward(dA, self.x, u, None, self.document_ids, None)  # (G, C, C)
+            if of_u is not None and Q is not None:
+                of_u += self.gated_op.difference_of_dots(reads, dA, Q, writes, self.x, P)  # (G, C)
+        self.keep_decay_gradient(heads, of_u, end, dS)
         return AttentionGradient(dP, past, before)
 
     def backward_chunks(
@@ -272,14 +286,14 @@ class GatedAttention:
         M: Tensor,
         inverse: Tensor,
         beta: Tensor,
-        a: Tensor,
+        reads: Tensor,
+        writes: Tensor,
         U: Tensor,
         states: Tensor,
         dS: Tensor | None,
-    ) -> tuple[Tensor, Past, Tensor | None]:
-        """The delta rule from the last chunk to the first: V (k * G, C, D), the `Past`, and dS before the first."""
+    ) -> tuple[Tensor, Tensor, Past, Tensor | None]:
+        """The delta rule from the last chunk: V and R G (k * G, C, D), the `Past`, and dS before the first."""
         op = self.gated_op
-        reads, writes = (self.of_heads(each, heads) * a for each in (self.gates.reads, self.gates.writes))
         written = op.scaled_difference(writes, U)  # (k * G, C, D)
         W = op.scaled_matrix(inverse, writes, beta * reads).mT  # (k * G, C, C)
         V = inverse.mT @ (M.mT @ dA)  # (k * G, C, D)  without what the synapses add
@@ -293,11 +307,13 @@ class GatedAttention:
         of_written, P = self.scan(heads, R, W, reading, state, cos, -sin, back=True)  # (k * B, c, N, D), (k * G, C, D)
         V.baddbmm_(inverse.mT, op.scaled_difference(writes, P))  # (k * G, C, D)
         before = turn_rows(state, cos, -sin) if state is not None and self.with_state else None  # (k * B, N, D)
-        return V, (reading, states.flatten(0, 1), written, of_written.flatten(0, 1)), before
+        return V, P, (reading, states.flatten(0, 1), written, of_written.flatten(0, 1)), before
 
-    def keep_decay_gradient(self, heads: slice, difference: Tensor, end: Tensor | None, dS: Tensor | None) -> None:
+    def keep_decay_gradient(
+        self, heads: slice, difference: Tensor | None, end: Tensor | None, dS: Tensor | None
+    ) -> None:
         """Keeps A . E - U . V (k * G, C) of some heads, and S . dS of the end as if the last token had read it."""
-        if not self.wants_decay:
+        if difference is None:  # the gradient of log_decay is not needed
             return
         kept = self.difference[heads].view(-1, self.B, self.c * difference.shape[-1])  # (k, B, c * C)
         kept.copy_(difference.view_as(kept))

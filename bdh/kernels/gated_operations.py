@@ -41,12 +41,30 @@ class GatedOperations(Protocol):
         """
 
     def gated_scores_backward(
-        self, E: Tensor, U: Tensor, u: Tensor, squares: Tensor | None, documents: Tensor | None, diagonal: Tensor | None
-    ) -> Tensor:
+        self,
+        E: Tensor,
+        U: Tensor,
+        u: Tensor,
+        squares: Tensor | None,
+        documents: Tensor | None,
+        diagonal: Tensor | None,
+        M: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
         """The gradient of R R^T plus its transpose, with `diagonal` (G, C) wide on the diagonal, (G, C, C) dt.
 
-        E (G, C, D) and U (G, C, D), dt: the gradient of M is tril(E U^T, -1). `squares` is |R|^2, (G, C) wide, where
-        keys have unit length, else None. The others as for `add_scores`.
+        Args:
+            E: (G, C, D) dt. The gradient of M is dM = tril(E U^T, -1).
+            U: (G, C, D) dt.
+            u: As for `add_scores`, and so `documents`.
+            squares: |R|^2, (G, C) wide, where keys have unit length, else None.
+            documents: (G, C) integers, or None.
+            diagonal: (G, C) wide, or None.
+            M: (G, C, C) dt, or None where the gradient of u is not needed.
+
+        Returns:
+            dM * dM/d(R R^T) plus its transpose, (G, C, C) dt; and the gradient of u through M, the sums over rows minus
+            those over columns of dM * M, (G, C) wide, or None. Each product of a row is the one of a column, to the
+            last bit, so that their sum over a chunk is 0 whatever the dtype is.
         """
 
     def scaled_matrix(self, X: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -92,7 +110,7 @@ class GatedOperations(Protocol):
 
     def delta_rows_backward(
         self, dA: Tensor, V: Tensor, A: Tensor, U: Tensor, x: Tensor, beta: Tensor, squares: Tensor, dx: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """E = dA - beta V, and what the gates and the lengths of keys need, sums over D.
 
         Args:
@@ -106,10 +124,9 @@ class GatedOperations(Protocol):
             dx: (G, C, D) wide, to which the sum over heads of beta V is added.
 
         Returns:
-            E (k * G, C, D) dt, and (k * G, C) wide: A . E - U . V, whose sum over later tokens is the gradient of the
-            log-decay; the gradient of R R^T on its diagonal, twice, by the length of keys,
-            -(A . E + U . V) / (|R| (|R| + eps)); and that of beta, V . (x - A).
+            E (k * G, C, D) dt; the gradient of R R^T on its diagonal, twice, by the length of keys,
+            -(A . E + U . V) / (|R| (|R| + eps)), (k * G, C) wide; and that of beta, V . (x - A), (k * G, C) wide.
         """
 
-    def add_rows_backward(self, dA: Tensor, V: Tensor, A: Tensor, x: Tensor, dx: Tensor) -> Tensor:
-        """A . dA - x . V, (G, C) wide, of (G, C, D) dt; V is added to dx (G, C, D) wide."""
+    def difference_of_dots(self, r: Tensor, E: Tensor, Q: Tensor, w: Tensor, U: Tensor, P: Tensor) -> Tensor:
+        """r (E . Q) - w (U . P), (G, C) wide, of r and w (G, C) wide and the others (G, C, D) dt, all contiguous."""

@@ -36,13 +36,25 @@ class TorchGatedOperations:
         return M.to(P.dtype, copy=True), inverse.to(P.dtype), squares
 
     def gated_scores_backward(
-        self, E: Tensor, U: Tensor, u: Tensor, squares: Tensor | None, documents: Tensor | None, diagonal: Tensor | None
-    ) -> Tensor:
-        dP = (E @ U.mT).mul_(self.pair_weights(u, squares, documents, E.dtype))  # (G, C, C)
-        dP = dP + dP.mT  # (G, C, C)
+        self,
+        E: Tensor,
+        U: Tensor,
+        u: Tensor,
+        squares: Tensor | None,
+        documents: Tensor | None,
+        diagonal: Tensor | None,
+        M: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        half = E @ U.mT  # (G, C, C)
+        of_u = None
+        if M is not None:
+            products = torch.mul(half, M, out=self.workspace.take("products", M.shape, M.dtype))  # (G, C, C)
+            of_u = products.sum(-1, dtype=u.dtype) - products.sum(-2, dtype=u.dtype)  # (G, C)
+        half *= self.pair_weights(u, squares, documents, E.dtype)  # (G, C, C)
+        dP = half + half.mT  # (G, C, C)
         if diagonal is not None:
             dP.diagonal(dim1=1, dim2=2).copy_(diagonal)
-        return dP
+        return dP, of_u
 
     def pair_weights(self, u: Tensor, squares: Tensor | None, documents: Tensor | None, dtype: torch.dtype) -> Tensor:
         """a_t a_s exp(u_t - u_s) for s < t of the same document, else 0: (G, C, C), in the workspace.
@@ -105,7 +117,7 @@ class TorchGatedOperations:
 
     def delta_rows_backward(
         self, dA: Tensor, V: Tensor, A: Tensor, U: Tensor, x: Tensor, beta: Tensor, squares: Tensor, dx: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         G = len(x)
         of_x = rows(beta, V) * V  # (k * G, C, D)
         E = dA - of_x  # (k * G, C, D)
@@ -114,11 +126,10 @@ class TorchGatedOperations:
         read, written, length = self.row_dots(A, E), self.row_dots(U, V), squares.sqrt()  # (k * G, C)
         diagonal = torch.where(squares > 0, -(read + written) / (length * (length + KEY_EPS)), 0)  # (k * G, C)
         d_beta = torch.where(beta > 0, written / beta, 0)  # (k * G, C)  as U = beta (x - A)
-        return E, read - written, diagonal, d_beta
+        return E, diagonal, d_beta
 
-    def add_rows_backward(self, dA: Tensor, V: Tensor, A: Tensor, x: Tensor, dx: Tensor) -> Tensor:
-        dx += self.copied(V, dx.dtype)
-        return self.row_dots(A, dA) - self.row_dots(x, V)  # (G, C)
+    def difference_of_dots(self, r: Tensor, E: Tensor, Q: Tensor, w: Tensor, U: Tensor, P: Tensor) -> Tensor:
+        return r * self.row_dots(E, Q) - w * self.row_dots(U, P)  # (G, C)
 
 
 def start_scan(R: Tensor, Y: Tensor, state: Tensor | None, back: bool) -> tuple[Tensor, Tensor]:

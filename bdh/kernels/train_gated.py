@@ -213,7 +213,6 @@ def delta_rows_backward(
     squares,  # (HEADS * M) float32
     dx,  # (M, D) float32, in and out
     E,  # (HEADS * M, D), out
-    difference,  # (HEADS * M) float32, out
     diagonal,  # (HEADS * M) float32, out
     d_beta,  # (HEADS * M) float32, out
     M,
@@ -243,35 +242,35 @@ def delta_rows_backward(
         square = tl.load(squares + first + m, mask=m < M, other=0.0)  # (ROWS)
         length = tl.sqrt(square)  # (ROWS)
         through_length = -(reading + writing) / (length * (length + KEY_EPS))  # (ROWS)
-        tl.store(difference + first + m, reading - writing, mask=m < M)
         tl.store(diagonal + first + m, tl.where(square > 0, through_length, 0.0), mask=m < M)
         tl.store(d_beta + first + m, tl.sum(gradient * (value - read), 1), mask=m < M)
     tl.store(dx + tile, total, mask=inside)
 
 
 @triton.jit
-def add_rows_backward(
-    dA,  # (M, D)
-    V,  # (M, D)
-    A,  # (M, D)
-    x,  # (M, D)
-    dx,  # (M, D) float32, in and out
+def difference_of_dots(
+    r,  # (M) float32
+    E,  # (M, D)
+    Q,  # (M, D)
+    w,  # (M) float32
+    U,  # (M, D)
+    P,  # (M, D)
     difference,  # (M) float32, out
     M,
     D,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A . dA - x . V, and dx += V, of ROWS tokens."""
+    """r (E . Q) - w (U . P) of ROWS tokens."""
     m, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     inside = (m < M)[:, None] & (d < D)[None, :]
     tile = m.to(tl.int64)[:, None] * D + d[None, :]
-    gradient = tl.load(V + tile, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
-    tl.store(dx + tile, tl.load(dx + tile, mask=inside, other=0.0) + gradient, mask=inside)
-    products = -tl.load(x + tile, mask=inside, other=0.0).to(tl.float32) * gradient  # (ROWS, WIDTH)
-    read = tl.load(A + tile, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
-    products += read * tl.load(dA + tile, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
-    tl.store(difference + m, tl.sum(products, 1), mask=m < M)
+    left = tl.load(E + tile, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
+    read = tl.sum(left * tl.load(Q + tile, mask=inside, other=0.0).to(tl.float32), 1)  # (ROWS)
+    right = tl.load(U + tile, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
+    wrote = tl.sum(right * tl.load(P + tile, mask=inside, other=0.0).to(tl.float32), 1)  # (ROWS)
+    reads, writes = tl.load(r + m, mask=m < M, other=0.0), tl.load(w + m, mask=m < M, other=0.0)  # (ROWS)
+    tl.store(difference + m, reads * read - writes * wrote, mask=m < M)
 
 
 # ------------------------------------------------------------------------------------------------ one state

@@ -22,7 +22,9 @@ def pairs(
     u,  # (G, C) float32, cumulative log-decay, or None
     squares,  # (G, C) float32, |R|^2 of keys of unit length, or None
     diagonal,  # (G, C) float32, or None
+    M,  # (G, C, C), 0 where P is, or None
     P,  # (G, C, C), out
+    differences,  # (G, tiles of C, C) float32, out, if there is M
     squares_out,  # (G, C) float32, out: the diagonal of a b^T, or None
     C,
     K,
@@ -35,7 +37,8 @@ def pairs(
     """P = tril(a b^T, -1), 0 where documents differ: one square tile on or below a chunk's diagonal.
 
     With u, P_ts is scaled by exp(u_t - u_s), and with squares by the inverse lengths of both keys; `diagonal` is put on
-    the diagonal of the result.
+    the diagonal of the result. With M, the sum of `differences` over tiles is, for each token, the sum over its row
+    minus the sum over its column of a b^T * M.
 
     The tile above the diagonal that mirrors it is written too: with zeros or, BOTH_WAYS, with this one's transpose.
     """
@@ -64,6 +67,17 @@ def pairs(
         of_s = tl.load(documents + g * C + s, mask=s < C, other=0)  # (BLOCK)
         seen = seen & (of_t[:, None] == of_s[None, :])  # (BLOCK, BLOCK)
     result = tl.where(seen, total, 0.0)  # (BLOCK, BLOCK)
+    if M is not None:
+        tiles = tl.cdiv(C, BLOCK)
+        differences += g * tiles * C
+        factors = load(M + g * C * C + t[:, None] * C + s[None, :], (t < C)[:, None] & (s < C)[None, :], EVEN)
+        products = result * factors.to(tl.float32)  # (BLOCK, BLOCK)
+        of_rows, of_columns = tl.sum(products, 1), tl.sum(products, 0)  # (BLOCK)
+        if row == column:
+            tl.store(differences + row * C + t, of_rows - of_columns, mask=t < C)
+        else:
+            tl.store(differences + column * C + t, of_rows, mask=t < C)
+            tl.store(differences + row * C + s, -of_columns, mask=s < C)
     if u is not None:
         of_keys = u if squares is None else squares
         result *= pair_weights(u + g * C, of_keys + g * C, t, s, C, squares is not None)  # (BLOCK, BLOCK)

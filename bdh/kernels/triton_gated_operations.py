@@ -18,13 +18,13 @@ class TritonGatedOperations:
     all_heads_at_once = True
 
     def add_scores(self, R: Tensor, u: Tensor, documents: Tensor | None) -> Tensor:
-        return pairs("scores", R, R, documents, u=u)
+        return pairs("scores", R, R, documents, u=u)[0]
 
     def delta_scores(
         self, R: Tensor, u: Tensor, beta: Tensor, documents: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         squares = torch.empty_like(u)  # (G, C)
-        M = pairs("scores", R, R, documents, squares_out=squares)  # (G, C, C)  scaled below
+        M, _ = pairs("scores", R, R, documents, squares_out=squares)  # (G, C, C)  scaled below
         inverse = torch.empty_like(M)  # (G, C, C)
         G, C, _ = M.shape
         blocks = cdiv(C, SIDE)
@@ -37,9 +37,16 @@ class TritonGatedOperations:
         return M, inverse, squares
 
     def gated_scores_backward(
-        self, E: Tensor, U: Tensor, u: Tensor, squares: Tensor | None, documents: Tensor | None, diagonal: Tensor | None
-    ) -> Tensor:
-        return pairs("scores_backward", E, U, documents, u=u, squares=squares, diagonal=diagonal)
+        self,
+        E: Tensor,
+        U: Tensor,
+        u: Tensor,
+        squares: Tensor | None,
+        documents: Tensor | None,
+        diagonal: Tensor | None,
+        M: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return pairs("scores_backward", E, U, documents, u=u, squares=squares, diagonal=diagonal, M=M)
 
     def scaled_matrix(self, X: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         out = torch.empty_like(X)  # (G, C, C)
@@ -91,16 +98,16 @@ class TritonGatedOperations:
 
     def delta_rows_backward(
         self, dA: Tensor, V: Tensor, A: Tensor, U: Tensor, x: Tensor, beta: Tensor, squares: Tensor, dx: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         G = len(x)
         E = torch.empty_like(dA)  # (k * G, C, D)
-        sums = beta.new_empty(3, *beta.shape)  # (3, k * G, C)
+        sums = beta.new_empty(2, *beta.shape)  # (2, k * G, C)
         over_rows(train_gated.delta_rows_backward, x, dA, V, A, U, x, beta, squares, dx, E, *sums, HEADS=len(dA) // G)
-        return E, sums[0], sums[1], sums[2]
+        return E, sums[0], sums[1]
 
-    def add_rows_backward(self, dA: Tensor, V: Tensor, A: Tensor, x: Tensor, dx: Tensor) -> Tensor:
-        difference = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)  # (G, C)
-        over_rows(train_gated.add_rows_backward, x, dA, V, A, x, dx, difference)
+    def difference_of_dots(self, r: Tensor, E: Tensor, Q: Tensor, w: Tensor, U: Tensor, P: Tensor) -> Tensor:
+        difference = torch.empty_like(r)  # (G, C)
+        over_rows(train_gated.difference_of_dots, E, r, E, Q, w, U, P, difference)
         return difference
 
 
@@ -115,8 +122,8 @@ def advance(
 ) -> None:
     """after = rope_(-C)(remains before + written), (B, N, D) dt; `rest` is what dt has no digits for, in and out."""
     B, N, D = written.shape
-    columns = min(256, triton.next_power_of_2(D))
-    tiles = TILES["scan"][torch.float32]
+    tiles = TILES["advance"][after.dtype]
+    columns = min(tiles.columns, triton.next_power_of_2(D))
     strides = (0 if before is None else before.stride(0), remains.stride(0), after.stride(0))
     launch(
         train_gated.advance, (cdiv(N // 2, tiles.rows), cdiv(D, columns), B),

@@ -26,7 +26,8 @@ class Tiles:
 
     Attributes:
         rows: Tokens of a tile.
-        columns: Of a tile: neurons; tokens in `scores`; values (D) in the scans, whose rows are pairs of neurons.
+        columns: Of a tile: neurons; tokens in `scores`; values (D) in "scan" and "advance", whose rows are pairs of
+            neurons.
         depth: Terms of the sums taken at a time.
         warps: Of a program.
         stages: Steps of a loop that are loaded ahead.
@@ -53,6 +54,7 @@ TILES: dict[str, dict[torch.dtype, Tiles]] = {
     "excite_backward": {torch.bfloat16: Tiles(4, 256, 0, 8, 1), torch.float32: Tiles(16, 256, 0, 4, 1)},
     "gate_backward_kept": {torch.bfloat16: Tiles(4, 256, 0, 8, 1), torch.float32: Tiles(16, 256, 0, 4, 1)},
     "norm": {torch.bfloat16: Tiles(8, 0, 0, 4, 1), torch.float32: Tiles(4, 0, 0, 4, 1)},
+    "advance": {torch.bfloat16: Tiles(8, 128, 0, 1, 1), torch.float32: Tiles(8, 128, 0, 1, 1)},
     "scan": {torch.bfloat16: Tiles(2, 256, 0, 1, 2), torch.float32: Tiles(2, 256, 0, 1, 2)},
 }
 SMALLEST = 16  # side of a tile that the matrix units take
@@ -107,10 +109,10 @@ class TritonOperations:
         return X, R
 
     def scores(self, R: Tensor, documents: Tensor | None) -> Tensor:
-        return pairs("scores", R, R, documents)
+        return pairs("scores", R, R, documents)[0]
 
     def scores_backward(self, dA: Tensor, x: Tensor, documents: Tensor | None) -> Tensor:
-        return pairs("scores_backward", dA, x, documents)
+        return pairs("scores_backward", dA, x, documents)[0]
 
     def gate(
         self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor, keep: bool = False
@@ -252,23 +254,28 @@ def pairs(
     u: Tensor | None = None,
     squares: Tensor | None = None,
     diagonal: Tensor | None = None,
+    M: Tensor | None = None,
     squares_out: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """tril(a b^T, -1), 0 where documents differ; of "scores_backward" plus its transpose. (G, C, K) -> (G, C, C).
 
-    The others as for the kernel, `bdh.kernels.train_tokens.pairs`, (G, C) float32.
+    The others as for the kernel, `bdh.kernels.train_tokens.pairs`: M (G, C, C), the rest (G, C) float32.
+
+    Returns:
+        The scores (G, C, C), and with M the sums over rows minus those over columns of a b^T * M, (G, C) float32.
     """
     G, C, K = a.shape
     P = a.new_empty(G, C, C)  # (G, C, C)
     tiles = fitted(kernel, a, C, C, K)
     side = cdiv(C, tiles.rows)
+    differences = None if M is None else torch.empty(G, side, C, device=a.device)  # (G, side, C) float32
     run(
         train_tokens.pairs, (side * (side + 1) // 2, G), tiles,
-        a, b, documents, u, squares, diagonal, P, squares_out, C, K,
+        a, b, documents, u, squares, diagonal, M, P, differences, squares_out, C, K,
         SAME=a is b, BOTH_WAYS=kernel == "scores_backward",
         BLOCK=tiles.rows, BLOCK_K=tiles.depth, EVEN=divide((C, tiles.rows), (K, tiles.depth)),
     )  # fmt: skip
-    return P
+    return P, None if differences is None else differences.sum(1)
 
 
 def scan(

@@ -1,5 +1,6 @@
 """On an NVIDIA GPU: the training kernels in Triton against the plain form, at the sizes that they are made for."""
 
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -19,10 +20,17 @@ Result = tuple[float, dict[str, Tensor], list[Tensor]]
 
 
 def trained(
-    kernels: str, B: int, T: int, bfloat16: bool = False, carried: bool = False, seed: int = 1, **sizes: Any
+    kernels: str,
+    B: int,
+    T: int,
+    bfloat16: bool = False,
+    carried: bool = False,
+    seed: int = 1,
+    model_seed: int = 0,
+    **sizes: Any,
 ) -> Result:
     """The loss, the gradients, and the synapses after a forward and backward pass."""
-    torch.manual_seed(0)
+    torch.manual_seed(model_seed)
     model = BDHForCausalLM(BDHConfig(**{"dropout": 0.0, **sizes})).to(CUDA).train()
     use_kernels(model.model.layer, kernels, CUDA)
     tokens = torch.randint(0, 256, (B, T + 1), device=CUDA)  # (B, T + 1)
@@ -72,8 +80,11 @@ def test_float32_is_exact(B: int, T: int, sizes: dict[str, Any], carried: bool, 
         trained(kernels, B, T, carried=carried, **sizes, **gates) for kernels in ("triton", "reference")
     )
     assert abs(one - other) < 1e-4
+    # A neuron at its threshold may be active in one form only. Keys of unit length spread that over all pairs: with the
+    # delta rule the plain form in float32 is up to 8e-3 from itself in float64.
+    bound = 2e-2 if gates.get("write") == "delta" else 2e-3
     differences = {name: off(gradients[name], wanted) for name, wanted in expected.items()}
-    assert not {name: value for name, value in differences.items() if not value < 2e-3}  # neurons at their edge
+    assert not {name: value for name, value in differences.items() if not value < bound}
     assert all(off(S, wanted) < 1e-4 for S, wanted in zip(states, others, strict=True))
 
 
@@ -82,18 +93,25 @@ def test_float32_is_exact(B: int, T: int, sizes: dict[str, Any], carried: bool, 
 def test_bfloat16_is_as_near_to_float32_as_the_plain_form_is(
     B: int, T: int, sizes: dict[str, Any], gates: dict[str, Any]
 ) -> None:
-    _, exact, _ = trained("reference", B, T, **sizes, **gates)
-    (one, ours, _), (other, plain, _) = (
-        trained(kernels, B, T, bfloat16=True, **sizes, **gates) for kernels in ("triton", "reference")
-    )
-    assert abs(one - other) < 1e-2
+    """Over four models. The biases of gates are few numbers, whose errors in two forms differ by chance alone."""
+    exact: dict[str, list[Tensor]] = defaultdict(list)
+    ours: dict[str, list[Tensor]] = defaultdict(list)
+    plain: dict[str, list[Tensor]] = defaultdict(list)
+    for seed in range(4):
+        _, wanted, _ = trained("reference", B, T, model_seed=seed, **sizes, **gates)
+        (one, found, _), (other, rounded, _) = (
+            trained(kernels, B, T, bfloat16=True, model_seed=seed, **sizes, **gates)
+            for kernels in ("triton", "reference")
+        )
+        assert abs(one - other) < 1e-2
+        for all_of, gradients in ((exact, wanted), (ours, found), (plain, rounded)):
+            for name, gradient in gradients.items():
+                all_of[name].append(gradient.flatten())
     too_far = {}
-    for name, wanted in exact.items():
-        # The gradient of the log-decay is a sum of differences of what bfloat16 has rounded.
-        room = 0.1 if ".decay_" in name else 1e-3
-        difference, of_plain = off(ours[name], wanted), off(plain[name], wanted)
-        if not difference < 1.5 * of_plain + room:
-            too_far[name] = difference, of_plain
+    for name, each in exact.items():
+        of_ours, of_plain = (off(torch.cat(form[name]), torch.cat(each)) for form in (ours, plain))
+        if not of_ours < (1.5 if each[0].numel() > 50 else 3) * of_plain + 1e-3:
+            too_far[name] = of_ours, of_plain
     assert not too_far
 
 

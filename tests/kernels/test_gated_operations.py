@@ -57,7 +57,25 @@ def test_scores_and_their_gradient(
     if not unit:
         assert_close(triton_op.add_scores(R, u, ids), torch_op.add_scores(R, u, ids))
     given = (E, U, u, squares if unit else None, ids, draw(G, C) if unit else None)
-    assert_close(triton_op.gated_scores_backward(*given), torch_op.gated_scores_backward(*given))
+    M = torch_op.add_scores(R, u, ids)  # (G, C, C)
+    found, of_u = triton_op.gated_scores_backward(*given, M)
+    expected, expected_of_u = torch_op.gated_scores_backward(*given, M)
+    assert_close(found, expected)
+    assert of_u is not None and expected_of_u is not None
+    assert_close(of_u, expected_of_u, dtype)
+    without, nothing = triton_op.gated_scores_backward(*given, None)
+    assert nothing is None and without.equal(found)
+
+
+def test_rounding_cancels_in_the_gradient_of_decay() -> None:
+    """A product that is rounded is of a row and of a column: the sum over a chunk is 0 in bfloat16 too."""
+    torch.manual_seed(0)
+    R, E, U = (draw(2, 60, 16, dtype=torch.bfloat16) for _ in range(3))
+    u, _, _ = gates_of(2, 60)
+    for op in (triton_op, torch_op):
+        _, of_u = op.gated_scores_backward(E, U, u, None, None, None, op.add_scores(R, u, None))
+        assert of_u is not None
+        assert (of_u.sum(-1).abs() < 1e-5 * of_u.abs().sum(-1)).all()
 
 
 @over_sizes
@@ -113,11 +131,11 @@ def test_rows_backward(sizes: tuple[int, int, int, int], dtype: torch.dtype, hea
     squares[:, 0] = 0  # a silent token
     results = []
     for op in (triton_op, torch_op):
-        total, total_add = dx.clone(), dx.clone()
+        total = dx.clone()
         results.append(
             [
                 *op.delta_rows_backward(dA, V, A, U, x, beta, squares, total), total,
-                op.add_rows_backward(dA[:G], V[:G], A[:G], x, total_add), total_add,
+                op.difference_of_dots(beta, dA, V, squares, A, U),
             ]
         )  # fmt: skip
     for found, expected in zip(*results, strict=True):
