@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bdh.cli import train
 from bdh.errors import BDHError
 from bdh.inference.llm import LLM
 from bdh.inference.params import SamplingParams
@@ -21,6 +22,7 @@ from bdh.inference.state_file import checksum
 from bdh.model.export import save_export
 from bdh.model.published import convert, to_published
 from bdh.training.checkpoint import _fingerprint, find_checkpoint, tokenizer_of
+from bdh.training.config import validate
 from bdh.training.export import describe, export_checkpoint, load_any
 from tests.inference.small import CHAT, small_model
 
@@ -264,6 +266,31 @@ def test_checkpoints(finished_run: Path, tmp_path: Path, sealed: bool) -> None:
         shutil.rmtree(tmp_path / "checkpoints")
         shutil.rmtree(tmp_path / "export", ignore_errors=True)
     assert refused > (10 if sealed else 4)
+
+
+def test_settings_of_checkpoints(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of wrong types or names in a checkpoint whose checksums are right, as `bdh train --resume` reads them."""
+    chance = random.Random(SEED)
+    folder = tmp_path / "checkpoints" / find_checkpoint(finished_run).name
+    shutil.copytree(find_checkpoint(finished_run), folder)
+    original = json.loads((folder / "state.json").read_text())
+    monkeypatch.setattr("bdh.cli.train.finish", lambda config, checkpoint: validate(config))
+    refused = 0
+    for number in range(100):
+        config = original["config"]
+        if number % 2:
+            config = mutate_json(config, chance)
+        else:  # one setting, of any section
+            section = chance.choice([name for name, value in config.items() if isinstance(value, dict)])
+            name = chance.choice(sorted(config[section]))
+            config = {**config, section: {**config[section], name: chance.choice(VALUES)}}
+        (folder / "state.json").write_text(json.dumps({**original, "config": config}), encoding="utf-8")
+        seal(folder)
+        try:
+            refused += refused_or_read(lambda: train.run(["--resume", str(folder)])) is not None
+        except Exception as error:
+            raise AssertionError(f"change {number}, {config}: {error!r}") from error
+    assert refused > 50
 
 
 @pytest.mark.parametrize("sealed", [True, False])

@@ -4,10 +4,12 @@ import difflib
 import itertools
 import os
 import re
+import sys
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -52,7 +54,28 @@ class Parser(ArgumentParser):
     """A parser whose errors are one line, with the nearest spelling where there is one; flags win over files."""
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:  # type: ignore[override]
-        return super().parse_args(None if args is None else files_first(args), *more, **options)
+        try:
+            return super().parse_args(None if args is None else files_first(args), *more, **options)
+        except OverflowError as error:  # of an integer beyond the range of floats
+            raise BDHError(f"a setting cannot be read as a number: {error}") from error
+
+    def instantiate(self, *args: Any, **options: Any) -> Any:
+        """The settings as dataclasses; jsonargparse lets null pass for every type. Raises BDHError."""
+        settings = super().instantiate(*args, **options)
+        for name, value in vars(settings).items():
+            refuse_nulls(value, f"{name}.")
+        return settings
+
+    def print_help(self, file: Any = None) -> None:
+        """Writes the help text; argparse would pass over a full disk. Raises BDHError."""
+        stream = sys.stdout if file is None else file
+        try:
+            stream.write(self.format_help())
+            stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise BDHError(f"the output cannot be written: {error.strerror or error}") from error
 
     def format_help(self, *args: Any, **options: Any) -> str:
         """The help text; types are in words, and are left out beside choices."""
@@ -108,6 +131,20 @@ def files_first(argv: Sequence[str]) -> list[str]:
     return files + others
 
 
+def refuse_nulls(settings: Any, prefix: str = "") -> None:
+    """Raises BDHError for a field of a dataclass, or of one below it, that is None and whose type does not allow it."""
+    if isinstance(settings, list):
+        for entry in settings:
+            refuse_nulls(entry, prefix)
+    if not is_dataclass(settings):
+        return
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if value is None and type(None) not in get_args(kind):
+            raise BDHError(f"{prefix}{name} is null; it must be {_kind(str(kind))}")
+        refuse_nulls(value, f"{prefix}{name}.")
+
+
 def _nearest(word: str, known: list[str], prefix: str = "") -> str:
     last_parts = {name.rpartition(".")[2]: name for name in reversed(known)}
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
@@ -151,6 +188,7 @@ def build_config(parser: Parser, parsed: Any) -> TrainConfig:
     check_environment(parser)
     settings = parser.instantiate(parsed)
     config = TrainConfig(**{name: getattr(settings, name) for name in TrainConfig.__dataclass_fields__})
+    refuse_nulls(config)
     validate(config)
     return config
 

@@ -61,12 +61,12 @@ def use_defaults(parser: Parser, settings: dict[str, Any], origin: str) -> None:
     """Makes settings the defaults of the parser, which flags, files and environment variables override.
 
     Args:
-        parser: Of the command line.
+        parser: Parser of the command line.
         settings: Sections with their fields, as in a YAML file.
-        origin: Where they are from, for messages.
+        origin: The checkpoint or export that recorded the settings, for error messages.
 
     Raises:
-        BDHError: One of them is no setting.
+        BDHError: A setting is unknown, or its value has the wrong type.
     """
     flat: dict[str, Any] = {}
     for name, value in settings.items():
@@ -76,6 +76,10 @@ def use_defaults(parser: Parser, settings: dict[str, Any], origin: str) -> None:
     known = {action.dest for action in parser._actions}
     if unknown := sorted(flat.keys() - known):
         raise BDHError(f"{origin} has the setting {unknown[0]}, which this version of bdh does not have")
+    try:
+        parser.parse_object(settings, env=False)  # defaults are not validated by the parser
+    except BDHError as error:
+        raise BDHError(f"{origin} has settings that cannot be used: {error}") from error
     parser.set_defaults(flat)
 
 
