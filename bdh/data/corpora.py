@@ -10,10 +10,10 @@ import hashlib
 import http.client
 import os
 import sysconfig
-import tempfile
 import urllib.request
 from pathlib import Path
 
+from bdh.atomic_files import replace_atomically
 from bdh.errors import BDHError
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -90,9 +90,7 @@ def _download_shakespeare(target: Path) -> bytes:
 def _write_atomically(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            partial = Path(folder) / path.name
+        with replace_atomically(path) as partial:
             partial.write_bytes(content)
-            partial.replace(path)
     except OSError as error:
         raise BDHError(f"data.cache_dir {path.parent} cannot be written: {error.strerror}") from error

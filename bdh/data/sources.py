@@ -4,7 +4,6 @@ Every source comes out the same: a `Dataset`, or an `IterableDataset` when strea
 None) and, for plain text read in pieces, `ends` (whether the document ends with the row).
 """
 
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, loa
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+from bdh.atomic_files import replace_atomically
 from bdh.data.chat import CHAT_COLUMNS
 from bdh.data.failures import cache_folder, explain, offline, reason
 from bdh.data.finding import Location, find, suffix_of
@@ -121,8 +121,9 @@ def _open(
         parts = parts_of(files, readers) if streaming else whole_files(files)
         return _generated(text_rows, TEXT_ROWS, {"parts": parts}, streaming)
     column = _table_column(location.kind, files, source)
-    given = {"kind": location.kind, "parts": table_parts(location.kind, files, streaming, readers), "column": column}
-    return _generated(chat_values if source.chat else text_values, TABLE_ROWS, given, streaming)
+    parts = table_parts(location.kind, files, streaming, readers)
+    gen_kwargs = {"kind": location.kind, "parts": parts, "column": column}
+    return _generated(chat_values if source.chat else text_values, TABLE_ROWS, gen_kwargs, streaming)
 
 
 def _check_dataset_path(location: Location, source: SourceConfig) -> None:
@@ -153,16 +154,16 @@ def _downloaded(address: str) -> str:
     path = Path(datasets.DownloadManager().download_and_extract(address))
     if suffix_of(address) != ".tsv":
         return str(path)
-    named, partial = path.with_name(f"{path.name}.tsv"), path.with_name(f".partial-{os.getpid()}-{path.name}")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(path)
-    partial.replace(named)
+    named = path.with_name(f"{path.name}.tsv")
+    with replace_atomically(named) as partial:
+        partial.symlink_to(path)
     return str(named)
 
 
-def _generated(rows: Any, features: Features, given: dict[str, Any], streaming: bool) -> Dataset | IterableDataset:
+def _generated(rows: Any, features: Features, gen_kwargs: dict[str, Any], streaming: bool) -> Dataset | IterableDataset:
+    """The dataset of the rows that a function generates from keyword arguments, of which lists can be divided."""
     kind = IterableDataset if streaming else Dataset
-    return kind.from_generator(rows, features=features, gen_kwargs=given)
+    return kind.from_generator(rows, features=features, gen_kwargs=gen_kwargs)
 
 
 def _saved(location: Location, source: SourceConfig, streaming: bool, split: str) -> Dataset | IterableDataset:

@@ -1,6 +1,5 @@
 """Tokenizers: bytes, or any that `AutoTokenizer` opens; saved whole, and decoded as ids come."""
 
-import shutil
 from itertools import takewhile
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
+from bdh.atomic_files import replace_atomically
 from bdh.data.failures import cache_problem, causes
 from bdh.errors import BDHError, one_line
 
@@ -125,19 +125,13 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """
     check_tokenizer_target(directory)
     directory = directory.absolute()
-    partial = directory.with_name(f".partial-{directory.name}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        tokenizer.save_pretrained(partial)
-        if directory.exists():
-            shutil.rmtree(directory)
-        partial.rename(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with replace_atomically(directory) as partial:
+            tokenizer.save_pretrained(partial)
     except Exception as error:  # the library raises a bare Exception where the disk is full
         words = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise BDHError(f"{directory} cannot be written: {words}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 class IncrementalDecoder:

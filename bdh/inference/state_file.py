@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bdh.atomic_files import replace_atomically
 from bdh.errors import BDHError
-from bdh.inference.state_metadata import FORMAT, partial_prefix, reason, remove_leftovers
+from bdh.inference.state_metadata import FORMAT, reason
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 
 SIZES = ("vocab_size", "n_embd", "n_head", "n_layer", "n_neurons", "rope_theta", "layer_norm_eps")
@@ -71,14 +70,8 @@ def save_state(path: str | Path, state: BDHState, fingerprint: str, metadata: Ma
     tensors["position"] = state.position.cpu()
     metadata = {**metadata, "format": FORMAT, "fingerprint": fingerprint, "length": str(state.length)}
     try:
-        remove_leftovers(path.parent)
-        with tempfile.TemporaryDirectory(prefix=partial_prefix(), dir=path.parent) as folder:  # nobody else's
-            partial = Path(folder) / path.name
+        with replace_atomically(path, private=True) as partial:
             save_file(tensors, partial, {**metadata, "sha256": checksum(tensors, metadata)})
-            partial.chmod(0o600)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise BDHError(f"{path} cannot be written: {reason(error)}") from error
 

@@ -3,12 +3,12 @@
 import copy
 import json
 import re
-import shutil
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from bdh.atomic_files import replace_atomically
 from bdh.data.chat_format import ChatFormat
 from bdh.data.tokenizer import load_export_tokenizer, vocabulary_size
 from bdh.errors import BDHError, one_line
@@ -33,41 +33,19 @@ def save_export(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast | None
     """
     check_target(directory)
     directory = directory.absolute()
-    partial, replaced = (directory.with_name(f".{mark}-{directory.name}") for mark in ("partial", "replaced"))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        if tokenizer is not None:
-            set_generation_tokens(model, tokenizer)
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            with_max_length(tokenizer, model.config).save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        apply_umask(partial)
-        if directory.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            directory.rename(replaced)
-        partial.rename(directory)
-        shutil.rmtree(replaced, ignore_errors=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with replace_atomically(directory) as partial:
+            if tokenizer is not None:
+                set_generation_tokens(model, tokenizer)
+            model.save_pretrained(partial)
+            if tokenizer is not None:
+                with_max_length(tokenizer, model.config).save_pretrained(partial)
+            (partial / "README.md").write_text(card, encoding="utf-8")
     except Exception as error:  # the tokenizer's writer raises a bare Exception where the disk is full
-        shutil.rmtree(partial, ignore_errors=True)
         raise BDHError(
             f"{directory} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}"
         ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def apply_umask(folder: Path) -> None:
-    """Gives the files of a new folder the permissions that the umask gives to new files.
-
-    safetensors writes through a private temporary file, so weights would be readable by their owner only.
-    """
-    mode = folder.stat().st_mode & 0o666  # the umask itself can only be read by changing it, in all threads
-    for path in folder.rglob("*"):
-        if path.is_file() and path.stat().st_mode & 0o777 != mode:
-            path.chmod(mode)
 
 
 def set_generation_tokens(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

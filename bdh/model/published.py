@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from bdh.atomic_files import replace_atomically
 from bdh.errors import BDHError, one_line
 from bdh.json_text import to_json
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.card import model_card
-from bdh.model.export import apply_umask, check_target, load_model_only, save_export
+from bdh.model.export import check_target, load_model_only, save_export
 from bdh.model.weight_files import FLOATS, check_finite
 
 NAMES = ("embed.weight", "encoder", "encoder_v", "decoder", "lm_head")
@@ -85,25 +85,19 @@ def save_published(export: Path, target: Path) -> None:
         )
     tensors = to_published(model)
     config = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
-    folder = target.with_name(f".partial-{target.name}")
-    partial = folder / target.name
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        if target.suffix == ".safetensors":
-            save_file(tensors, partial, metadata={"config": to_json(config)})
-        else:
-            with partial.open("wb") as file:  # by itself, torch says nothing of a full disk
-                torch.save(tensors, file)
-        apply_umask(folder)
-        partial.replace(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replace_atomically(target) as partial:
+            if target.suffix == ".safetensors":
+                save_file(tensors, partial, metadata={"config": to_json(config)})
+            else:
+                with partial.open("wb") as file:  # by itself, torch says nothing of a full disk
+                    torch.save(tensors, file)
     except (OSError, SafetensorError, RuntimeError) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):  # torch raises its own error in place of the disk's
             cause = cause.__context__
         raise BDHError(f"{target} cannot be written: {getattr(cause, 'strerror', None) or one_line(error)}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

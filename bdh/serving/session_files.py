@@ -3,20 +3,20 @@
 import os
 import shutil
 import stat
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from bdh.atomic_files import remove_leftovers
 from bdh.errors import BDHError
+from bdh.file_locks import make_locked_folder, remove_unlocked_folders, unlock
 from bdh.serving.errors import ApiError, not_found
 from bdh.serving.names import NAME, checked_name
 
 EVERYBODY = "everybody"  # whose sessions these are where no keys are asked for; no key's id is like this
 ENDING = ".safetensors"
 SCRATCH = ".bdh-sessions-"  # how the folders begin that end with their servers
-LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,6 @@ class SavedFiles:
 
     def remove_leftovers(self) -> None:
         """Removes what engines left that were killed while they saved."""
-        from bdh.inference.state_metadata import remove_leftovers
-
         for folder in self.root.iterdir():
             if folder.is_dir() and not folder.is_symlink():
                 remove_leftovers(folder)
@@ -132,8 +130,7 @@ class Scratch:
 
     def __init__(self, parent: Path):
         try:
-            self.folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))  # nobody else's
-            self._lock = locked(self.folder)
+            self.folder, self._lock = make_locked_folder(parent, SCRATCH)
         except OSError as error:
             raise BDHError(f"sessions need a folder in {parent}, which cannot be made: {error.strerror}") from error
         self._numbers = count()
@@ -143,41 +140,13 @@ class Scratch:
         return self.folder / f"{next(self._numbers)}{ENDING}"
 
     def close(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def locked(folder: Path) -> int | None:
-    """A lock in a folder, to be closed: the file appears under its name when it is locked. None where there are no
-    such locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has none
-        return None
-    descriptor = os.open(folder / f"{LOCK}.new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    with suppress(OSError):  # a file system that knows none
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (folder / f"{LOCK}.new").rename(folder / LOCK)
-    return descriptor
+        unlock(self._lock)
 
 
 def remove_left(parent: Path) -> None:
-    """Removes the folders of servers that are no more."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    for folder in parent.glob(f"{SCRATCH}*"):
-        with suppress(OSError):  # it is another user's, or just being removed
-            if folder.is_symlink():
-                continue
-            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its server lives
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(descriptor)
+    """Removes the folders of servers that no longer run."""
+    remove_unlocked_folders(parent, f"{SCRATCH}*")
 
 
 def is_file(path: Path) -> bool:

@@ -14,7 +14,6 @@ complete one. Nothing in it is a pickle: tensors are safetensors, the rest is JS
 import base64
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -41,6 +40,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from bdh.atomic_files import sync
 from bdh.data.tokenizer import load_tokenizer
 from bdh.errors import BDHError, one_line
 from bdh.json_text import to_json
@@ -139,11 +139,11 @@ class CheckpointStore:
         _write_json(partial / "state.json", state)
         _write_json(partial / "manifest.json", {file.name: _fingerprint(file) for file in sorted(partial.iterdir())})
         for file in [*partial.iterdir(), partial]:
-            _sync(file)
+            sync(file)
         if final.exists():
             self.set_aside(final)
         partial.rename(final)
-        _sync(self.directory)
+        sync(self.directory)
         self.link(final.name, state.get("best_checkpoint"))
 
     def set_aside_after(self, step: int) -> list[Path]:
@@ -395,14 +395,6 @@ def _write_json(path: Path, content: Any) -> None:
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _to_text(state: Tensor) -> str:

@@ -7,17 +7,18 @@ by its fingerprint.
 
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
+from bdh.atomic_files import replace_atomically
 from bdh.errors import BDHError
 from bdh.inference.state_file import checksum
 from bdh.model import BDHForCausalLM
-from bdh.model.export import apply_umask
 from bdh.training.config import ARCHITECTURE, LoraConfig, TrainConfig
 from bdh.training.export import describe
 from bdh.training.init_from import find_start, load_start
@@ -127,24 +128,17 @@ def save_adapter(adapted: "PeftModel", directory: Path, card: str) -> None:
     """
     check_adapter_target(directory)
     directory = directory.absolute()
-    partial = directory.with_name(f".partial-{directory.name}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with _quiet():
-            adapted.save_pretrained(str(partial))
-        config = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
-        config["target_modules"].sort()  # a set, which peft writes in any order
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        apply_umask(partial)
-        if directory.exists():
-            shutil.rmtree(directory)
-        partial.rename(directory)
-    except OSError as error:
-        raise BDHError(f"{directory} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with replace_atomically(directory) as partial:
+            with _quiet():
+                adapted.save_pretrained(str(partial))
+            config = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
+            config["target_modules"].sort()  # a set, which peft writes in any order
+            (partial / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+            (partial / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise BDHError(f"{directory} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def check_adapter_target(directory: Path) -> None:

@@ -1,10 +1,8 @@
 """Sessions: what was said stays in the synapses, exactly, however an answer ended; on disk too."""
 
 import json
-import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -16,9 +14,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from bdh.atomic_files import PREFIX
 from bdh.data.tokenizer import byte_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
+from bdh.file_locks import make_locked_folder, unlock
 from bdh.inference.answer import Delta
 from bdh.inference.conversation import as_json
 from bdh.inference.llm import LLM
@@ -453,19 +453,10 @@ def test_where_a_session_cannot_be_saved_the_old_file_stays(tmp_path: Path) -> N
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_that_saves(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    host = socket.gethostname()
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    left, going_on, elsewhere = (
-        tmp_path / f".partial-state-{name}-abc"
-        for name in (f"{host}-{ended.pid}", f"{host}-{os.getppid()}", f"other-{host}-{ended.pid}")
-    )
-    for folder in (left, going_on, elsewhere):
-        folder.mkdir()
-        (folder / "s").write_bytes(b"half")
+    left, lock = make_locked_folder(tmp_path, PREFIX)
+    (left / "s").write_bytes(b"half")
     small_llm().session().save(tmp_path / "s")
-    assert not left.exists() and going_on.exists() and elsewhere.exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"s", going_on.name, elsewhere.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"s", left.name}  # its process still writes
+    unlock(lock)
+    small_llm().session().save(tmp_path / "s")
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]

@@ -132,7 +132,7 @@ def test_nothing_else_is_overwritten(export: Path, tmp_path: Path) -> None:
         save_export(model, tokenizer, tmp_path / "annotated", "card")
     save_export(model, tokenizer, export, "a newer card")  # an export may replace an export
     assert (export / "README.md").read_text() == "a newer card"
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".partial")]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_generate_of_transformers_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from bdh.errors import BDHError
+from bdh.file_locks import LOCK
 from bdh.inference.async_llm import AsyncLLM
 from bdh.inference.params import SamplingParams
 from bdh.serving.config import ModelSettings, ServeConfig
 from bdh.serving.errors import ApiError
 from bdh.serving.served import ServedModel
-from bdh.serving.session_files import LOCK, SCRATCH, SavedFiles
+from bdh.serving.session_files import SCRATCH, SavedFiles
 from bdh.serving.session_memory import Kept
 from bdh.serving.sessions import SessionSettings, SessionStore
 from tests.inference.small import BYTES, letters, small_llm, small_model
