@@ -11,7 +11,9 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from bdh.atomic_files import replace_atomically
 from bdh.data.chat_format import ChatFormat
 from bdh.data.tokenizer import load_export_tokenizer, vocabulary_size
+from bdh.data.vocabulary import CHAT_TEMPLATE
 from bdh.errors import BDHError, one_line
+from bdh.inference.template_process import TemplateProcess
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.weight_files import check_finite, check_weight_files
 
@@ -55,10 +57,30 @@ def set_generation_tokens(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerF
     """
     config = model.generation_config
     named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [tokenizer.eos_token_id, *ChatFormat(tokenizer).end_token_ids, *named]
+    ends = [tokenizer.eos_token_id, *end_of_turn_ids(tokenizer), *named]
     unique = [token for token in dict.fromkeys(ends) if token is not None]
     config.eos_token_id = unique[0] if len(unique) == 1 else unique or None
     config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Special tokens that end an answer in any chat template of the tokenizer; those of the default one come first.
+
+    A template that came with a model from elsewhere may never end: it is rendered in a process with limits, and adds no
+    token if it exceeds them.
+    """
+    templates = tokenizer.chat_template
+    if templates is None or templates == CHAT_TEMPLATE:  # our own
+        return list(ChatFormat(tokenizer).end_token_ids)
+    named = {"default": templates} if isinstance(templates, str) else templates
+    ends: list[int] = []
+    for name in sorted(named, key=lambda name: name != "default"):
+        process = TemplateProcess(named[name], tokenizer.special_tokens_map)
+        try:
+            ends += ChatFormat(tokenizer, process).end_token_ids
+        finally:
+            process.close()
+    return ends
 
 
 def with_max_length(tokenizer: PreTrainedTokenizerFast, config: BDHConfig) -> PreTrainedTokenizerFast:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from bdh.data.tokenizer import byte_tokenizer
+from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
+from bdh.inference.template_process import TemplateProcess
 from bdh.model import BDHConfig, BDHForCausalLM, BDHModel
 from bdh.model.card import architecture, model_card, parameter_count, state_bytes
 from bdh.model.export import load_export, save_export
@@ -151,6 +154,18 @@ def test_generate_of_transformers_stops_at_the_end_of_a_turn(tmp_path: Path) -> 
         assert len(said[0]["generated_token_ids"]) == 1 + len(
             CHAT.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True).input_ids
         )
+
+
+def test_a_hostile_template_does_not_stop_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bdh.model.export.TemplateProcess", partial(TemplateProcess, cpu_seconds=0.3))
+    tokenizer = train_tokenizer("bytes", (), 0)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    template = f"{{% if messages | length == 2 %}}{loop}{{% endif %}}{{{{ messages[1].content }}}}<|im_start|>x"
+    assert isinstance(tokenizer.chat_template, str)
+    tokenizer.chat_template = {"other": template, "default": tokenizer.chat_template}
+    save_export(BDHForCausalLM(small_config(vocab_size=len(tokenizer))), tokenizer, tmp_path / "model", "a card")
+    config = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|im_start|>"])
 
 
 def test_ends_that_a_generation_config_names_stay(tmp_path: Path) -> None:
