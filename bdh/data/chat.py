@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from bdh.data.chat_format import ChatFormat, special_ids
+from bdh.data.chat_format import ChatFormat, content_text, special_ids
 from bdh.data.encoding import Encoder, clean, encode_utf8
 from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
@@ -207,24 +207,18 @@ def _checked(messages: list[Any]) -> Iterator[dict[str, str]]:
         role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise BDHError(f"messages[{number}] has the role {str(role)[:40]!r}; known are {', '.join(ROLES)}")
-        yield {"role": role, "content": clean(_text_of(content, number))}
+        yield {"role": role, "content": clean(content_text(_content_parts(content), f"messages[{number}].content"))}
 
 
-def _text_of(content: Any, number: int) -> str:
-    """The text of a message's content, as the server reads it: a text, or parts of text."""
-    if isinstance(content, Mapping):  # parts in columns
+def _content_parts(content: Any) -> Iterator[tuple[str, Any]]:
+    """The type and the text of each part of a content: a text, a part, a list of them, or a list in columns."""
+    if isinstance(content, Mapping):
         content = [dict(zip(content, row, strict=False)) for row in zip(*content.values(), strict=False)]
-    parts = content if isinstance(content, list | tuple) and content else [content]
-    texts = []
-    for part in parts:
-        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-        text = _first(part, ("text", "refusal")) if isinstance(part, Mapping) else part
-        if kind not in ("text", "refusal", "input_text", "output_text"):
-            raise BDHError(f"messages[{number}] has a content of type {str(kind)[:40]}, which is not text")
-        if not isinstance(text, str):
-            raise BDHError(f"messages[{number}] has a content that is not text")
-        texts.append(text)
-    return "".join(texts)
+    for part in content if isinstance(content, list | tuple) and content else [content]:
+        if isinstance(part, Mapping):
+            yield part.get("type", "text"), _first(part, ("text", "refusal"))
+        else:
+            yield "text", part
 
 
 def _first(message: Mapping[str, Any], names: tuple[str, ...]) -> Any:

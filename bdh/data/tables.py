@@ -5,11 +5,14 @@ are errors. Here each file is read by itself, and of it the column that is asked
 None for each of its rows, so that the rows are counted.
 """
 
+import csv
+import io
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import repeat
 from typing import Any
 
@@ -21,7 +24,7 @@ from pyarrow import parquet
 from bdh.data.finding import suffix_of
 from bdh.data.json_files import LINES, json_columns, json_has_column, json_values
 from bdh.data.parts import Part, is_compressed, is_local, open_file, parts_of, version, whole_files
-from bdh.errors import BDHError
+from bdh.errors import BDHError, one_line
 
 SAMPLE_ROWS = 100  # of a file, to learn which columns hold text
 SAMPLE_FILES = 100  # looked into, spread evenly
@@ -174,26 +177,63 @@ def _seekable(file: str) -> Iterator[Any]:
 
 
 def _csv_values(part: Part, column: str) -> Iterator[tuple[Any, str]]:
-    columns = _csv_columns(part)
+    columns = list(_csv_columns(part))
     if not columns:
         return
-    known, number = column in columns, 0
-    with open_file(part[0]) as stream:
-        # All of a CSV file is text: neither "NA" nor "1984" is anything else.
-        options = {"usecols": [column if known else 0], "dtype": str, "na_filter": False, "chunksize": BATCH}
-        for frame in pandas.read_csv(stream, **_csv_options(part[0]), **options):
-            for value in frame[column].tolist() if known else repeat(None, len(frame)):
+    number = 0
+    with open_file(part[0]) as stream, _naming_long_rows(part[0], len(columns)):
+        # All of a CSV file is text: neither "NA" nor "1984" is anything else. All columns are read, as with `usecols`
+        # pandas drops what a row has more than the header.
+        options = {"dtype": object, "na_filter": False, "chunksize": BATCH}
+        frames = iter(pandas.read_csv(stream, **_csv_options(part[0]), **options))
+        while (frame := _next_frame(frames)) is not None:
+            for value in frame[column].tolist() if column in columns else repeat(None, len(frame)):
                 number += 1
                 yield value, f"in row {number}"
+
+
+def _next_frame(frames: Iterator[pandas.DataFrame]) -> pandas.DataFrame | None:
+    """The next rows, None at the end. Raises ParserWarning where pandas would warn of fields beyond the header."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pandas.errors.ParserWarning)
+        return next(frames, None)
 
 
 def _csv_columns(part: Part) -> dict[str, bool | None]:
     with open_file(part[0]) as stream:
         try:
-            head = pandas.read_csv(stream, **_csv_options(part[0]), nrows=SAMPLE_ROWS)
+            names = pandas.read_csv(stream, **_csv_options(part[0]), nrows=0).columns
         except pandas.errors.EmptyDataError:  # nothing but line ends
             return {}
+    with open_file(part[0]) as stream, _naming_long_rows(part[0], len(names)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", pandas.errors.ParserWarning)  # an error when the values are read
+        head = pandas.read_csv(stream, **_csv_options(part[0]), nrows=SAMPLE_ROWS)
     return {str(name): pandas.api.types.is_string_dtype(head[name].dtype) or None for name in head.columns}
+
+
+@contextmanager
+def _naming_long_rows(file: str, width: int) -> Iterator[None]:
+    """Raises BDHError for a row with more fields than the header, of which pandas tells in several ways."""
+    try:
+        yield
+    except (pandas.errors.ParserError, pandas.errors.ParserWarning) as error:
+        row = _first_long_row(file, width)
+        if row is None:
+            raise BDHError(f"{file} cannot be read: {one_line(error)}") from error
+        raise BDHError(
+            f"{file} has more fields in row {row} than its header; put texts that hold the separator "
+            "between double quotes"
+        ) from error
+
+
+def _first_long_row(file: str, width: int) -> int | None:
+    """The number, from 1, of the first row that has more fields than the header; None if that cannot be told."""
+    with open_file(file) as stream, suppress(csv.Error):
+        lines = io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="")
+        rows = filter(None, csv.reader(lines, delimiter=_csv_options(file)["sep"]))
+        next(rows, None)
+        return next((number for number, row in enumerate(rows, 1) if any(row[width:])), None)
+    return None
 
 
 def _csv_options(file: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from bdh.data.chat_format import ContentError, content_text
 from bdh.inference.params import SamplingParams, check_depth
 from bdh.serving.config import RequestSettings
 from bdh.serving.errors import bad_request
@@ -381,13 +382,20 @@ def plain_message(
     return {"role": role, "content": text_of(message.content, f"{where}.content")}
 
 
-def text_of(content: Content, where: str) -> str:
+def text_of(content: Content, name: str) -> str:
     """The text of a message's content. Raises ApiError for pictures and the like."""
     if isinstance(content, str):
         return content
-    texts = []
-    for number, part in enumerate(content):
-        if isinstance(part, OtherPart):
-            raise bad_request(f"{where}.{number} is {part.type}; this server reads text only", f"{where}.{number}")
-        texts.append(part.text if isinstance(part, TextPart) else part.refusal)
-    return "".join(texts)
+    try:
+        return content_text(((part.type, _text_of_part(part)) for part in content), name)
+    except ContentError as error:
+        raise bad_request(str(error), error.name) from error
+
+
+def _text_of_part(part: Part) -> str | None:
+    match part:
+        case TextPart():
+            return part.text
+        case RefusalPart():
+            return part.refusal
+    return None

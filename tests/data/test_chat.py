@@ -126,8 +126,8 @@ PROBLEMS: list[tuple[Any, str]] = [
     ([7], "messages[0] is no message"),
     ([{"role": "usr", "content": "x"}], "messages[0] has the role 'usr'; known are system, developer, user"),
     ([{"content": "x"}], "messages[0] has the role 'None'"),
-    ([TALK[1], {"role": "assistant", "content": None}], "messages[1] has a content that is not text"),
-    ([{"role": "user", "content": [{"type": "text"}]}], "messages[0] has a content that is not text"),
+    ([TALK[1], {"role": "assistant", "content": None}], "messages[1].content.0 is not text"),
+    ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content.0 is not text"),
     (TALK[:2], "the assistant says nothing"),
     (TALK[2:3], "the chat template writes no answer where it asks for one"),
 ]

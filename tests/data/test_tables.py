@@ -123,6 +123,28 @@ def test_json_files_are_arrays_or_lines_or_objects_one_after_another(tmp_path: P
 
 
 @BOTH
+@pytest.mark.parametrize(
+    ("rows", "long"),
+    [
+        ("Hello, world\nx\n", 1),  # from the first row, pandas takes the table for a wider one
+        ("x\n\n" * 3 + "Hello, world\n", 4),
+        ("x\n" * 2500 + "Hello, world\nx\n", 2501),
+        ("x,\n" * 2500 + "Hello, world\n", 2501),
+        ("x,,y\nz\n", 1),
+        ("x,\ny,\n", None),  # no text is lost
+        ('"Hello, world"\nx\n', None),
+    ],
+)
+def test_csv_rows_longer_than_the_header_are_an_error(tmp_path: Path, rows: str, long: int | None) -> None:
+    (tmp_path / "a.csv").write_text("text\n" + rows)
+    if long is None:
+        assert len(texts(tmp_path / "a.csv", False)) == 2
+        return
+    with pytest.raises(BDHError, match=rf"a\.csv has more fields in row {long} than its header; ") as caught:
+        texts(tmp_path / "a.csv", False)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_conversations_in_every_form_in_one_folder(tmp_path: Path, kind: str, streaming: bool) -> None:
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in TALK]
@@ -147,8 +169,8 @@ def test_contents_of_parts_are_read_as_the_server_reads_them() -> None:
     assert messages_of([TALK[0], answer])[1]["content"] == "No."
     assert messages_of(json.dumps(json.dumps(TALK))) == TALK
     for content, problem in (
-        ([{"type": "image_url", "image_url": {"url": "x"}}], "a content of type image_url, which is not text"),
-        ([], "a content that is not text"),
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "messages[0].content.0 is image_url; only text is read"),
+        ([], "messages[0].content.0 is not text"),
     ):
         with pytest.raises(BDHError, match=problem):
             messages_of([{"role": "user", "content": content}, TALK[1]])
