@@ -103,7 +103,15 @@ class BDHConfig(PreTrainedConfig):
                 f"n_head is {self.n_head}, which leaves {self.neurons_per_head} neurons a head; "
                 "the number must be even, because rotary phases turn neurons in pairs"
             )
+        self.check_embeddings()
         self._check_half_lives()
+
+    def check_embeddings(self) -> None:
+        """Raises ValueError if the embeddings of input and output are to be one tensor, which a BDH does not have."""
+        if self.tie_word_embeddings:
+            raise ValueError(
+                "tie_word_embeddings is true; a BDH has separate embeddings for input and output, set it to false"
+            )
 
     def _check_half_lives(self) -> None:
         """Fills in the half-lives of a model that decays, and refuses those that do not fit."""

@@ -915,6 +915,7 @@ class BDHForCausalLM(BDHPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: BDHConfig):
         super().__init__(config)
+        config.check_embeddings()  # once more: the configuration may have been changed since it was made
         self.model = BDHModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()

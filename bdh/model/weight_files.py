@@ -42,8 +42,7 @@ def check_weight_files(folder: Path, config: BDHConfig) -> None:
         name = different[0]
         more = f", and {len(different) - 1} more differ" if len(different) > 1 else ""
         raise BDHError(f"{wrong}: {name} has shape {found[name][1]}, config.json asks for {expected[name]}{more}")
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if missing := [name for name in expected if name not in found and name not in tied]:
+    if missing := [name for name in expected if name not in found]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise BDHError(f"the weights in {folder} are incomplete: {', '.join(missing[:3])}{more} missing")
 

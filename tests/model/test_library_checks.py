@@ -46,6 +46,14 @@ def test_the_common_names_of_sizes_read_and_write_ours() -> None:
     assert BDHConfig(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
 
 
+def test_tied_embeddings_are_refused(model: BDHForCausalLM) -> None:
+    with pytest.raises(ValueError, match="tie_word_embeddings is true; a BDH has separate embeddings"):
+        BDHConfig(tie_word_embeddings=True)
+    model.config.tie_word_embeddings = True
+    with pytest.raises(ValueError, match="tie_word_embeddings is true; a BDH has separate embeddings"):
+        BDHForCausalLM(model.config)
+
+
 def test_a_model_is_saved_and_loaded_exactly(model: BDHForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded, report = BDHForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
