@@ -1,13 +1,15 @@
 """A run's folder: taken by one process at a time, never mixed with another run or with anything else."""
 
+import itertools
 import os
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import yaml
 
 from bdh.errors import BDHError
+from bdh.file_locks import lock_file, unlock
 from bdh.model.export import check_target
 from bdh.training.checkpoint import CheckpointStore
 from bdh.training.config import TrainConfig
@@ -57,31 +59,57 @@ class RunFolder:
 
     def release(self) -> None:
         """Lets other processes in again; the end of the process does so too."""
-        if self.lock is not None:
-            drop_lock(self.lock)
-            self.lock = None
+        unlock(self.lock)
+        self.lock = None
 
-    def moved_to(self) -> Path | None:
-        """Where the folder is if it was renamed since it was claimed; None while it is where it was.
+    def location(self) -> Path | None:
+        """The path of the folder now: another one than `path` if it was renamed since it was claimed.
 
-        Raises:
-            BDHError: It was removed, or renamed on a system that does not say to what.
+        None if it was removed, or renamed on a system that does not tell to what.
         """
         if self.lock is None:
-            return None
-        ours = os.fstat(self.lock)
-        try:
-            if os.path.samestat(ours, self.store.directory.stat()):
-                return None
-        except OSError:
-            pass
-        try:
-            place = Path(f"/proc/self/fd/{self.lock}").readlink()
-            if os.path.samestat(ours, place.stat()):
-                return place.parent
-        except OSError:
-            pass
-        raise BDHError(f"run_dir {self.path} was renamed or removed during the run, so training stops")
+            return self.path
+        claimed = os.fstat(self.lock)
+        with suppress(OSError):
+            if os.path.samestat(claimed, self.store.directory.stat()):
+                return self.path
+        with suppress(OSError):
+            checkpoints = Path(f"/proc/self/fd/{self.lock}").readlink()
+            if os.path.samestat(claimed, checkpoints.stat()):
+                return checkpoints.parent
+        return None
+
+    def recreate(self, config: TrainConfig) -> Path:
+        """Makes the folder again after it was removed, and claims it; under another name if another run has taken its.
+
+        Returns:
+            Its path; the attributes still name the one that was removed.
+
+        Raises:
+            BDHError: It cannot be made.
+        """
+        self.release()
+        for number in itertools.count():
+            path = self.path.with_name(f"{self.path.name}-{number}") if number else self.path
+            folder = RunFolder(path, CheckpointStore(path / "checkpoints", self.store.keep), None)
+            try:
+                folder.check()
+                folder.goes_on_here = not number  # what is left in it is of this run, as when its checkpoints are gone
+                folder.claim(replace(config, run_dir=str(path)))
+            except BDHError as error:
+                folder.release()
+                if not path.exists():
+                    raise BDHError(
+                        f"run_dir {self.path} was removed during the run and cannot be made again: {error}"
+                    ) from error
+                continue
+            self.lock = folder.lock
+            return path
+        raise AssertionError
+
+    def move(self, path: Path) -> None:
+        """Makes `path` the folder that checkpoints are written into."""
+        self.path, self.store.directory = path, path / "checkpoints"
 
     def remove_if_empty(self) -> None:
         """Removes the folder if nothing is in it but the empty one for checkpoints."""
@@ -96,55 +124,25 @@ class RunFolder:
         return f"go on with: bdh train --resume {self.path}"
 
 
-_held: set[int] = set()  # descriptors of locks that this process has taken
-
-
-def _leave_locks_to_the_parent() -> None:
-    """A process that reads text may outlive this one when it is killed, and must not keep the run locked."""
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
-
-
-def drop_lock(descriptor: int) -> None:
-    """Gives a lock back."""
-    _held.discard(descriptor)
-    os.close(descriptor)
-
-
 def take_lock(path: Path, checkpoints: Path) -> int | None:
-    """Locks a run for this process: a descriptor to close, or None where there are no such locks.
+    """Locks a run for this process; returns what `unlock` takes.
 
     Raises:
         BDHError: Another process has it.
     """
     try:
-        import fcntl
-    except ImportError:  # Windows has none
-        return None
-    descriptor = os.open(checkpoints, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock_file(checkpoints)
     except BlockingIOError as error:
-        os.close(descriptor)
         raise BDHError(
             f"run_dir {path} is in use by another process; wait for it, or name another: --run_dir DIR"
         ) from error
-    _held.add(descriptor)
-    return descriptor
 
 
-def refuse_if_in_use(where: Path) -> None:
-    """Raises BDHError if the run at `where`, or the one a checkpoint at `where` lies in, is being trained."""
-    for run in (where, where.absolute().parent.parent):
+def refuse_if_in_use(path: Path) -> None:
+    """Raises BDHError if the run at a path, or the run of the checkpoint at a path, is being trained."""
+    for run in (path, path.absolute().parent.parent):
         if (run / "checkpoints").is_dir():
-            lock = take_lock(run, run / "checkpoints")
-            if lock is not None:
-                drop_lock(lock)
+            unlock(take_lock(run, run / "checkpoints"))
             return
 
 

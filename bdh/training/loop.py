@@ -125,6 +125,7 @@ class Trainer:
 
         processes.on_main(lambda: self.folder.claim(self.config))
         self.state = RunState()
+        self.folder_change: str | None = None  # since it was claimed: "removed", or "renamed to …"
         self.saver = Saver(self.store, self.tokenizer, processes)
         if resume is not None:
             self.restore(resume)
@@ -252,20 +253,22 @@ class Trainer:
         last = state.step == settings.max_steps
         log_due = state.step % logging.interval == 0 or last or state.step == 1 or bool(by_parameter)
         save_due = state.step % self.config.checkpoint.interval == 0 and not last
-        place = self.follow_folder() if log_due or save_due else None
         if log_due:
+            self.follow_folder()
             progress = {"step": state.step, "tokens": state.tokens}
             self.tracker.step({**progress, **figures, **self.speed(), "seconds": state.seconds, **by_parameter})
         sample_due = logging.sample_interval and (state.step % logging.sample_interval == 0 or last)
         if state.step % settings.eval_interval == 0 or sample_due or save_due:
             self.evaluate()
         if sample_due:
-            self.tracker.samples(state.step, self.review.samples(state.step))
+            samples = self.review.samples(state.step)
+            self.follow_folder()
+            self.tracker.samples(state.step, samples)
         if save_due:
             with self.meter.clock("checkpoint"):
                 self.save()
-        if place is not None:
-            raise self.moved(place)
+        if self.folder_change is not None:
+            raise self.folder_changed()
 
     def learn(self) -> tuple[dict[str, float], dict[str, float]]:
         """Takes the gradient of the next batch and follows it; figures of that, and those by parameter if they are due.
@@ -317,6 +320,7 @@ class Trainer:
         last = state.step == self.config.training.max_steps
         beyond = state.beyond_block = self.review.validate_beyond_block(self.tracker.say) if last else None
         figures, histograms = self.review.activity()
+        self.follow_folder()
         if histograms:
             self.tracker.histograms(state.step, histograms)
         self.tracker.evaluation(
@@ -334,11 +338,12 @@ class Trainer:
     # ----------------------------------------------------------------------------------- checkpoints and endings
 
     def save(self, scheduled: bool = True) -> bool:
-        """Begins to write a checkpoint, or, if it is not scheduled, writes it; False if the disk does not let it.
+        """Begins to write a checkpoint, or, if it is not scheduled, writes it; False if it cannot be written.
 
         One that is not scheduled, of a run that is interrupted, never counts as the best: it would not be there had
         the run not been interrupted.
         """
+        self.follow_folder()
         state = self.state
         name = f"checkpoint-{state.step:07d}"
         best = (state.best_validation_loss, state.best_checkpoint)
@@ -366,23 +371,37 @@ class Trainer:
         self.saver.save(state.step, tensors, kept, failed)
         return True if scheduled and not last else self.saver.wait()
 
-    def follow_folder(self) -> Path | None:
-        """Where the run's folder was renamed to, None where it was not: what is written goes there from now on."""
-        place = self.processes.on_main(self.folder.moved_to)
-        if place is not None:
-            self.saver.wait()
-            self.processes.on_main(self.folder.remove_if_empty)  # the checkpoint being written may have made it anew
-            self.store.directory = place / "checkpoints"
-            self.tracker.write_into(place)
-        return place
+    def follow_folder(self) -> None:
+        """Makes sure that what is written next goes into the run's folder, which may have been renamed or removed.
 
-    def moved(self, place: Path) -> BDHError:
-        """The error that stops a run whose folder was renamed: it saves, as its settings name the old place."""
+        If it was removed, it is made again, as the weights are still here. Either way the run stops after this step,
+        as its settings name the old folder. Called before anything is written.
+
+        Raises:
+            BDHError: It was removed and cannot be made again.
+        """
+        location = self.processes.on_main(self.folder.location)
+        if location == self.folder.path:
+            return
+        self.saver.wait()
+        if location is None:
+            self.folder_change = "removed"
+            self.state.saved_at, self.state.best_checkpoint, self.state.best_validation_loss = -1, None, None
+            location = self.processes.on_main(lambda: self.folder.recreate(self.config))
+        else:
+            self.folder_change = f"renamed to {location}"
+            self.processes.on_main(self.folder.remove_if_empty)  # the checkpoint being written may have made it anew
+        self.folder.move(location)
+        self.tracker.write_into(location)
+
+    def folder_changed(self) -> BDHError:
+        """The error that stops a run whose folder was renamed or removed, once a checkpoint is saved."""
         saved = self.saver.wait() if self.state.saved_at == self.state.step else self.save(scheduled=False)
-        kept = f"a checkpoint of step {self.state.step} is saved there; " if saved else ""
+        step, resume_hint = self.state.step, self.processes.on_main(self.folder.way_on)
+        outcome = f"is saved in {self.folder.path}" if saved else "could not be saved"
         return BDHError(
-            f"run_dir {self.run_dir} was renamed to {place} during the run, so training stops; {kept}go on with: "
-            f"bdh train --resume {place}"
+            f"run_dir {self.run_dir} was {self.folder_change} during the run, so training stops; a checkpoint of step "
+            f"{step} {outcome}; {resume_hint}"
         )
 
     def finish(self) -> None:
@@ -392,6 +411,9 @@ class Trainer:
             saved = self.save()
         else:
             saved = self.saver.wait()
+        self.follow_folder()
+        if self.folder_change is not None:
+            raise self.folder_changed()
         if not saved:
             raise BDHError(f"the last checkpoint could not be written; make room, then {self.folder.way_on()}")
         for line in self.data.source.remarks():
@@ -402,19 +424,20 @@ class Trainer:
         """Draws the curves, and makes the export. For the main process."""
         self.tracker.draw()
         best, start = self.state.best_checkpoint, self.config.init_from
-        export_run(self.run_dir, best, None if start is None else Path(start), self.tracker.say)
+        export_run(self.folder.path, best, None if start is None else Path(start), self.tracker.say)
 
     def interrupted(self, number: signal.Signals) -> Outcome:
         """Stopped by a signal: save, draw what there is, say how to go on."""
         state = self.state
         if not all(torch.isfinite(local(p)).all() for p in self.model.parameters()):
             raise self.not_finite(f"step {state.step}: weights are not finite")
+        self.follow_folder()
         saved = self.saver.wait() if state.saved_at == state.step else self.save(scheduled=False)
         self.processes.on_main(self.tracker.draw)
         way_on = self.processes.on_main(self.folder.way_on)
         where = f"saved at step {state.step} of {self.config.training.max_steps}; " if saved else "not saved; "
         self.tracker.say(f"stopped by {number.name}, {where}{way_on}")
-        return Outcome(self.run_dir, state.step, number, state.evaluation, state.seconds)
+        return Outcome(self.folder.path, state.step, number, state.evaluation, state.seconds)
 
     def not_finite(self, what: str) -> BDHError:
         """The error that stops a run whose numbers are no longer numbers."""

@@ -19,10 +19,12 @@ import pytest
 from bdh.cli.main import main
 from bdh.data.tokenizer import save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
-from bdh.training.checkpoint import find_checkpoint
+from bdh.training.checkpoint import CheckpointStore, find_checkpoint
+from bdh.training.config import TrainConfig
+from bdh.training.folder import RunFolder, is_run
 from bdh.training.loop import Trainer
 from bdh.training.tracking import read_metrics
-from tests.conftest import TEXT, TINY, Run, environment
+from tests.conftest import TEXT, TINY, Run, environment, run_bdh
 from tests.training.test_loop import assert_same_end, weights
 
 STEPS = 400
@@ -348,19 +350,85 @@ def test_a_run_whose_folder_is_renamed_stops_there_and_goes_on(
     assert steps == sorted(set(steps)) == [1, *range(5, 41, 5)]
 
 
-def test_a_run_whose_folder_is_removed_stops(
+RARELY = [f"--{name}=1000" for name in ("logging.interval", "checkpoint.interval", "training.eval_interval")]
+RARELY += ["--logging.sample_interval=0", "--logging.parameter_interval=0"]
+
+
+@pytest.mark.parametrize(("due", "step"), [("training.eval_interval", 14), ("logging.sample_interval", 15)])
+def test_a_renamed_folder_is_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], due: str, step: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    learn = Trainer.learn
+
+    def rename(self: Trainer) -> Any:
+        if self.state.step == 12:
+            Path("run").rename("other")
+        return learn(self)
+
+    monkeypatch.setattr(Trainer, "learn", rename)
+    argv = ["--data.path", "text.txt", "--run_dir", "run", *TINY, *RARELY, f"--{due}", str(step)]
+    assert main(["train", *argv]) == 2
+    shown = capsys.readouterr()
+    assert f"bdh train --resume {tmp_path / 'other'}" in shown.err and "warning" not in shown.out
+    assert not Path("run").exists() and find_checkpoint(tmp_path / "other").name == f"checkpoint-{step:07d}"
+    assert read_metrics(Path("other/metrics.jsonl"))[-1]["step"] == step
+
+
+def test_a_signal_after_the_folder_was_renamed_saves_into_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
     learn = Trainer.learn
 
-    def remove(self: Trainer) -> Any:
-        if self.state.step == 2:
-            shutil.rmtree("run")
+    def rename(self: Trainer) -> Any:
+        if self.state.step == 12:
+            Path("run").rename("other")
+            os.kill(os.getpid(), signal.SIGTERM)
         return learn(self)
 
-    monkeypatch.setattr(Trainer, "learn", remove)
-    assert main(["train", "--data.path", "text.txt", "--run_dir", "run", *TINY]) == 2
-    assert "was renamed or removed during the run, so training stops" in capsys.readouterr().err
-    assert not Path("run").exists()
+    monkeypatch.setattr(Trainer, "learn", rename)
+    assert main(["train", "--data.path", "text.txt", "--run_dir", "run", *TINY, *RARELY]) == 128 + signal.SIGTERM
+    assert f"saved at step 13 of 40; go on with: bdh train --resume {tmp_path / 'other'}" in capsys.readouterr().out
+    assert not Path("run").exists() and find_checkpoint(tmp_path / "other").name == "checkpoint-0000013"
+
+
+def test_a_run_whose_folder_is_removed_saves_and_stops(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    settings = [*SETTINGS, "--training.max_steps", "100000"]
+    process = start(tmp_path, "--data.path", "text.txt", "--run_dir", "run", *settings)
+    try:
+        assert wait_until(process, tmp_path / "run", 20)
+        process.send_signal(signal.SIGSTOP)
+        shutil.rmtree(tmp_path / "run")
+        process.send_signal(signal.SIGCONT)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    [line] = [line for line in output.splitlines() if "error" in line]
+    assert process.returncode == 2 and "Traceback" not in output
+    checkpoint = find_checkpoint(tmp_path / "run")
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert line == (
+        "bdh train: error: run_dir run was removed during the run, so training stops; a checkpoint of step "
+        f"{step} is saved in run; go on with: bdh train --resume run"
+    )
+    argv = ["train", "--resume", "run", "--training.max_steps", str(step + 1)]
+    done = run_bdh(*argv, cwd=tmp_path)
+    assert done.returncode == 0 and f"going on from step {step}" in done.stdout, done.stderr
+
+
+def test_a_removed_folder_whose_name_is_taken_gets_another(tmp_path: Path, finished_run: Path) -> None:
+    folder = RunFolder(tmp_path / "run", CheckpointStore(tmp_path / "run" / "checkpoints", 2), None)
+    folder.claim(TrainConfig())
+    shutil.rmtree(tmp_path / "run")
+    assert folder.location() is None
+    copy_of(finished_run, tmp_path)
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    path = folder.recreate(TrainConfig())
+    folder.move(path)
+    assert path == tmp_path / "run-1" == folder.location() and is_run(path)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    folder.release()
