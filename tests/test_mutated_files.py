@@ -269,7 +269,7 @@ def test_checkpoints(finished_run: Path, tmp_path: Path, sealed: bool) -> None:
 
 
 def test_settings_of_checkpoints(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings of wrong types or names in a checkpoint whose checksums are right, as `bdh train --resume` reads them."""
+    """Settings of wrong types or names in a checkpoint with right checksums, read by `bdh train --resume`."""
     chance = random.Random(SEED)
     folder = tmp_path / "checkpoints" / find_checkpoint(finished_run).name
     shutil.copytree(find_checkpoint(finished_run), folder)

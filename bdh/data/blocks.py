@@ -251,12 +251,12 @@ class ValidationWindows:
         """The numbers of the windows in which a token is to be predicted, ascending; of all, if there are none."""
         if self.tokens.dtype.kind == "u":
             return np.arange(self.count)
-        found = []
+        numbers_by_chunk = []
         for first in range(0, self.count, WINDOWS_SCANNED):
             count = min(WINDOWS_SCANNED, self.count - first)
             ids = self.tokens.read(first * self.block_size + 1, count * self.block_size)
-            found.append(first + np.flatnonzero((ids.reshape(count, -1) >= 0).any(1)))
-        numbers = np.concatenate(found)
+            numbers_by_chunk.append(first + np.flatnonzero((ids.reshape(count, -1) >= 0).any(1)))
+        numbers = np.concatenate(numbers_by_chunk)
         return numbers if len(numbers) else np.arange(self.count)
 
     def batches(self, batch_size: int, share: Share = ALONE) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ Row = dict[str, Any] | str
 
 
 def json_values(part: Part, column: str) -> Iterator[tuple[Any, str]]:
-    """The value under a column of each row, None where a row has none, and where in the file it is.
+    """The value under a column of each row, None where a row has none, and its position in words.
 
     A row is an object, or the text itself. Raises BDHError for anything else.
     """
@@ -44,7 +44,7 @@ def json_has_column(part: Part, column: str) -> bool:
 
 
 def rows_of(part: Part) -> Iterator[tuple[Row, str]]:
-    """The rows of a part, and where in the file each is. A line belongs to the part it begins in. Raises BDHError."""
+    """The rows of a part, each with its position in words. A line belongs to the part it begins in. Raises BDHError."""
     file, begin, end, _ = part
     with open_file(file) as stream:
         lines = suffix_of(file) in LINES or _begins_with_row(stream)
@@ -71,31 +71,32 @@ def _begins_with_row(stream: BinaryIO) -> bool:
 
 
 def _lines(stream: BinaryIO, file: str, begin: int, end: int) -> Iterator[tuple[Row, str]]:
-    place = begin
+    """The rows of the lines that begin between two offsets in bytes; to the end of the file if `end` is negative."""
+    offset = begin
     if begin:  # the line that was begun before belongs to the part before
         stream.seek(begin - 1)
-        place = begin - 1 + skip_line(stream)
-    while (end < 0 or place < end) and (line := stream.readline()):
-        text = line.removeprefix(codecs.BOM_UTF8) if place == 0 else line
+        offset = begin - 1 + skip_line(stream)
+    while (end < 0 or offset < end) and (line := stream.readline()):
+        text = line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
         if text.strip():
             try:
                 row = json.loads(text.decode("utf-8", errors="replace"))
             except (ValueError, RecursionError) as error:
-                raise BDHError(f"{file} is not JSON lines at byte {place}: {error}") from error
+                raise BDHError(f"{file} is not JSON lines at byte {offset}: {error}") from error
             if not isinstance(row, dict | str):
-                raise BDHError(f"{file} has a line at byte {place} that is neither an object nor a text")
-            yield row, f"at byte {place}"
-        place += len(line)
+                raise BDHError(f"{file} has a line at byte {offset} that is neither an object nor a text")
+            yield row, f"at byte {offset}"
+        offset += len(line)
 
 
 def _values(text: str, file: str) -> Iterator[tuple[Row, str]]:
     """The rows of a whole file: JSON values, of which an array stands for its items."""
-    decoder, place, number = json.JSONDecoder(), 0, 0
-    while (place := _skip_white(text, place)) < len(text):
+    decoder, offset, number = json.JSONDecoder(), 0, 0
+    while (offset := _skip_white(text, offset)) < len(text):
         try:
-            value, place = decoder.raw_decode(text, place)
+            value, offset = decoder.raw_decode(text, offset)
         except (ValueError, RecursionError) as error:
-            raise BDHError(f"{file} is not JSON at character {place}: {error}") from error
+            raise BDHError(f"{file} is not JSON at character {offset}: {error}") from error
         for row in value if isinstance(value, list) else [value]:
             number += 1
             if not isinstance(row, dict | str):
@@ -103,7 +104,8 @@ def _values(text: str, file: str) -> Iterator[tuple[Row, str]]:
             yield row, f"in item {number}"
 
 
-def _skip_white(text: str, place: int) -> int:
-    while place < len(text) and text[place] in WHITE:
-        place += 1
-    return place
+def _skip_white(text: str, offset: int) -> int:
+    """The offset of the first character that is not white space, from an offset on."""
+    while offset < len(text) and text[offset] in WHITE:
+        offset += 1
+    return offset
