@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EBADF, EINVAL, ENOTSUP
 from pathlib import Path
 
 from bdh.file_locks import make_locked_folder, remove_unlocked_folders, unlock
@@ -77,9 +78,12 @@ def _set_permissions(folder: Path, private: bool) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file or a folder to the disk. Raises OSError."""
+    """Flushes a file or a folder to the disk, where the file system can do that to folders. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (EBADF, EINVAL, ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
