@@ -122,7 +122,6 @@ def test_json_files_are_arrays_or_lines_or_objects_one_after_another(tmp_path: P
         texts(tmp_path / "torn.json", streaming)
 
 
-@BOTH
 @pytest.mark.parametrize(
     ("rows", "long"),
     [
@@ -145,6 +144,7 @@ def test_csv_rows_longer_than_the_header_are_an_error(tmp_path: Path, rows: str,
     assert "\n" not in str(caught.value)
 
 
+@BOTH
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_conversations_in_every_form_in_one_folder(tmp_path: Path, kind: str, streaming: bool) -> None:
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in TALK]
