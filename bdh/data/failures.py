@@ -6,6 +6,7 @@ from errno import EACCES, EDQUOT, EFBIG, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
 from bdh.data.settings import SourceConfig
+from bdh.errors import BDHError
 
 UNREACHABLE = {"ConnectionError", "OfflineModeIsEnabled", "TimeoutError", "HfHubHTTPError", "HTTPError"}
 UNWRITABLE = {EACCES, EPERM, EROFS, ENOTDIR}
@@ -102,7 +103,10 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def reason(chain: list[BaseException]) -> str:
-    """The innermost message that says something, in one line of bounded length."""
+    """Our own message if there is one, else the innermost that says something, in one line of bounded length."""
+    for link in chain:
+        if isinstance(link, BDHError):
+            return " ".join(str(link).split())
     for link in reversed(chain):
         words = " ".join(str(link).split())
         if words:
