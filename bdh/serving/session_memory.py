@@ -32,7 +32,8 @@ class Kept:
         uses: How often it was.
         session: None while it is put away.
         file: Where it is put away.
-        paid: Tokens of its system message, which were charged when it was made, until the first message has it read.
+        prepaid_tokens: Tokens of its system message, which were counted when the session was made, until the first
+            message has them read.
     """
 
     def __init__(self, owner: str | None, served: "ServedModel", name: str | None, place: str):
@@ -45,7 +46,7 @@ class Kept:
         self.uses = 0
         self.session: AsyncSession | None = None
         self.file: Path | None = None
-        self.paid = 0
+        self.prepaid_tokens = 0
         self.taken = False  # something is about to be done with it
         self.promised = 0  # bytes that there must be room for when it is done
         self.moving: asyncio.Task[None] | None = None  # to the disk
