@@ -18,7 +18,7 @@ from bdh.serving.brain import TraceStore
 from bdh.serving.config import ServeConfig, validate
 from bdh.serving.connection import PatientProtocol
 from bdh.serving.errors import ApiError
-from bdh.serving.hosts import HostCheck, is_local
+from bdh.serving.hosts import HostCheck, is_loopback
 from bdh.serving.keys import KeyStore
 from bdh.serving.limits import RateLimits
 from bdh.serving.metrics import Metrics
@@ -212,7 +212,7 @@ def serve(config: ServeConfig, models: Models) -> None:
     listening = listen(config.host, config.port)
     address = shown_address(listening)
     log.info("serving %s at %s", ", ".join(server.models.settings), address)
-    if not server.keys.required and not is_local(config.host):
+    if not server.keys.required and not is_loopback(config.host):
         log.warning("%s is open to the network without API keys: whoever reaches it can use it; see bdh keys", address)
     listener = Listener(
         uvicorn.Config(
