@@ -14,6 +14,7 @@ import uvicorn
 
 from bdh.errors import BDHError
 from bdh.serving.app import create_app
+from bdh.serving.background import attempt
 from bdh.serving.brain import TraceStore
 from bdh.serving.config import ServeConfig, validate
 from bdh.serving.connection import PatientProtocol
@@ -84,11 +85,10 @@ class Server:
         self.models.lost, self.models.failed = self._lost, self._fail
         try:
             await self.models.load()
+            for served in self.models.loaded.values():
+                self.watch(served)
         except Exception as error:
             self._fail(error if isinstance(error, BDHError) else BDHError(f"the models cannot be loaded: {error}"))
-            return
-        for served in self.models.loaded.values():
-            self.watch(served)
 
     def _fail(self, error: BDHError) -> None:
         """Has the server end, as a model cannot be served."""
@@ -188,6 +188,13 @@ class Listener(uvicorn.Server):
     async def _end_when_drained(self) -> None:
         while not self.server.draining:
             await asyncio.sleep(0.05)
+        try:
+            await attempt("waiting for requests to end", self._wait_until_drained())
+        finally:
+            self.should_exit = True
+
+    async def _wait_until_drained(self) -> None:
+        """Waits for requests in work, as long as they may take; cancels them then."""
         server = self.server
         either = [asyncio.ensure_future(event.wait()) for event in (server.drained, server.ending)]
         await asyncio.wait(either, timeout=server.config.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -199,7 +206,6 @@ class Listener(uvicorn.Server):
                     await server.drained.wait()
         for task in either:
             task.cancel()
-        self.should_exit = True
 
     async def _end_when_failed(self) -> None:
         await self.server.failed.wait()

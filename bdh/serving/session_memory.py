@@ -135,7 +135,7 @@ class SessionMemory:
         if kept.moving is None:
             assert kept.session is not None
             kept.moving = asyncio.create_task(self._move(kept, kept.session, kept.uses))
-            kept.moving.add_done_callback(lambda task: task.cancelled() or task.exception())  # though nobody waits
+            kept.moving.add_done_callback(log_unexpected)
         await asyncio.shield(kept.moving)  # whoever waits for it
 
     async def _move(self, kept: Kept, session: "AsyncSession", uses: int) -> None:
@@ -174,6 +174,13 @@ class SessionMemory:
             if not idle:
                 return
             await self._put_away(min(idle, key=lambda kept: kept.used))
+
+
+def log_unexpected(task: "asyncio.Task[None]") -> None:
+    """Logs an exception that is not an answer for clients: everybody who awaits the task may have gone."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, ApiError):
+        log.error("a session cannot be offloaded", exc_info=error)
 
 
 def discard(file: Path) -> None:
