@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from bdh.data.chat_format import check_messages
 from bdh.errors import BDHError
@@ -13,8 +13,6 @@ from bdh.inference.answer import Answer, Completion, Delta, TextRequest
 from bdh.inference.async_model import SHORT_PROMPT, AsyncModel, Call
 from bdh.inference.conversation import Conversation, Plan
 from bdh.inference.params import SamplingParams
-
-P = TypeVar("P")
 
 CheckTokens = Callable[[Sequence[int]], None]
 ReserveTokens = Callable[[int], Awaitable[None]]
@@ -174,7 +172,10 @@ class AsyncSession(Conversation):
         """
         await self._take()
         try:
-            reading = await beside(self.llm, lambda: self._plan_read(text), is_long(text))
+            if is_long(text):
+                reading = await self.llm.beside(lambda: self._plan_read(text), self.client)
+            else:
+                reading = self._plan_read(text)
             if check is not None:
                 check(reading.new)
             count = 0 if reading.asked is None else len(reading.asked.request.prompt)
@@ -229,7 +230,7 @@ class AsyncSession(Conversation):
     ) -> Turn:
         await self._take()
         try:
-            plan = await self.llm.call_in_chat_thread(make)
+            plan = await self.llm.call_in_chat_thread(make, self.client)
             if check is not None:
                 check(plan.new)
             if reserve is not None:
@@ -252,8 +253,3 @@ class AsyncSession(Conversation):
 
 def is_long(text: str) -> bool:
     return isinstance(text, str) and len(text) > SHORT_PROMPT
-
-
-async def beside(llm: AsyncModel, function: Callable[[], P], long: bool) -> P:
-    """Calls a function, beside the event loop if it takes long."""
-    return await llm.beside(function) if long else function()

@@ -60,7 +60,7 @@ class ChatWork:
         params = body.sampling(limits, body.answer_tokens(limits), n=n, logprobs=body.wanted_logprobs())
         self.writing.check_count(n)
         self.served.check_length(sum(len(message["content"]) for message in messages), "messages")
-        asked = await self.served.llm.chat_request(messages, params)
+        asked = await self.served.llm.chat_request(messages, params, self.writing.caller.client)
         self.served.check_prompt(asked.request.prompt, "messages")
         await self.writing.begin([asked], wants_deltas=bool(body.stream))
         self.choices = chat_choices(self.served, asked)

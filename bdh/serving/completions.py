@@ -104,7 +104,9 @@ class CompletionWork:
             await self.writing.meter.reserve(bound, is_estimate=True)
             self.writing.prompt_tokens = bound  # until it is known, also if the client disconnects before
         try:
-            self.asked = [await self.served.llm.text_request(prompt, params) for prompt in prompts]
+            self.asked = [
+                await self.served.llm.text_request(prompt, params, self.writing.caller.client) for prompt in prompts
+            ]
         except QueueFull:  # nothing was tokenized
             self.writing.prompt_tokens = 0
             raise
@@ -190,7 +192,7 @@ class CompletionWork:
         async for number, deltas in self.writing.pieces():
             if number in unopened:
                 unopened.remove(number)
-                echo = await self.served.llm.beside(partial(self.echo, number))
+                echo = await self.served.llm.beside(partial(self.echo, number), self.writing.caller.client)
                 for event in self.opening(made[number], echo):
                     yield self.envelope.piece([event])
             brain = await self.writing.observed(deltas)

@@ -250,7 +250,9 @@ async def count_tokens(request: Request, caller: Caller, served: ServedModel, sy
     check_text(system, "system")
     served.check_length(len(system), "system")
     meter, llm = TokenMeter(request.app.state.server, caller, request), served.llm
-    tokens = await meter.encode(llm.beside(lambda: llm.texts.encode(system)), served.token_bound([system]))
+    tokens = await meter.encode(
+        llm.beside(lambda: llm.texts.encode(system), caller.client), served.token_bound([system])
+    )
     if tokens:
         served.check_prompt(tokens, "system")
     return len(tokens)

@@ -64,7 +64,7 @@ async def tokenize(
     texts = [message["content"] for message in messages] if body.prompt is None else [body.prompt]
     served.check_length(sum(map(len, texts)), what)
     encoding = TokenMeter(server, caller, request).encode(
-        encode(served, body.prompt, messages), served.token_bound(texts)
+        encode(served, body.prompt, messages, caller.client), served.token_bound(texts)
     )
     tokens = await until_gone(request, encoding)
     if tokens:
@@ -97,15 +97,15 @@ async def detokenize(
     meter = TokenMeter(server, caller, request)
     await meter.reserve(len(body.tokens))
     try:
-        text = await until_gone(request, served.llm.beside(lambda: texts.tokenizer.decode(body.tokens)))
+        text = await until_gone(request, served.llm.beside(lambda: texts.tokenizer.decode(body.tokens), caller.client))
     finally:
         await meter.settle(len(body.tokens))
     return JSONAnswer({"text": text})
 
 
-async def encode(served: ServedModel, prompt: str | None, messages: "Sequence[Message]") -> list[int]:
+async def encode(served: ServedModel, prompt: str | None, messages: "Sequence[Message]", client: str) -> list[int]:
     """The tokens of a prompt, or else of messages. Raises BDHError."""
     texts = served.llm.texts
     if prompt is None:
-        return await served.llm.call_in_chat_thread(lambda: texts.encode(texts.chat_format.render(messages)))
-    return await served.llm.beside(lambda: texts.encode(prompt))
+        return await served.llm.call_in_chat_thread(lambda: texts.encode(texts.chat_format.render(messages)), client)
+    return await served.llm.beside(lambda: texts.encode(prompt), client)
