@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bdh.errors import BDHError
-from bdh.inference.state_metadata import FORMAT, partial_prefix, reason, remove_leftovers
+from bdh.inference.state_metadata import FORMAT, error_text, partial_prefix, remove_leftovers
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 
 SIZES = ("vocab_size", "n_embd", "n_head", "n_layer", "n_neurons", "rope_theta", "layer_norm_eps")
@@ -80,7 +80,7 @@ def save_state(path: str | Path, state: BDHState, fingerprint: str, metadata: Ma
                 os.fsync(file.fileno())
             partial.replace(path)
     except (OSError, SafetensorError) as error:
-        raise BDHError(f"{path} cannot be written: {reason(error)}") from error
+        raise BDHError(f"{path} cannot be written: {error_text(error)}") from error
 
 
 def load_state(path: str | Path, config: BDHConfig, fingerprint: str) -> tuple[BDHState, dict[str, str]]:
@@ -107,7 +107,7 @@ def load_state(path: str | Path, config: BDHConfig, fingerprint: str) -> tuple[B
         state = BDHState(synapses, tensors["position"], int(metadata.pop("length")))
         check_state(state, config)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise BDHError(f"{path} is damaged: {reason(error)}") from error
+        raise BDHError(f"{path} is damaged: {error_text(error)}") from error
     return state, {name: text for name, text in metadata.items() if name not in ("format", "fingerprint")}
 
 

@@ -71,7 +71,7 @@ async def admit_caller(scope: Scope, server: "Server") -> None:
         try:
             key = server.keys.check(bearer_token(request.headers.get("authorization")))
         except KeyRefused as refused:
-            refusal = unauthorized(REFUSALS[refused.reason])
+            refusal = unauthorized(REFUSALS[refused.problem])
     headers = await server.limits.admit(key, address, refused=refusal is not None)
     if refusal is not None:
         raise refusal

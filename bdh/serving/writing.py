@@ -181,9 +181,9 @@ class Writing:
         written, cached = self.completion_tokens, sum(call.cached_tokens for call in self.calls)
         self.log.update(prompt_tokens=self.prompt_tokens, completion_tokens=written, cached_tokens=cached)
         parts = [part for answer in self._answers() for part in answer.continuations]
-        reasons = {part.finish_reason for part in parts if part.finish_reason}
-        if reasons and not self.only_reads:
-            self.log["finish_reason"] = ",".join(sorted(reasons))
+        finish_reasons = {part.finish_reason for part in parts if part.finish_reason}
+        if finish_reasons and not self.only_reads:
+            self.log["finish_reason"] = ",".join(sorted(finish_reasons))
         self.server.metrics.usage(self.served.name, self.prompt_tokens, cached, written)
         if not self.only_reads:
             self._record_times()
