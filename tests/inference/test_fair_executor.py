@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_client_with_all_places_keeps_no_other_out() -> None:
         with pytest.raises(QueueFull, match="8 long prompts"):
             await executor.call(lambda: None, "many")
         for client in ("few", "few", "third"):
-            tasks.append(asyncio.create_task(executor.call(lambda client=client: order.append(client), client)))
+            tasks.append(asyncio.create_task(executor.call(partial(order.append, client), client)))
             await asyncio.sleep(0)
         may_end.set()
         await asyncio.gather(*tasks)
