@@ -134,52 +134,102 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
         raise BDHError(f"{directory} cannot be written: {words}") from error
 
 
-class IncrementalDecoder:
-    """Text of ids as they come: each character as soon as it is whole, never half of one.
+MAX_BYTES = 4  # of a character in UTF-8
+MAX_UNDECIDED = 16  # tokens that are held back, until the text of the first of them is settled
 
-    What was handed on stays. Some decoders take it back: where a row of byte tokens turns out to be no valid text, they
-    make replacement marks of all of it. Then only what was not yet handed on becomes marks.
+
+class IncrementalDecoder:
+    """Text of ids as they come: each character as soon as it is complete, never half of one.
+
+    Text that was emitted stays. Some decoders take it back: if a row of byte tokens turns out to be no valid text, they
+    make replacement marks of all of it. Then only the text that was not emitted yet becomes marks.
+
+    A step takes the same time however many invalid bytes, or tokens without text, came before it: of a long run only
+    the last tokens stay pending.
 
     Attributes:
         tokens: All ids taken.
-        length: How many characters were handed on.
+        pending: Those of which no text was emitted yet.
+        length: Number of characters emitted.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, skip_special_tokens: bool = True):
         self.tokenizer = tokenizer.backend_tokenizer
         self.skip_special_tokens = skip_special_tokens
+        self.skipped = frozenset(
+            token for token, added in tokenizer.added_tokens_decoder.items() if added.special and skip_special_tokens
+        )
         self.stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self.tokens: list[int] = []
-        self.pending: list[int] = []  # those of which no text was handed on yet
-        self.pieces: list[str] = []  # what was handed on; joined where it is asked for, as a step must not get slower
+        self.pending: list[int] = []
+        self.undecided: list[int] = []  # the pending tokens that have text
+        self.pieces: list[str] = []  # emitted; joined only when it is asked for, as a step must not get slower
         self.length = 0
 
     @property
     def written(self) -> str:
-        """All text handed on."""
+        """All text emitted."""
         return "".join(self.pieces)
 
     def step(self, token: int) -> str:
         """The text that this token completes; often empty."""
         self.tokens.append(token)
         self.pending.append(token)
+        if not self._has_text(token):
+            return "" if self.undecided else self._emit("", 1)
+        self.undecided.append(token)
         try:
             text = self.stream.step(self.tokenizer, token) or ""
         except Exception:  # the library's own class, of which there is no name: the text before would be another now
-            text = self._decode(self.pending)
+            text = self._decode(self.undecided)
             self.stream = DecodeStream(ids=[token], skip_special_tokens=self.skip_special_tokens)
-        return self._hand_on(text) if text else ""
+        if text:
+            return self._emit(text, len(self.pending))
+        return self._emit_beginning() if len(self.undecided) >= MAX_UNDECIDED else ""
 
     def end(self) -> str:
-        """What was held back: bytes at the end that never became a character, as replacement marks."""
+        """The text that was held back: bytes at the end that never became a character, as replacement marks."""
         whole = self._decode(self.tokens)
-        return self._hand_on(whole[self.length :] if whole.startswith(self.written) else self._decode(self.pending))
+        is_same = whole.startswith(self.written)
+        return self._emit(whole[self.length :] if is_same else self._decode(self.pending), len(self.pending))
 
-    def _hand_on(self, text: str) -> str:
-        self.pending.clear()
-        self.pieces.append(text)
-        self.length += len(text)
+    def _emit_beginning(self) -> str:
+        """The text of the first undecided tokens, if those that follow them cannot change it.
+
+        A character has four bytes at most: the text before the last four tokens is settled, unless a character reaches
+        across that border; then it does not reach across the border before its first byte.
+        """
+        whole = self._decode(self.undecided)
+        for count in range(len(self.undecided) - MAX_BYTES, len(self.undecided) - 2 * MAX_BYTES, -1):
+            rest = self.undecided[count:]
+            text = self._decode(self.undecided[:count])
+            if text and text + self._decode(rest) == whole:
+                break
+        else:
+            return ""
+        remaining = len(rest)
+        number = len(self.pending)
+        while remaining:  # tokens without text lie between the others
+            number -= 1
+            remaining -= self._has_text(self.pending[number])
+        self.stream = DecodeStream(ids=rest, skip_special_tokens=self.skip_special_tokens)
+        self._emit(text, number)
+        self.undecided = rest
         return text
+
+    def _emit(self, text: str, count: int) -> str:
+        """Emits the text of the first pending tokens, of so many."""
+        del self.pending[:count]
+        if not self.pending:
+            self.undecided = []
+        if text:
+            self.pieces.append(text)
+            self.length += len(text)
+        return text
+
+    def _has_text(self, token: int) -> bool:
+        """Whether decoding does not leave the token out: special tokens if they are skipped, and unknown ids."""
+        return token not in self.skipped and self.tokenizer.id_to_token(token) is not None
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=self.skip_special_tokens))
@@ -192,25 +242,30 @@ class OffsetDecoder(IncrementalDecoder):
     replacement marks, each of which has an offset like any other character.
 
     Attributes:
-        starts: The offset in `written` of each token whose text was handed on, in characters.
+        starts: The offset in `written` of each token whose text was emitted, in characters.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, skip_special_tokens: bool = True):
         super().__init__(tokenizer, skip_special_tokens)
         self.starts: list[int] = []
 
-    def _hand_on(self, text: str) -> str:
-        starts, whole = self._starts_of_pending() if len(self.pending) > 1 else ([0] * len(self.pending), len(text))
+    def _emit(self, text: str, count: int) -> str:
+        tokens = self.pending[:count]
+        starts, whole = self._starts_of(tokens) if count > 1 else ([0] * count, len(text))
         shift = len(text) - whole  # decoders may leave out a space before the first token of a text
         self.starts += [self.length + min(max(start + shift, 0) if start else 0, len(text)) for start in starts]
-        return super()._hand_on(text)
+        return super()._emit(text, count)
 
-    def _starts_of_pending(self) -> tuple[list[int], int]:
-        """The offsets of the pending tokens in their own text, and the length of that text."""
+    def _starts_of(self, tokens: list[int]) -> tuple[list[int], int]:
+        """The offsets of tokens in their own text, and the length of that text."""
         starts: list[int] = []
         decoded = ""
-        for count in range(1, len(self.pending) + 1):
-            before, decoded = decoded, self._decode(self.pending[:count])
+        with_text: list[int] = []
+        for token in tokens:
+            before = decoded
+            if self._has_text(token):
+                with_text.append(token)
+                decoded = self._decode(with_text)
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, decoded, strict=False)))
             starts.append(max(0, min(same, len(decoded) - 1)))  # a token without a character of its own ends one
         return starts, len(decoded)

@@ -4,12 +4,10 @@
 """
 
 import asyncio
-import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -18,6 +16,7 @@ from bdh.data.chat_format import Message
 from bdh.errors import ModelClosed, QueueFull
 from bdh.inference import errands
 from bdh.inference.answer import Answer, Completion, Delta, TextRequest, TokenLogprob
+from bdh.inference.fair_executor import ExecutorClosed, FairExecutor, PendingLimit
 from bdh.inference.figures import EngineStats, ModelFigures
 from bdh.inference.params import SamplingParams
 from bdh.inference.texts import Prompt, Texts
@@ -31,7 +30,7 @@ Result = list[Delta] | Completion | Exception | None  # None: the request is in 
 
 SHORT_PROMPT = 4096  # characters, or tokens, that are made a request of sooner than a thread is asked to
 BESIDE = 2  # threads for longer ones, and as many for chats
-MOST_WAITING = 64  # long prompts for these threads; texts to be scored
+MOST_WAITING = 64  # long prompts for these threads, in equal shares for clients; texts to be scored
 
 
 class Aside:
@@ -131,10 +130,9 @@ class AsyncModel(ABC):
 
     def __init__(self, texts: Texts):
         self.texts = texts
-        self._beside = ThreadPoolExecutor(BESIDE, "bdh-beside")
-        self._chats = ThreadPoolExecutor(BESIDE, "bdh-chat")  # of their own: a slow template delays chats only
-        self._pending = 0  # long work that waits, or is done, beside the engine
-        self._pending_lock = threading.Lock()  # there may be several event loops
+        self._pending = PendingLimit(MOST_WAITING)
+        self._beside = FairExecutor(BESIDE, "bdh-beside", self._pending)
+        self._chats = FairExecutor(BESIDE, "bdh-chat", self._pending)  # a slow template delays chats only
 
     @property
     @abstractmethod
@@ -207,31 +205,38 @@ class AsyncModel(ABC):
 
     # ----------------------------------------------------- for who wants to know more of a request than its text
 
-    async def text_request(self, prompt: Prompt, params: SamplingParams | None = None) -> TextRequest:
-        """As `LLM.text_request`; a long prompt is tokenized beside the event loop."""
+    async def text_request(
+        self, prompt: Prompt, params: SamplingParams | None = None, client: str | None = None
+    ) -> TextRequest:
+        """As `LLM.text_request`; a long prompt is tokenized beside the event loop, as `beside` does it."""
         if isinstance(prompt, str | list) and len(prompt) <= SHORT_PROMPT:
             return self.texts.text_request(prompt, params)
-        return await self.beside(lambda: self.texts.text_request(prompt, params))
+        return await self.beside(lambda: self.texts.text_request(prompt, params), client)
 
-    async def chat_request(self, messages: Sequence[Message], params: SamplingParams | None = None) -> TextRequest:
+    async def chat_request(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, client: str | None = None
+    ) -> TextRequest:
         """As `LLM.chat_request`, in a thread: the chat template is a program that may take any time."""
-        return await self.call_in_chat_thread(lambda: self.texts.chat_request(messages, params))
+        return await self.call_in_chat_thread(lambda: self.texts.chat_request(messages, params), client)
 
-    async def beside(self, function: Callable[[], T]) -> T:
-        """Calls what takes long in one of a few threads. Raises QueueFull if many wait for them, or as it does."""
-        return await self._call_in(self._beside, function)
+    async def beside(self, function: Callable[[], T], client: str | None = None) -> T:
+        """Calls a function that takes long in one of a few threads, which clients share evenly.
 
-    async def call_in_chat_thread(self, function: Callable[[], T]) -> T:
-        """As `beside`, for what renders the chat template. The event loop must never do that itself."""
-        return await self._call_in(self._chats, function)
+        Raises:
+            QueueFull: Many calls wait, and the client has its share of them.
+            Exception: As the function.
+        """
+        return await self._call_in(self._beside, function, client)
 
-    async def _call_in(self, executor: ThreadPoolExecutor, function: Callable[[], T]) -> T:
-        async with self._counted():
-            try:
-                future = asyncio.get_running_loop().run_in_executor(executor, function)
-            except RuntimeError as error:  # it was shut down
-                raise closed() from error
-            return await future
+    async def call_in_chat_thread(self, function: Callable[[], T], client: str | None = None) -> T:
+        """As `beside`, for a function that renders the chat template. The event loop must never do that itself."""
+        return await self._call_in(self._chats, function, client)
+
+    async def _call_in(self, executor: FairExecutor, function: Callable[[], T], client: str | None) -> T:
+        try:
+            return await executor.call(function, client)
+        except ExecutorClosed as error:
+            raise closed() from error
 
     @abstractmethod
     def aside(self) -> Aside:
@@ -251,7 +256,7 @@ class AsyncModel(ABC):
             self.texts.check_streamable(asked)
         params = asked.request.params
         if params.regex is not None or params.json_schema is not None:
-            async with self._counted():
+            with self._pending.counted(asked.request.client):
                 await self.call_beside(errands.prepare_grammar, params)
         call = self._new_call(asked, wants_deltas)
         self._begin(call)
@@ -312,7 +317,7 @@ class AsyncModel(ABC):
     def _shut_down_threads(self) -> None:
         """Lets the threads end, without waiting for them."""
         for executor in (self._beside, self._chats):
-            executor.shutdown(wait=False, cancel_futures=True)
+            executor.shut_down()
 
     @abstractmethod
     def _new_call(self, asked: TextRequest, wants_deltas: bool) -> Call:
@@ -329,19 +334,6 @@ class AsyncModel(ABC):
     @abstractmethod
     def _finish(self, call: Call) -> Awaitable[None]:
         """Ends what is left of a request, with the states of its continuations."""
-
-    @asynccontextmanager
-    async def _counted(self) -> AsyncGenerator[None]:
-        """Something long is done beside the engine. Raises QueueFull if many such things wait."""
-        with self._pending_lock:
-            if self._pending >= MOST_WAITING:
-                raise QueueFull(f"{self._pending} long prompts or chats wait to be tokenized already; try again later")
-            self._pending += 1
-        try:
-            yield
-        finally:
-            with self._pending_lock:
-                self._pending -= 1
 
     async def _completion(self, asked: TextRequest) -> Completion:
         call = await self.start(asked, wants_deltas=False)

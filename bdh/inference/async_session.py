@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from bdh.data.chat_format import check_messages
 from bdh.errors import BDHError
@@ -14,10 +14,8 @@ from bdh.inference.async_model import SHORT_PROMPT, AsyncModel, Call
 from bdh.inference.conversation import Conversation, Plan
 from bdh.inference.params import SamplingParams
 
-P = TypeVar("P")
-
 CheckTokens = Callable[[Sequence[int]], None]
-Charge = Callable[[int], Awaitable[None]]
+ReserveTokens = Callable[[int], Awaitable[None]]
 
 
 class TokensRead(NamedTuple):
@@ -126,6 +124,7 @@ class AsyncSession(Conversation):
         *,
         wants_deltas: bool = True,
         check: CheckTokens | None = None,
+        reserve: ReserveTokens | None = None,
     ) -> Turn:
         """Says something to the assistant, as `Session.send`; returns when the answer is in the engine's queue.
 
@@ -134,6 +133,7 @@ class AsyncSession(Conversation):
             params: For the answer; the session's own if there are none.
             wants_deltas: Whether `Turn.deltas` will be iterated, or else `Turn.completion` awaited.
             check: Is called with the tokens of what is new, and may raise.
+            reserve: Is awaited with how many tokens will be read, before they are, and may raise.
 
         Raises:
             QueueFull: Too many requests wait (a BDHError).
@@ -142,7 +142,7 @@ class AsyncSession(Conversation):
         message = {"role": "user", "content": text}
         check_messages([message])
         checked = self._checked(params)
-        return await self._begin(lambda: self._plan_send(message, checked), wants_deltas, check)
+        return await self._begin(lambda: self._plan_send(message, checked), wants_deltas, check, reserve)
 
     async def write(
         self,
@@ -151,30 +151,36 @@ class AsyncSession(Conversation):
         *,
         wants_deltas: bool = True,
         check: CheckTokens | None = None,
+        reserve: ReserveTokens | None = None,
     ) -> Turn:
         """Reads a text, if there is one, and writes on from there, as `Session.write`; both come about or neither.
 
         Args and errors as for `send`.
         """
         checked = self._checked(params)
-        return await self._begin(lambda: self._plan_write(text, checked), wants_deltas, check)
+        return await self._begin(lambda: self._plan_write(text, checked), wants_deltas, check, reserve)
 
-    async def read(self, text: str, *, check: CheckTokens | None = None, charge: Charge | None = None) -> TokensRead:
+    async def read(
+        self, text: str, *, check: CheckTokens | None = None, reserve: ReserveTokens | None = None
+    ) -> TokensRead:
         """Reads a text that needs no answer; the last token waits for what follows. Errors as for `send`.
 
         Args:
             text: What is read.
             check: As for `send`.
-            charge: Is awaited with how many tokens will be read, before they are.
+            reserve: As for `send`.
         """
         await self._take()
         try:
-            reading = await beside(self.llm, lambda: self._plan_read(text), is_long(text))
+            if is_long(text):
+                reading = await self.llm.beside(lambda: self._plan_read(text), self.client)
+            else:
+                reading = self._plan_read(text)
             if check is not None:
                 check(reading.new)
             count = 0 if reading.asked is None else len(reading.asked.request.prompt)
-            if charge is not None:
-                await charge(count)
+            if reserve is not None:
+                await reserve(count)
             if reading.asked is None:
                 self._settle_reading(reading, None)
                 return TokensRead(count, 0)
@@ -219,12 +225,16 @@ class AsyncSession(Conversation):
         session._restore(await llm.call_beside(errands.read_session, path))
         return session
 
-    async def _begin(self, make: Callable[[], Plan], wants_deltas: bool, check: CheckTokens | None) -> Turn:
+    async def _begin(
+        self, make: Callable[[], Plan], wants_deltas: bool, check: CheckTokens | None, reserve: ReserveTokens | None
+    ) -> Turn:
         await self._take()
         try:
-            plan = await self.llm.call_in_chat_thread(make)
+            plan = await self.llm.call_in_chat_thread(make, self.client)
             if check is not None:
                 check(plan.new)
+            if reserve is not None:
+                await reserve(len(plan.asked.request.prompt))
             return Turn(self, plan, await self.llm.start(plan.asked, wants_deltas))
         except BaseException:
             self._free()
@@ -243,8 +253,3 @@ class AsyncSession(Conversation):
 
 def is_long(text: str) -> bool:
     return isinstance(text, str) and len(text) > SHORT_PROMPT
-
-
-async def beside(llm: AsyncModel, function: Callable[[], P], long: bool) -> P:
-    """Calls a function, beside the event loop if it takes long."""
-    return await llm.beside(function) if long else function()

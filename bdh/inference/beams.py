@@ -38,10 +38,10 @@ def beam_search(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, asked
     answer = Answer(asked, tokenizer)
     for index, row in enumerate(output[:, ids.shape[1] :].tolist()):
         for number, token in enumerate(row, 1):
-            reason: FinishReason | None = "length" if number == len(row) else None
+            finish_reason: FinishReason | None = "length" if number == len(row) else None
             if token in request.ends:  # what follows is padding
-                reason = "stop"
-            if answer.take(Event(request.id, index, token, finish_reason=reason)) or reason:
+                finish_reason = "stop"
+            if answer.take(Event(request.id, index, token, finish_reason=finish_reason)) or finish_reason:
                 break
     return answer.completion()
 

@@ -29,7 +29,7 @@ from bdh.inference.prefix import PrefixCache
 from bdh.inference.request import Event, FinishReason, PromptLogprobs, Request
 from bdh.inference.runner import Runner
 from bdh.inference.sampling import Sampled, Sampler
-from bdh.inference.scheduling import Branch, Group, WaitingLine, client_to_preempt
+from bdh.inference.scheduling import Branch, Group, WaitingQueue, client_to_preempt
 from bdh.inference.scoring import score_tokens
 from bdh.model import BDHState
 
@@ -62,7 +62,7 @@ class Engine:
         self.prefixes = PrefixCache(prefix_cache_bytes)
         self.sampler = Sampler(runner.n_slots, runner.config.vocab_size, runner.device)
         self.groups: dict[str, Group] = {}
-        self.waiting = WaitingLine()
+        self.waiting = WaitingQueue()
         self.reading: deque[Branch] = deque()  # have a slot, read their prompt
         self.writing: list[Branch] = []  # have a slot and a last token to go on from
         self.free = list(range(runner.n_slots))  # a heap
@@ -347,7 +347,7 @@ class Engine:
         try:
             if branch.constraint is not None:
                 branch.constraint.accept(token)
-            reason = self.finish_reason(branch)
+            finish_reason = self.finish_reason(branch)
         except BDHError as error:  # the grammar has come to the library's limits
             return self.fail(branch, error)
         return Event(
@@ -356,8 +356,8 @@ class Engine:
             token,
             sampled.logprobs[row] if sampled.logprobs and branch.wants_logprob else None,
             sampled.top[row] if sampled.top and request.params.logprobs else None,
-            reason,
-            None if reason is None else self.end(branch),
+            finish_reason,
+            None if finish_reason is None else self.end(branch),
             branch.cached if len(branch.output) == 1 else 0,
             prompt_logprobs=PromptLogprobs.join(branch.scores) if branch.scores and len(branch.output) == 1 else None,
         )

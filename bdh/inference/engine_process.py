@@ -144,8 +144,12 @@ class Line:
     def leave_with_the_other(self, loaded: threading.Event) -> None:
         """Ends this process with the other one as long as nobody reads here, as the model is being loaded."""
         while not loaded.wait(0.2):
-            if not self.socket.recv(1, socket.MSG_PEEK):
-                leave()
+            try:
+                if self.socket.recv(1, socket.MSG_PEEK):
+                    continue
+            except ConnectionError:  # the other process was killed
+                pass
+            leave()
 
 
 def leave() -> None:

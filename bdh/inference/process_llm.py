@@ -6,6 +6,7 @@ get an error at once, and the server can begin another.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
@@ -27,6 +28,8 @@ from bdh.inference.texts import Texts
 from bdh.inference.wire import Frames, Stands, frame
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 PING_SECONDS = 2.0  # between two questions whether the engine goes on
 SILENT_SECONDS = 10.0  # without an answer, after which it counts as stopped: a step takes far less
@@ -140,13 +143,16 @@ class ProcessLLM(AsyncModel):
         return self._pinged_at is not None and self._loop.time() - self._pinged_at > SILENT_SECONDS
 
     async def _ping(self) -> None:
-        """Asks the engine again and again whether it goes on."""
-        with suppress(BDHError, RuntimeError):  # the process is gone, which others notice
-            while True:
-                self._pinged_at = self._loop.time()
+        """Asks the engine again and again whether it goes on, until it is closed or lost."""
+        while not self._closed:
+            self._pinged_at = self._loop.time()
+            try:
                 await self.call(errands.ping)
-                self._pinged_at = None
-                await asyncio.sleep(PING_SECONDS)
+            except Exception as error:
+                if not self._closed:  # an error is an answer too
+                    log.warning("the engine answers whether it goes on with an error: %s", error)
+            self._pinged_at = None
+            await asyncio.sleep(PING_SECONDS)
 
     async def close(self) -> None:
         if self._pinging is not None:

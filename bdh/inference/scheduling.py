@@ -1,4 +1,4 @@
-"""Which of the sequences that wait gets the next slot: as many slots for each client as for any other."""
+"""Fair scheduling of slots: the queue of waiting sequences, and the choice of the client to preempt."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,16 +22,16 @@ class Branch:
     constraint: Constraint | None
     slot: int = -1
     read: int = 0  # tokens of the prompt that are in the slot
-    cached: int = 0  # how many of these a kept state had read
-    keep_at: int | None = None  # the state after this many is worth keeping
+    cached: int = 0  # how many of these the prefix cache had
+    keep_at: int | None = None  # after this many, the state goes into the prefix cache
     output: list[int] = field(default_factory=list)
     scores: list[PromptLogprobs] = field(default_factory=list)  # of the prompt's tokens read so far, if asked for
-    saved: BDHState | None = None  # what it goes on from, if it was preempted
+    saved: BDHState | None = None  # its state, if it was preempted
 
     def unread(self, chunk: int) -> list[int]:
         """The next tokens of the prompt to read: up to the chunk's end, and up to where the state is to be kept.
 
-        Where chunks end does not depend on who else reads, or rounding would.
+        Where chunks end does not depend on other sequences, or rounding would.
         """
         stop = min(self.read + chunk - self.read % chunk, len(self.request.prompt))
         if self.keep_at is not None and self.read < self.keep_at < stop:
@@ -68,7 +68,7 @@ class Group:
     after_prompt: tuple[BDHState, Tensor] | None = None  # for those still waiting: the state, and the logits (V,)
 
 
-class WaitingLine:
+class WaitingQueue:
     """Sequences that wait for a slot, in a queue for each client.
 
     Attributes:
@@ -79,7 +79,7 @@ class WaitingLine:
     def __init__(self) -> None:
         self.queues: dict[str | None, deque[Branch]] = {}
         self.preempted = 0
-        self._served: dict[str | None, int] = {}  # when each client got its last slot, of those that wait
+        self._last_turns: dict[str | None, int] = {}  # the turn in which each waiting client got its last slot
         self._turns = count(1)
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ class WaitingLine:
             self._queue_of(branch).append(branch)
 
     def put_back(self, branch: Branch) -> None:
-        """Has a sequence that was preempted wait before the others of its client."""
+        """Puts a preempted sequence at the head of its client's queue."""
         self._queue_of(branch).appendleft(branch)
         self.preempted += 1
 
@@ -103,17 +103,17 @@ class WaitingLine:
         self.queues[client].remove(branch)
         if not self.queues[client]:
             del self.queues[client]
-            self._served.pop(client, None)
+            self._last_turns.pop(client, None)
 
     def take(self, branch: Branch) -> None:
         """Removes a sequence that gets a slot."""
-        self._served[branch.request.client] = next(self._turns)
+        self._last_turns[branch.request.client] = next(self._turns)
         self.remove(branch)
 
     def clear(self) -> None:
         self.queues.clear()
         self.preempted = 0
-        self._served.clear()
+        self._last_turns.clear()
 
     def next(self, running: Mapping[str | None, int], is_ready: Callable[[Branch], bool]) -> Branch | None:
         """The sequence to get the next slot: of the client with the fewest slots, among equals of the one whose last
@@ -123,7 +123,7 @@ class WaitingLine:
             running: How many slots each client has.
             is_ready: Whether a sequence could use a slot now.
         """
-        clients = sorted(self.queues, key=lambda client: (running.get(client, 0), self._served.get(client, 0)))
+        clients = sorted(self.queues, key=lambda client: (running.get(client, 0), self._last_turns.get(client, 0)))
         for client in clients:
             branch = next((branch for branch in self.queues[client] if is_ready(branch)), None)
             if branch is not None:
@@ -135,9 +135,9 @@ class WaitingLine:
 
 
 def client_to_preempt(waiting: Branch, slots: Mapping[str | None, int]) -> tuple[bool, str | None]:
-    """Whether a client has to give up a slot, so that clients share the slots more evenly, and which.
+    """Whether a client has to give up a slot, so that clients share the slots more evenly, and which client.
 
-    It has two slots more than the client of the waiting sequence: so no slot goes to and fro.
+    It has at least two slots more than the client of the waiting sequence, or slots would go to and fro.
 
     Args:
         waiting: The sequence that is next.

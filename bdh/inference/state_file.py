@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bdh.atomic_files import replace_atomically
 from bdh.errors import BDHError
-from bdh.inference.state_metadata import FORMAT, reason
+from bdh.inference.state_metadata import FORMAT, error_text
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 
 SIZES = ("vocab_size", "n_embd", "n_head", "n_layer", "n_neurons", "rope_theta", "layer_norm_eps")
@@ -73,7 +73,7 @@ def save_state(path: str | Path, state: BDHState, fingerprint: str, metadata: Ma
         with replace_atomically(path, private=True) as partial:
             save_file(tensors, partial, {**metadata, "sha256": checksum(tensors, metadata)})
     except (OSError, SafetensorError) as error:
-        raise BDHError(f"{path} cannot be written: {reason(error)}") from error
+        raise BDHError(f"{path} cannot be written: {error_text(error)}") from error
 
 
 def load_state(path: str | Path, config: BDHConfig, fingerprint: str) -> tuple[BDHState, dict[str, str]]:
@@ -100,7 +100,7 @@ def load_state(path: str | Path, config: BDHConfig, fingerprint: str) -> tuple[B
         state = BDHState(synapses, tensors["position"], int(metadata.pop("length")))
         check_state(state, config)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise BDHError(f"{path} is damaged: {reason(error)}") from error
+        raise BDHError(f"{path} is damaged: {error_text(error)}") from error
     return state, {name: text for name, text in metadata.items() if name not in ("format", "fingerprint")}
 
 

@@ -19,12 +19,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         with safe_open(path, "numpy") as file:
             metadata = dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise BDHError(f"{path} is no saved state: {reason(error)}") from error
+        raise BDHError(f"{path} is no saved state: {error_text(error)}") from error
     if metadata.get("format") != FORMAT:
         raise BDHError(f"{path} is no saved state that this version of bdh knows")
     return metadata
 
 
-def reason(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """The cause of an error, in one line."""
     return getattr(error, "strerror", None) or one_line(error)

@@ -1,4 +1,4 @@
-"""Who calls: the key of a request, its address, and whether it may come in."""
+"""Authentication of callers: the API key and the address of a request, and the limits on the number of requests."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ from starlette.types import Scope
 
 from bdh.serving.errors import ApiError, unauthorized
 from bdh.serving.keys import Key, KeyRefused
-from bdh.serving.limits import network, subject
+from bdh.serving.limits import subject_of
 
 if TYPE_CHECKING:
     from bdh.serving.server import Server
@@ -23,11 +23,11 @@ REFUSALS = {
 
 @dataclass(frozen=True)
 class Caller:
-    """Who made a request.
+    """The authenticated sender of a request.
 
     Attributes:
         key: None where no keys are asked for.
-        address: The client's, or what a trusted proxy says it is.
+        address: The client's, or the one that a trusted proxy gives for it.
     """
 
     key: Key | None
@@ -35,56 +35,61 @@ class Caller:
 
     @property
     def owner(self) -> str | None:
-        """Whom sessions and traces belong to: a key, or everybody."""
+        """The owner of sessions and traces: the id of a key; None, everybody, where no keys are asked for."""
         return None if self.key is None else self.key.id
 
     @property
     def client(self) -> str:
-        """Who shares the engine with others like it: a key, or where no keys are asked for a network."""
-        return subject(self.key, network(self.address))
+        """The client that slots and queues are shared by: a key, or a network where no keys are asked for."""
+        return subject_of(self.key, self.address)
 
 
-def presented(authorization: str | None) -> str | None:
+def bearer_token(authorization: str | None) -> str | None:
     """The secret in an Authorization header, if it has one."""
     scheme, _, secret = (authorization or "").partition(" ")
     return secret.strip() or None if scheme.lower() == "bearer" else None
 
 
-def costs(path: str) -> bool:
-    """Whether what is at a path is for callers who may come in: all but the page, health and figures."""
+def requires_caller(path: str) -> bool:
+    """Whether requests for a path are authenticated and limited: all but the page, health and metrics."""
     return path.startswith("/v1/") or path in ("/tokenize", "/detokenize")
 
 
-async def let_in(scope: Scope, server: "Server") -> None:
-    """Finds out who calls, before anything of the request's body is read. Raises ApiError 401 or 429."""
+async def admit_caller(scope: Scope, server: "Server") -> None:
+    """Authenticates a request and counts it against its limits, before its body is read.
+
+    The request is counted as in work last, so one that is refused for another reason keeps no other out.
+
+    Raises:
+        ApiError: 401 or 429.
+    """
     request = Request(scope)
     address = request.client.host if request.client else "unknown"
     key: Key | None = None
     refusal: ApiError | None = None
     if server.keys.required:
         try:
-            key = server.keys.check(presented(request.headers.get("authorization")))
+            key = server.keys.check(bearer_token(request.headers.get("authorization")))
         except KeyRefused as refused:
-            refusal = unauthorized(REFUSALS[refused.reason])
-    if refusal is None:
-        server.limits.enter(key, address)
-        request.state.entered = Caller(key, address)
+            refusal = unauthorized(REFUSALS[refused.problem])
     headers = await server.limits.admit(key, address, refused=refusal is not None)
     if refusal is not None:
         raise refusal
     request.state.limit_headers = headers
+    server.limits.acquire(key, address)
+    request.state.caller = Caller(key, address)
     if key is not None:
         request.state.log.update(key=key.id, key_name=key.name)
-    request.state.caller = Caller(key, address)
 
 
-def let_out(scope: Scope, server: "Server") -> None:
-    """Counts a request as answered, if it was let in."""
-    if (entered := scope["state"].pop("entered", None)) is not None:
-        server.limits.leave(entered.key, entered.address)
+def release_caller(scope: Scope, server: "Server") -> None:
+    """Counts a request as no longer in work, if it was admitted."""
+    caller: Caller | None = scope["state"].get("caller")
+    if caller is not None:
+        server.limits.release(caller.key, caller.address)
 
 
-async def caller(request: Request) -> Caller:
-    """Who was let in. A dependency of every route that `costs`; there is nobody elsewhere."""
-    who: Caller = request.state.caller
-    return who
+async def current_caller(request: Request) -> Caller:
+    """The caller of a request. A dependency of every route that `requires_caller`."""
+    caller: Caller = request.state.caller
+    return caller

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Path, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from bdh.serving.access import Caller, caller
+from bdh.serving.access import Caller, current_caller
 from bdh.serving.documented import WRITTEN
 from bdh.serving.streaming import JSONAnswer, until_gone
 from bdh.serving.traces import BrainSettings, Trace, TraceStore, Watch
@@ -124,11 +124,11 @@ class NeuronDetails(BaseModel):
 async def own_trace(
     request: Request,
     trace: Annotated[str, Path(pattern="^trc_[0-9a-f]{32}$", description="From the answer of a request.")],
-    who: Annotated[Caller, Depends(caller)],
+    caller: Annotated[Caller, Depends(current_caller)],
 ) -> Trace:
     """The trace that a path names. Raises ApiError 404 if there is none, or it is another key's."""
     server: Server = request.app.state.server
-    return server.traces.get(trace, who.owner)
+    return server.traces.get(trace, caller.owner)
 
 
 Own = Annotated[Trace, Depends(own_trace)]

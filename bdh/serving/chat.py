@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from bdh.inference.answer import TextRequest
-from bdh.serving.access import Caller, caller
+from bdh.serving.access import Caller, current_caller
 from bdh.serving.answering import answered, as_events
 from bdh.serving.answers import ChatAnswer, ChatChunk, Envelope
 from bdh.serving.choices import ChatDialect, Choices
@@ -26,11 +26,13 @@ router = APIRouter(route_class=JSONBodyRoute)
 
 
 @router.post("/v1/chat/completions", response_model=ChatAnswer, responses=streamed(ChatChunk), tags=["OpenAI"])
-async def chat_completions(body: ChatRequest, request: Request, who: Annotated[Caller, Depends(caller)]) -> Response:
+async def chat_completions(
+    body: ChatRequest, request: Request, caller: Annotated[Caller, Depends(current_caller)]
+) -> Response:
     """Answers a conversation."""
     server: Server = request.app.state.server
     served = server.models.get(body.model)
-    work = ChatWork(server, served, body, Writing(server, served, who, request))
+    work = ChatWork(server, served, body, Writing(server, served, caller, request))
     return await answered(work, request)
 
 
@@ -58,7 +60,7 @@ class ChatWork:
         params = body.sampling(limits, body.answer_tokens(limits), n=n, logprobs=body.wanted_logprobs())
         self.writing.check_count(n)
         self.served.check_length(sum(len(message["content"]) for message in messages), "messages")
-        asked = await self.served.llm.chat_request(messages, params)
+        asked = await self.served.llm.chat_request(messages, params, self.writing.caller.client)
         self.served.check_prompt(asked.request.prompt, "messages")
         await self.writing.begin([asked], wants_deltas=bool(body.stream))
         self.choices = chat_choices(self.served, asked)

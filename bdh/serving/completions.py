@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from bdh.errors import QueueFull
 from bdh.inference.answer import TextRequest, TokenLogprob, token_logprobs
 from bdh.inference.params import SamplingParams
-from bdh.serving.access import Caller, caller
+from bdh.serving.access import Caller, current_caller
 from bdh.serving.answering import answered, as_events
 from bdh.serving.answers import CompletionAnswer, Envelope
 from bdh.serving.choices import Choices, CompletionDialect, Scored
@@ -33,11 +34,13 @@ READ_ONLY = SamplingParams(max_new_tokens=1, temperature=0)  # the engine writes
 
 
 @router.post("/v1/completions", response_model=CompletionAnswer, responses=streamed(CompletionAnswer), tags=["OpenAI"])
-async def completions(body: CompletionRequest, request: Request, who: Annotated[Caller, Depends(caller)]) -> Response:
+async def completions(
+    body: CompletionRequest, request: Request, caller: Annotated[Caller, Depends(current_caller)]
+) -> Response:
     """Continues each prompt."""
     server: Server = request.app.state.server
     served = server.models.get(body.model)
-    work = CompletionWork(server, served, body, Writing(server, served, who, request))
+    work = CompletionWork(server, served, body, Writing(server, served, caller, request))
     return await answered(work, request)
 
 
@@ -65,6 +68,11 @@ class CompletionWork:
     def streamed(self) -> bool:
         return bool(self.body.stream)
 
+    @property
+    def only_tokenizes(self) -> bool:
+        """Whether the answer needs nothing of the model: the prompt is echoed and not scored."""
+        return self.writing.only_reads and not self.scores_prompts
+
     async def begin(self) -> None:
         """Checks the request and gives it to the engine. Raises ApiError or BDHError."""
         body = self.body
@@ -91,13 +99,23 @@ class CompletionWork:
                 self.served.check_prompt(prompt, "prompt")
         self.writing.only_reads = max_tokens == 0
         params = READ_ONLY if self.writing.only_reads else params
-        self.asked = [await self.served.llm.text_request(prompt, params) for prompt in prompts]
+        if self.only_tokenizes:
+            bound = sum(self.served.token_bound([one]) if isinstance(one, str) else len(one) for one in prompts)
+            await self.writing.meter.reserve(bound, is_estimate=True)
+            self.writing.prompt_tokens = bound  # until it is known, also if the client disconnects before
+        try:
+            self.asked = [
+                await self.served.llm.text_request(prompt, params, self.writing.caller.client) for prompt in prompts
+            ]
+        except QueueFull:  # nothing was tokenized
+            self.writing.prompt_tokens = 0
+            raise
         for one in self.asked:
             self.served.check_prompt(one.request.prompt, "prompt")
             if self.scores_prompts:
                 one.request.prompt_logprobs = body.logprobs
-        if self.writing.only_reads and not self.scores_prompts:
-            await self.writing.charge_prompt(sum(len(one.request.prompt) for one in self.asked))
+        if self.only_tokenizes:
+            self.writing.prompt_tokens = sum(len(one.request.prompt) for one in self.asked)
         else:
             await self.writing.begin(self.asked, wants_deltas=bool(body.stream))
         if body.brain:
@@ -174,7 +192,7 @@ class CompletionWork:
         async for number, deltas in self.writing.pieces():
             if number in unopened:
                 unopened.remove(number)
-                echo = await self.served.llm.beside(partial(self.echo, number))
+                echo = await self.served.llm.beside(partial(self.echo, number), self.writing.caller.client)
                 for event in self.opening(made[number], echo):
                     yield self.envelope.piece([event])
             brain = await self.writing.observed(deltas)

@@ -128,8 +128,9 @@ class ServeConfig:
         queue_size: Continuations that may wait for a place in the batch, for each model; more are refused with 429,
             but for those of a key (or address) that has less than an equal share of them.
         drain_seconds: After SIGTERM, for requests in work to come to their end.
-        allowed_hosts: Names by which clients may call a server without API keys, besides localhost and addresses: those
-            that a proxy passes on as the Host, say. "*" is every name, also one that a web page has made its own.
+        allowed_hosts: Names by which clients may call a server without API keys, besides localhost and IP addresses:
+            host.docker.internal, say, or one that a proxy passes on. "*" is every name, also one that a web page has
+            made its own.
         trusted_proxies: Addresses whose X-Forwarded-For is believed, or "*".
         docs: Whether /openapi.json is there, which describes all routes.
     """

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bdh.serving.access import costs, let_in, let_out
+from bdh.serving.access import admit_caller, release_caller, requires_caller
 from bdh.serving.errors import ApiError, too_large, unavailable
 from bdh.serving.streaming import error_answer
 
@@ -48,7 +48,7 @@ class Door:
         try:
             await self._let_in(scope, receive, send)
         finally:
-            let_out(scope, self.server)
+            release_caller(scope, self.server)
             self.server.inside -= 1
             self.server.check_drained()
 
@@ -65,8 +65,8 @@ class Door:
                 error = unavailable("the server is about to end and takes no new requests", "draining", 1)
                 error.headers["Connection"] = "close"
                 raise error
-            if costs(scope["path"]):
-                await let_in(scope, self.server)
+            if requires_caller(scope["path"]):
+                await admit_caller(scope, self.server)
             body = await read_body(scope, receive, self.limits)
         except ApiError as error:
             self.server.count(error)

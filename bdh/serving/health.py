@@ -1,4 +1,4 @@
-"""GET /health, /health/live, /health/ready, /version and /metrics: for those who watch over the server."""
+"""GET /health, /health/live, /health/ready, /version and /metrics: the routes of probes and monitoring."""
 
 from typing import TYPE_CHECKING
 
@@ -23,14 +23,14 @@ class Health(BaseModel):
 
 @router.get("/health/live", response_model=Health)
 async def live(request: Request) -> Response:
-    """Whether the process answers at all. It does while it loads and while it drains."""
+    """Liveness: 200 as long as the process answers, also while it loads and drains."""
     return JSONAnswer({"status": "alive"})
 
 
 @router.get("/health", include_in_schema=False)  # as other servers call it
 @router.get("/health/ready", response_model=Health, responses=errors(503))
 async def ready(request: Request) -> Response:
-    """Whether requests should be sent here: all models are loaded and work, and it is not about to end."""
+    """Readiness: 200 if requests should be sent here: all models are loaded and work, and the server does not drain."""
     server: Server = request.app.state.server
     if server.draining:
         raise unavailable("draining", "draining")
@@ -43,13 +43,13 @@ async def ready(request: Request) -> Response:
 
 @router.get("/version", include_in_schema=False)
 async def version(request: Request) -> Response:
-    """Which version of bdh runs."""
+    """The version of bdh."""
     return JSONAnswer({"version": __version__})
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
-    """Figures for Prometheus."""
+    """Metrics for Prometheus."""
     server: Server = request.app.state.server
-    figures = server.metrics.render() if server.peers is None else await server.peers.metrics()
-    return Response(figures, media_type=server.metrics.content_type)
+    text = server.metrics.render() if server.peers is None else await server.peers.metrics()
+    return Response(text, media_type=server.metrics.content_type)

@@ -67,15 +67,15 @@ class Key:
 
 
 class KeyRefused(Exception):  # noqa: N818
-    """A key may not come in.
+    """A key is not accepted.
 
     Attributes:
-        reason: None was presented, there is none like it, or it counts no more.
+        problem: No key was presented, there is none like it, or it was revoked or has expired.
     """
 
-    def __init__(self, reason: Literal["missing", "unknown", "revoked", "expired"]):
-        super().__init__(f"API key {reason}")
-        self.reason = reason
+    def __init__(self, problem: Literal["missing", "unknown", "revoked", "expired"]):
+        super().__init__(f"API key {problem}")
+        self.problem = problem
 
 
 def hash_of(secret: str) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from bdh.serving.access import Caller, caller
+from bdh.serving.access import Caller, current_caller
 from bdh.serving.answers import ModelCard, ModelList
 from bdh.serving.streaming import JSONAnswer
 
@@ -16,14 +16,14 @@ router = APIRouter(tags=["OpenAI"])
 
 
 @router.get("/v1/models", response_model=ModelList)
-async def models(request: Request, who: Annotated[Caller, Depends(caller)]) -> Response:
+async def models(request: Request, caller: Annotated[Caller, Depends(current_caller)]) -> Response:
     """All models that are loaded."""
     server: Server = request.app.state.server
     return JSONAnswer({"object": "list", "data": [served.card() for served in server.models.all()]})
 
 
 @router.get("/v1/models/{id}", response_model=ModelCard)
-async def model(id: str, request: Request, who: Annotated[Caller, Depends(caller)]) -> Response:
+async def model(id: str, request: Request, caller: Annotated[Caller, Depends(current_caller)]) -> Response:
     """One of them."""
     server: Server = request.app.state.server
     return JSONAnswer(server.models.get(id).card())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bdh.errors import BDHError
 from bdh.serving.config import RaySettings, ServeConfig, check_folders
-from bdh.serving.hosts import is_local
+from bdh.serving.hosts import is_loopback
 from bdh.serving.logs import configure_logging
 from bdh.serving.ray_cluster import MISSING, Interrupted, Signals, cluster, first_line
 from bdh.serving.ray_gate import gate_settings
@@ -52,7 +52,7 @@ def serve_on_ray(config: ServeConfig) -> None:
     server = Server(config)  # raises for what every replica would trip over
     config = made_absolute(config)
     address = chosen_address(config)
-    if not server.keys.required and not is_local(config.host):
+    if not server.keys.required and not is_loopback(config.host):
         log.warning("%s is open to the network without API keys: whoever reaches it can use it; see bdh keys", address)
     try:
         with redirect_stdout(Words()), Signals() as signals, cluster(config, signals) as sink:

@@ -63,6 +63,14 @@ class ServedModel:
                 "context_length_exceeded",
             )
 
+    def token_bound(self, texts: Sequence[str]) -> int:
+        """An upper bound of the number of tokens of texts that are within the limit of a prompt: their bytes in UTF-8.
+
+        The text that a normalizer or a chat template adds is not in it.
+        """
+        most = self.limits.max_prompt_tokens
+        return sum(min(len(text.encode("utf-8", "surrogatepass")), most) for text in texts)
+
     def check_prompt(self, tokens: Sequence[int], param: str) -> None:
         """Raises ApiError for a prompt that is too long, or empty, or has unknown tokens."""
         if not tokens:

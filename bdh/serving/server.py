@@ -14,11 +14,12 @@ import uvicorn
 
 from bdh.errors import BDHError
 from bdh.serving.app import create_app
+from bdh.serving.background import attempt
 from bdh.serving.brain import TraceStore
 from bdh.serving.config import ServeConfig, validate
 from bdh.serving.connection import PatientProtocol
 from bdh.serving.errors import ApiError
-from bdh.serving.hosts import HostCheck, is_local
+from bdh.serving.hosts import HostCheck, is_loopback
 from bdh.serving.keys import KeyStore
 from bdh.serving.limits import RateLimits
 from bdh.serving.metrics import Metrics
@@ -84,11 +85,10 @@ class Server:
         self.models.lost, self.models.failed = self._lost, self._fail
         try:
             await self.models.load()
+            for served in self.models.loaded.values():
+                self.watch(served)
         except Exception as error:
             self._fail(error if isinstance(error, BDHError) else BDHError(f"the models cannot be loaded: {error}"))
-            return
-        for served in self.models.loaded.values():
-            self.watch(served)
 
     def _fail(self, error: BDHError) -> None:
         """Has the server end, as a model cannot be served."""
@@ -188,6 +188,13 @@ class Listener(uvicorn.Server):
     async def _end_when_drained(self) -> None:
         while not self.server.draining:
             await asyncio.sleep(0.05)
+        try:
+            await attempt("waiting for requests to end", self._wait_until_drained())
+        finally:
+            self.should_exit = True
+
+    async def _wait_until_drained(self) -> None:
+        """Waits for requests in work, as long as they may take; cancels them then."""
         server = self.server
         either = [asyncio.ensure_future(event.wait()) for event in (server.drained, server.ending)]
         await asyncio.wait(either, timeout=server.config.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -199,7 +206,6 @@ class Listener(uvicorn.Server):
                     await server.drained.wait()
         for task in either:
             task.cancel()
-        self.should_exit = True
 
     async def _end_when_failed(self) -> None:
         await self.server.failed.wait()
@@ -212,7 +218,7 @@ def serve(config: ServeConfig, models: Models) -> None:
     listening = listen(config.host, config.port)
     address = shown_address(listening)
     log.info("serving %s at %s", ", ".join(server.models.settings), address)
-    if not server.keys.required and not is_local(config.host):
+    if not server.keys.required and not is_loopback(config.host):
         log.warning("%s is open to the network without API keys: whoever reaches it can use it; see bdh keys", address)
     listener = Listener(
         uvicorn.Config(

@@ -1,5 +1,6 @@
 """Sessions on a server's disk: saved ones, in a folder for each key, and a folder for what ends with the server."""
 
+import logging
 import os
 import shutil
 import stat
@@ -17,6 +18,8 @@ from bdh.serving.names import NAME, checked_name
 EVERYBODY = "everybody"  # whose sessions these are where no keys are asked for; no key's id is like this
 ENDING = ".safetensors"
 SCRATCH = ".bdh-sessions-"  # how the folders begin that end with their servers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,11 @@ class SavedFiles:
     def remove_leftovers(self) -> None:
         """Removes what engines left that were killed while they saved."""
         for folder in self.root.iterdir():
-            if folder.is_dir() and not folder.is_symlink():
-                remove_leftovers(folder)
+            try:
+                if folder.is_dir() and not folder.is_symlink():
+                    remove_leftovers(folder)
+            except OSError as error:  # the folders of the other owners can still be read
+                log.warning("incomplete session files in %s cannot be removed: %s", folder, error.strerror)
 
     def place(self, owner: str | None, name: str) -> Path:
         """Where to save a session; its folder is made. Raises BDHError for what is no name, and ApiError or OSError."""

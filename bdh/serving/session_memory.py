@@ -32,7 +32,8 @@ class Kept:
         uses: How often it was.
         session: None while it is put away.
         file: Where it is put away.
-        paid: Tokens of its system message, which were charged when it was made, until the first message has it read.
+        prepaid_tokens: Tokens of its system message, which were counted when the session was made, until the first
+            message has them read.
     """
 
     def __init__(self, owner: str | None, served: "ServedModel", name: str | None, place: str):
@@ -45,7 +46,7 @@ class Kept:
         self.uses = 0
         self.session: AsyncSession | None = None
         self.file: Path | None = None
-        self.paid = 0
+        self.prepaid_tokens = 0
         self.taken = False  # something is about to be done with it
         self.promised = 0  # bytes that there must be room for when it is done
         self.moving: asyncio.Task[None] | None = None  # to the disk
@@ -134,7 +135,7 @@ class SessionMemory:
         if kept.moving is None:
             assert kept.session is not None
             kept.moving = asyncio.create_task(self._move(kept, kept.session, kept.uses))
-            kept.moving.add_done_callback(lambda task: task.cancelled() or task.exception())  # though nobody waits
+            kept.moving.add_done_callback(log_unexpected)
         await asyncio.shield(kept.moving)  # whoever waits for it
 
     async def _move(self, kept: Kept, session: "AsyncSession", uses: int) -> None:
@@ -173,6 +174,13 @@ class SessionMemory:
             if not idle:
                 return
             await self._put_away(min(idle, key=lambda kept: kept.used))
+
+
+def log_unexpected(task: "asyncio.Task[None]") -> None:
+    """Logs an exception that is not an answer for clients: everybody who awaits the task may have gone."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, ApiError):
+        log.error("a session cannot be offloaded", exc_info=error)
 
 
 def discard(file: Path) -> None:

@@ -9,12 +9,13 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response, StreamingResponse
 
-from bdh.serving.access import Caller, caller
+from bdh.serving.access import Caller, current_caller
 from bdh.serving.answering import answered
 from bdh.serving.answers import ChatAnswer, ChatChunk, CompletionAnswer
 from bdh.serving.documented import errors, links, streamed
 from bdh.serving.errors import bad_request
 from bdh.serving.json_body import JSONBodyRoute
+from bdh.serving.metering import TokenMeter
 from bdh.serving.names import NAME
 from bdh.serving.protocol import Strict
 from bdh.serving.served import ServedModel
@@ -100,13 +101,13 @@ class SessionCompletionAnswer(CompletionAnswer):
     session: str
 
 
-Who = Annotated[Caller, Depends(caller)]
+CurrentCaller = Annotated[Caller, Depends(current_caller)]
 
 
-async def own_session(request: Request, id: str, who: Who) -> Kept:
+async def own_session(request: Request, id: str, caller: CurrentCaller) -> Kept:
     """The session that a path names. Raises ApiError 404 if there is none, or it is another key's."""
     server: Server = request.app.state.server
-    return server.sessions.get(who.owner, id)
+    return server.sessions.get(caller.owner, id)
 
 
 Own = Annotated[Kept, Depends(own_session)]
@@ -121,31 +122,30 @@ Own = Annotated[Kept, Depends(own_session)]
         201: links("#/id", id=("one_session", "say", "write", "save", "state", "end")),
     },
 )
-async def create(body: NewSession, request: Request, who: Who) -> Response:
+async def create(body: NewSession, request: Request, caller: CurrentCaller) -> Response:
     """Begins a session."""
     server: Server = request.app.state.server
     served = server.models.get(body.model)
     if body.saved is None:
-        count = 0 if body.system is None else await counted(served, body.system)
-        kept = await server.sessions.create(who.owner, served, body.system, body.name)
-        kept.paid = count
-        request.state.limit_headers.update(await server.limits.charge(who.key, who.address, count))
+        count = 0 if body.system is None else await count_tokens(request, caller, served, body.system)
+        kept = await server.sessions.create(caller.owner, served, body.system, body.name)
+        kept.prepaid_tokens = count
     elif body.system is None:
-        kept = await server.sessions.reopen(who.owner, served, body.saved, body.name)
+        kept = await server.sessions.reopen(caller.owner, served, body.saved, body.name)
     else:
         raise bad_request("a saved session has its own system message; leave system out", "system")
     return JSONAnswer(card(kept), 201)
 
 
 @router.get("", response_model=SessionList)
-async def all_sessions(request: Request, who: Who) -> Response:
+async def all_sessions(request: Request, caller: CurrentCaller) -> Response:
     """The sessions there are."""
     server: Server = request.app.state.server
-    saved = [vars(one) for one in await server.sessions.saved(who.owner)]
+    saved = [vars(one) for one in await server.sessions.saved(caller.owner)]
     if server.peers is None:
-        data = [card(kept) for kept in server.sessions.of(who.owner)]
+        data = [card(kept) for kept in server.sessions.of(caller.owner)]
     else:
-        data = await server.peers.sessions(who.owner)
+        data = await server.peers.sessions(caller.owner)
     return JSONAnswer({"object": "list", "data": data, "saved": saved})
 
 
@@ -158,10 +158,10 @@ async def one_session(request: Request, kept: Own) -> Response:
 
 
 @router.post("/{id}/messages", response_model=SessionChatAnswer, responses={**streamed(ChatChunk), **errors(409, 507)})
-async def say(body: MessageRequest, request: Request, kept: Own, who: Who) -> Response:
+async def say(body: MessageRequest, request: Request, kept: Own, caller: CurrentCaller) -> Response:
     """Says something to the assistant, who answers. Only what is new is read."""
     server: Server = request.app.state.server
-    work = MessageWork(server, kept, body, Writing(server, kept.served, who, request))
+    work = MessageWork(server, kept, body, Writing(server, kept.served, caller, request))
     return await answered(work, request)
 
 
@@ -170,13 +170,13 @@ async def say(body: MessageRequest, request: Request, kept: Own, who: Who) -> Re
     response_model=SessionCompletionAnswer,
     responses={**streamed(CompletionAnswer), **errors(409, 507)},
 )
-async def write(body: WriteRequest, request: Request, kept: Own, who: Who) -> Response:
+async def write(body: WriteRequest, request: Request, kept: Own, caller: CurrentCaller) -> Response:
     """Reads a text, if there is one, and writes on from there; with `max_tokens` 0 it only reads.
 
     After an answer that was cut short, and without a prompt, this goes on with the answer.
     """
     server: Server = request.app.state.server
-    work = WriteWork(server, kept, body, Writing(server, kept.served, who, request))
+    work = WriteWork(server, kept, body, Writing(server, kept.served, caller, request))
     return await answered(work, request)
 
 
@@ -223,10 +223,10 @@ async def end(request: Request, kept: Own) -> Response:
 
 
 @router.delete("/saved/{name}", status_code=204, response_class=Response)
-async def delete_saved(name: SavedName, request: Request, who: Who) -> Response:
+async def delete_saved(name: SavedName, request: Request, caller: CurrentCaller) -> Response:
     """Deletes a saved session. Sessions that it was reopened as go on."""
     server: Server = request.app.state.server
-    await server.sessions.delete_saved(who.owner, name)
+    await server.sessions.delete_saved(caller.owner, name)
     return Response(status_code=204)
 
 
@@ -244,11 +244,15 @@ def card(kept: Kept) -> dict[str, Any]:
     }
 
 
-async def counted(served: ServedModel, system: str) -> int:
-    """How many tokens a system message has. Raises ApiError for what no message could follow."""
+async def count_tokens(request: Request, caller: Caller, served: ServedModel, system: str) -> int:
+    """The number of tokens of a system message, which then count as read. Raises ApiError if no message could follow
+    it, or the caller has too few tokens left."""
     check_text(system, "system")
     served.check_length(len(system), "system")
-    tokens = await served.llm.beside(lambda: served.llm.texts.encode(system))
+    meter, llm = TokenMeter(request.app.state.server, caller, request), served.llm
+    tokens = await meter.encode(
+        llm.beside(lambda: llm.texts.encode(system), caller.client), served.token_bound([system])
+    )
     if tokens:
         served.check_prompt(tokens, "system")
     return len(tokens)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from bdh.errors import BDHError
 from bdh.serving.answering import as_events
 from bdh.serving.answers import Envelope, usage
 from bdh.serving.chat import chat_choices, chat_events
@@ -87,11 +88,10 @@ class SessionWork:
         """Checks the request and gives it to the engine. Raises ApiError or BDHError."""
         raise NotImplementedError
 
-    async def began(self, turn: "Turn", choices: Choices, paid: int = 0) -> None:
-        """Counts and watches what was begun, of whose tokens some were charged before."""
+    async def began(self, turn: "Turn", choices: Choices) -> None:
+        """Records the turn that was begun, and the activity of neurons if it is asked for."""
         self.choices = choices
-        self.writing.prompt_tokens += paid
-        await self.writing.charge_prompt(turn.prompt_tokens - paid)
+        self.writing.prompt_tokens = turn.prompt_tokens
         if self.body.brain:
             request = turn.asked.request
             await self.writing.look(list(request.prompt), request.state)
@@ -100,7 +100,7 @@ class SessionWork:
     async def taken(self) -> AsyncGenerator["AsyncSession"]:
         """The session, for this request's caller to begin something with. Raises ApiError."""
         async with self.server.sessions.taken(self.kept) as session:
-            session.client = self.writing.who.client
+            session.client = self.writing.caller.client
             yield session
 
     def check(self, param: str) -> Callable[[Sequence[int]], None]:
@@ -165,12 +165,18 @@ class MessageWork(SessionWork):
         self.log_prompt(text)
         self.served.check_length(len(text), "content")
         self.writing.check_queue()
-        await self.writing.reserve(0, params.max_new_tokens)
+
+        async def reserve(read: int) -> None:
+            self.writing.prepaid_tokens = min(self.kept.prepaid_tokens, read)
+            await self.writing.meter.reserve(read - self.writing.prepaid_tokens + params.max_new_tokens)
+
         async with self.taken() as session:
-            turn = await session.send(text, params, wants_deltas=bool(body.stream), check=self.check("content"))
+            turn = await session.send(
+                text, params, wants_deltas=bool(body.stream), check=self.check("content"), reserve=reserve
+            )
             self.writing.calls.append(turn)
-        paid, self.kept.paid = min(self.kept.paid, turn.prompt_tokens), 0
-        await self.began(turn, chat_choices(self.served, turn.asked), paid)
+        self.kept.prepaid_tokens = 0
+        await self.began(turn, chat_choices(self.served, turn.asked))
 
 
 class WriteWork(SessionWork):
@@ -192,9 +198,14 @@ class WriteWork(SessionWork):
         if max_tokens == 0:
             await self.read(text)
             return
-        await self.writing.reserve(0, params.max_new_tokens)
+
+        async def reserve(read: int) -> None:
+            await self.writing.meter.reserve(read + params.max_new_tokens)
+
         async with self.taken() as session:
-            turn = await session.write(params, text, wants_deltas=bool(body.stream), check=self.check("prompt"))
+            turn = await session.write(
+                params, text, wants_deltas=bool(body.stream), check=self.check("prompt"), reserve=reserve
+            )
             self.writing.calls.append(turn)
         texts, ends = self.served.texts, turn.asked.request.ends
         writers = None if body.logprobs is None else [LogprobWriter(texts, ends, tells_end=True)]
@@ -204,6 +215,15 @@ class WriteWork(SessionWork):
         """Has the text read, and nothing written."""
         if self.body.brain:
             raise bad_request("brain is for texts that are written; leave it out, or set max_tokens to 1", "brain")
+
+        async def reserve(read: int) -> None:
+            await self.writing.meter.reserve(read)
+            self.writing.prompt_tokens = read  # also if the client disconnects before they are read
+
         async with self.taken() as session:
-            read = await session.read(text, check=self.check("prompt"), charge=self.writing.charge_prompt)
+            try:
+                read = await session.read(text, check=self.check("prompt"), reserve=reserve)
+            except BDHError:  # the engine has not taken it
+                self.writing.prompt_tokens = 0
+                raise
         self.cached_tokens = read.cached

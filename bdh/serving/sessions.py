@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from bdh.errors import BDHError
+from bdh.serving.background import attempt, repeat
 from bdh.serving.errors import ApiError, bad_request, not_found
 from bdh.serving.places import check_place
 from bdh.serving.session_files import SavedFiles, SavedSession, remove_left, unknown_saved
@@ -277,25 +278,26 @@ class SessionStore:
                 self._drop(kept)
 
     async def _look_after(self, parent: Path) -> None:
-        """Ends and puts away sessions when it is time to; first of all, those of servers that were killed."""
-        await asyncio.to_thread(remove_left, parent)
+        """Removes the files of servers that were killed, then expires and offloads sessions until it is cancelled."""
+        await attempt(f"removing old session folders in {parent}", asyncio.to_thread(remove_left, parent))
         if self.files is not None:
-            await asyncio.to_thread(self.files.remove_leftovers)
-        while True:
-            idle = [kept.used for kept in self._kept.values() if not kept.busy]
-            left = min(idle, default=math.inf) + self.settings.expire_seconds - time.monotonic()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(min(max(left, SHORTEST_PAUSE), LONGEST_PAUSE)):
-                    await self._wake.wait()
-            self._wake.clear()
-            self._expire(self._kept.values())
-            try:
-                await self.memory.tidy()
-            except ApiError:  # the log has it
-                await asyncio.sleep(PAUSE_WHEN_FULL)
-            except Exception:
-                log.exception("sessions cannot be looked after; once more in a while")
-                await asyncio.sleep(PAUSE_WHEN_FULL)
+            work = asyncio.to_thread(self.files.remove_leftovers)
+            await attempt(f"removing incomplete session files in {self.files.root}", work)
+        await repeat("expiring and offloading sessions", self._tidy, PAUSE_WHEN_FULL)
+
+    async def _tidy(self) -> None:
+        """Waits until a session may have to be ended or offloaded, and does so."""
+        idle = [kept.used for kept in self._kept.values() if not kept.busy]
+        left = min(idle, default=math.inf) + self.settings.expire_seconds - time.monotonic()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(max(left, SHORTEST_PAUSE), LONGEST_PAUSE)):
+                await self._wake.wait()
+        self._wake.clear()
+        self._expire(self._kept.values())
+        try:
+            await self.memory.tidy()
+        except ApiError:  # the disk is full, which is logged where it is noticed
+            await asyncio.sleep(PAUSE_WHEN_FULL)
 
 
 def check(settings: SessionSettings) -> None:

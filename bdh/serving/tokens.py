@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize: what a model reads of a text, and back."""
+"""POST /tokenize and /detokenize: the tokens of a text, and back."""
 
 import asyncio
 from collections.abc import Sequence
@@ -8,10 +8,11 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from bdh.serving.access import Caller, caller
+from bdh.serving.access import Caller, current_caller
 from bdh.serving.answering import LARGE
 from bdh.serving.errors import bad_request
 from bdh.serving.json_body import JSONBodyRoute
+from bdh.serving.metering import TokenMeter
 from bdh.serving.protocol import ChatMessages, Strict, Token, plain_message
 from bdh.serving.served import ServedModel
 from bdh.serving.streaming import JSONAnswer, until_gone
@@ -50,7 +51,9 @@ class Detokenized(BaseModel):
 
 @router.post("/v1/tokenize", response_model=Tokenized)
 @router.post("/tokenize", response_model=Tokenized, include_in_schema=False)
-async def tokenize(body: TokenizeRequest, request: Request, who: Annotated[Caller, Depends(caller)]) -> Response:
+async def tokenize(
+    body: TokenizeRequest, request: Request, caller: Annotated[Caller, Depends(current_caller)]
+) -> Response:
     """The tokens of a text. They count as tokens that are read."""
     server: Server = request.app.state.server
     served = server.models.get(body.model)
@@ -58,12 +61,15 @@ async def tokenize(body: TokenizeRequest, request: Request, who: Annotated[Calle
         raise bad_request("give either a prompt or messages", "prompt")
     what = "prompt" if body.messages is None else "messages"
     messages = [plain_message(message, f"messages.{number}") for number, message in enumerate(body.messages or ())]
-    length = sum(len(message["content"]) for message in messages) + len(body.prompt or "")
-    served.check_length(length, what)
-    tokens = await until_gone(request, encoded(served, body.prompt, messages))
+    texts = [message["content"] for message in messages] if body.prompt is None else [body.prompt]
+    served.check_length(sum(map(len, texts)), what)
+    encoding = TokenMeter(server, caller, request).encode(
+        encode(served, body.prompt, messages, caller.client), served.token_bound(texts)
+    )
+    tokens = await until_gone(request, encoding)
     if tokens:
         served.check_prompt(tokens, what)
-    await charge(request, who, served, len(tokens))
+    request.state.log.update(model=served.name, prompt_tokens=len(tokens))
 
     def answer() -> JSONAnswer:
         pieces = [served.texts.text(token) for token in tokens]
@@ -74,7 +80,9 @@ async def tokenize(body: TokenizeRequest, request: Request, who: Annotated[Calle
 
 @router.post("/v1/detokenize", response_model=Detokenized)
 @router.post("/detokenize", response_model=Detokenized, include_in_schema=False)
-async def detokenize(body: DetokenizeRequest, request: Request, who: Annotated[Caller, Depends(caller)]) -> Response:
+async def detokenize(
+    body: DetokenizeRequest, request: Request, caller: Annotated[Caller, Depends(current_caller)]
+) -> Response:
     """The text of tokens, which count as tokens that are read."""
     server: Server = request.app.state.server
     served = server.models.get(body.model)
@@ -85,21 +93,19 @@ async def detokenize(body: DetokenizeRequest, request: Request, who: Annotated[C
     for number, token in enumerate(body.tokens):
         if token >= size:
             raise bad_request(f"tokens.{number} is {token}; the model's tokens are 0 to {size - 1}", f"tokens.{number}")
-    await charge(request, who, served, len(body.tokens))
-    text = await until_gone(request, served.llm.beside(lambda: texts.tokenizer.decode(body.tokens)))
+    request.state.log.update(model=served.name, prompt_tokens=len(body.tokens))
+    meter = TokenMeter(server, caller, request)
+    await meter.reserve(len(body.tokens))
+    try:
+        text = await until_gone(request, served.llm.beside(lambda: texts.tokenizer.decode(body.tokens), caller.client))
+    finally:
+        await meter.settle(len(body.tokens))
     return JSONAnswer({"text": text})
 
 
-async def encoded(served: ServedModel, prompt: str | None, messages: "Sequence[Message]") -> list[int]:
+async def encode(served: ServedModel, prompt: str | None, messages: "Sequence[Message]", client: str) -> list[int]:
     """The tokens of a prompt, or else of messages. Raises BDHError."""
     texts = served.llm.texts
     if prompt is None:
-        return await served.llm.call_in_chat_thread(lambda: texts.encode(texts.chat_format.render(messages)))
-    return await served.llm.beside(lambda: texts.encode(prompt))
-
-
-async def charge(request: Request, who: Caller, served: ServedModel, tokens: int) -> None:
-    """Counts tokens that a request had encoded or decoded."""
-    server: Server = request.app.state.server
-    request.state.log.update(model=served.name, prompt_tokens=tokens)
-    request.state.limit_headers.update(await server.limits.charge(who.key, who.address, tokens))
+        return await served.llm.call_in_chat_thread(lambda: texts.encode(texts.chat_format.render(messages)), client)
+    return await served.llm.beside(lambda: texts.encode(prompt), client)

@@ -1,8 +1,8 @@
-"""Routes of other servers that are not here, and what there is instead."""
+"""Routes of other servers that are not supported here, and the alternatives to them."""
 
 CHAT = "use POST /v1/chat/completions"
 TEXT_ONLY = "this server reads and writes text only; there is no alternative here"
-ALTERNATIVES = {  # path: why it is not here, and what to use
+ALTERNATIVES = {  # by path: why it is not supported, and the alternative
     "/v1/responses": f"the Responses API is not supported; {CHAT}, or POST /v1/sessions for conversations that the "
     "server keeps",
     "/v1/conversations": "conversations of the Responses API are not supported; use POST /v1/sessions",
@@ -27,7 +27,7 @@ ALTERNATIVES = {  # path: why it is not here, and what to use
 
 
 def alternative_to(path: str) -> str | None:
-    """What to tell a client that calls a route which other servers have; None for any other path."""
+    """The message for a client that calls a route of another server; None for any other path."""
     return next(
         (words for route, words in ALTERNATIVES.items() if path == route or path.startswith(f"{route}/")),
         None,

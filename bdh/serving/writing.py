@@ -1,4 +1,4 @@
-"""What one HTTP request has in the engine: begun together, counted, and ended together."""
+"""The engine requests of one HTTP request: started, metered and cancelled together."""
 
 import asyncio
 import time
@@ -13,6 +13,7 @@ from bdh.inference.params import SamplingParams
 from bdh.serving.access import Caller
 from bdh.serving.answers import usage
 from bdh.serving.errors import TooManyRequests, bad_request
+from bdh.serving.metering import TokenMeter
 from bdh.serving.served import ServedModel
 
 if TYPE_CHECKING:
@@ -24,32 +25,36 @@ if TYPE_CHECKING:
     from bdh.serving.traces import Watch
 
 
-def most_tokens(params: SamplingParams) -> int:
-    """How many tokens a request may write, of all its continuations."""
+def max_written_tokens(params: SamplingParams) -> int:
+    """The most tokens that a request may write, of all its continuations."""
     return params.max_new_tokens * (params.best_of or params.n)
 
 
 class Writing:
-    """The work of one HTTP request. Made when the request comes, begun once it is checked, and always ended.
+    """Tracks the engine requests of one HTTP request. Made when it comes, begun once it is checked, and always ended.
 
     Args:
-        server: Whose.
+        server: The server.
         served: The model that writes.
-        who: Whose tokens they are.
+        caller: The authenticated caller that the tokens count for.
         request: Its log fields are filled in.
+
+    Attributes:
+        prompt_tokens: Tokens that were given to the engine, or tokenized, so far.
+        prepaid_tokens: How many of them were counted by an earlier request.
     """
 
-    def __init__(self, server: "Server", served: ServedModel, who: Caller, request: Request):
+    def __init__(self, server: "Server", served: ServedModel, caller: Caller, request: Request):
         self.server = server
         self.served = served
-        self.who = who
+        self.caller = caller
+        self.meter = TokenMeter(server, caller, request)
         self.log: dict[str, Any] = request.state.log
         self.log["model"] = served.name
-        self.limit_headers: dict[str, str] = request.state.limit_headers
         self.calls: list[Call | Turn] = []
-        self.watch: Watch | None = None  # who looks at the brain meanwhile
+        self.watch: Watch | None = None  # records the activity of neurons meanwhile
         self.prompt_tokens = 0
-        self.reserved = 0  # tokens that may be written
+        self.prepaid_tokens = 0
         self.only_reads = False  # what is written is no part of the answer
         self.began = time.perf_counter()
         self._ended = False
@@ -59,14 +64,15 @@ class Writing:
     async def begin(self, asked: Sequence[TextRequest], wants_deltas: bool) -> None:
         """Gives requests to the engine, all or none. Raises ApiError or BDHError."""
         self.check_queue(sum(one.request.params.best_of or one.request.params.n for one in asked))
-        write = 0 if self.only_reads else sum(most_tokens(one.request.params) for one in asked)
-        await self.reserve(sum(len(one.request.prompt) for one in asked), write)
+        write = 0 if self.only_reads else sum(max_written_tokens(one.request.params) for one in asked)
+        await self.meter.reserve(sum(len(one.request.prompt) for one in asked) + write)
         if self.server.config.logging.prompts:
             self.log["prompt"] = [one.prompt for one in asked]
         try:
             for one in asked:
-                one.request.prefix_owner, one.request.client = self.who.owner, self.who.client
+                one.request.prefix_owner, one.request.client = self.caller.owner, self.caller.client
                 self.calls.append(await self.served.llm.start(one, wants_deltas))
+                self.prompt_tokens += len(one.request.prompt)
         except BaseException:
             self.drop()
             raise
@@ -76,35 +82,22 @@ class Writing:
         if texts > (most := self.served.limits.max_choices):
             raise bad_request(f"{texts} texts are asked for; this server writes {most} for one request at most", "n")
 
-    async def reserve(self, read: int, write: int) -> None:
-        """Counts tokens of prompts, and reserves those that may be written until the end. Raises ApiError."""
-        headers = await self.server.limits.reserve(self.who.key, self.who.address, read, write)
-        self.reserved += write
-        self.prompt_tokens += read
-        self.limit_headers.update(headers)
-
-    async def charge_prompt(self, tokens: int) -> None:
-        """Counts tokens of prompts."""
-        self.prompt_tokens += tokens
-        headers = await self.server.limits.charge(self.who.key, self.who.address, tokens)
-        self.limit_headers.update(headers)
-
     def check_queue(self, count: int = 1) -> None:
         """Refuses at once, before anything is made of the request, where the queue is full, or the engine is lost."""
         self.server.models.get(self.served.name)
         stats, most = self.served.llm.stats, self.server.config.queue_size
-        if stats.waiting >= most and not queue_has_room(stats, self.who.client, count, most, 0):
+        if stats.waiting >= most and not queue_has_room(stats, self.caller.client, count, most, 0):
             words = f"{stats.waiting} requests wait already, of {most} that may; try again later"
             raise TooManyRequests(words, self.seconds_of_queue(), "queue_full")
 
     def seconds_of_queue(self) -> int:
-        """About how long those that wait will take: what a client that was refused had better wait."""
+        """An estimate of how long the queue takes, for the Retry-After of a refusal."""
         return self.server.queue_seconds(self.served)
 
     async def look(self, prompt: list[int], state: "BDHState | None") -> None:
         """Begins a trace of what the neurons do, from a prompt after a state. Raises ApiError."""
         traces = self.server.traces
-        self.watch = await traces.begin(self.served.name, self.served.llm, self.who.owner, prompt, state)
+        self.watch = await traces.begin(self.served.name, self.served.llm, self.caller.owner, prompt, state)
 
     # ------------------------------------------------------------------------------------------------------ results
 
@@ -144,13 +137,13 @@ class Writing:
                 task.cancel()
 
     async def observed(self, deltas: Sequence[Delta]) -> dict[str, Any]:
-        """What a piece of a stream tells of the brain, if somebody looks."""
+        """The fields of a stream's piece about the activity of neurons; none if it is not recorded."""
         if self.watch is None:
             return {}
         return {"brain": await self.watch.tokens([token for delta in deltas for token in delta.tokens])}
 
     async def observed_whole(self, tokens: Sequence[int]) -> dict[str, Any]:
-        """What a whole answer tells of the brain, if somebody looks: where to look."""
+        """The field of a whole answer that names its trace; none if the activity of neurons is not recorded."""
         if self.watch is None:
             return {}
         await self.watch.prompt()
@@ -178,7 +171,7 @@ class Writing:
             call.drop()
 
     async def end(self) -> None:
-        """Ends what is left, and counts what was done. Also where the client has gone or something failed."""
+        """Cancels what is left, and counts what was used. Also if the client has disconnected or something failed."""
         if self._ended:
             return
         self._ended = True
@@ -188,26 +181,18 @@ class Writing:
         written, cached = self.completion_tokens, sum(call.cached_tokens for call in self.calls)
         self.log.update(prompt_tokens=self.prompt_tokens, completion_tokens=written, cached_tokens=cached)
         parts = [part for answer in self._answers() for part in answer.continuations]
-        reasons = {part.finish_reason for part in parts if part.finish_reason}
-        if reasons and not self.only_reads:
-            self.log["finish_reason"] = ",".join(sorted(reasons))
+        finish_reasons = {part.finish_reason for part in parts if part.finish_reason}
+        if finish_reasons and not self.only_reads:
+            self.log["finish_reason"] = ",".join(sorted(finish_reasons))
         self.server.metrics.usage(self.served.name, self.prompt_tokens, cached, written)
         if not self.only_reads:
-            self._tell_times()
+            self._record_times()
         if self.calls:
             self.server.took(time.perf_counter() - self.began)
-        await asyncio.shield(self._charge(written))  # also where the client's going ends this task
+        await self.meter.settle(self.prompt_tokens - self.prepaid_tokens + written)
 
-    async def _charge(self, written: int) -> None:
-        """Counts what was written, and gives back what was reserved."""
-        limits, key, address = self.server.limits, self.who.key, self.who.address
-        try:
-            await limits.charge(key, address, written)
-        finally:
-            limits.release(key, address, self.reserved)
-
-    def _tell_times(self) -> None:
-        """Tells the metrics how long clients waited for first tokens, and for those that followed."""
+    def _record_times(self) -> None:
+        """Records in the metrics how long clients waited for first tokens, and for those that followed."""
         metrics, name = self.server.metrics, self.served.name
         for answer in self._answers():
             if not answer.first_at:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from bdh.data.tokenizer import OffsetDecoder, byte_level_symbols, byte_tokenizer
+from bdh.data.tokenizer import IncrementalDecoder, OffsetDecoder, byte_level_symbols, byte_tokenizer
 
 BYTES = byte_tokenizer()
 SYMBOLS = byte_level_symbols()
@@ -55,6 +55,41 @@ def test_offsets_count_replacement_marks(data: bytes, starts: list[int]) -> None
 @given(st.binary(max_size=24))
 def test_offsets_of_any_bytes(data: bytes) -> None:
     assert starts_of(BYTES, list(data)) == plain_starts(data)
+
+
+@given(st.lists(st.sampled_from([*b"\xff\xe2\x82\xac\xf0\x9f\xc3", *[0xFF] * 4]), max_size=120))
+def test_offsets_in_long_runs_of_invalid_bytes(data: list[int]) -> None:
+    assert starts_of(BYTES, data) == plain_starts(bytes(data))
+
+
+SPECIAL = byte_tokenizer()
+SPECIAL.add_special_tokens({"pad_token": "<|pad|>"})
+
+
+@pytest.mark.parametrize("run", [[0xFF], [0xE2, 0x82], [256], [0xF0, 256, 256, 0x9F], [9999]])
+@pytest.mark.parametrize("kind", [OffsetDecoder, IncrementalDecoder])
+def test_the_work_of_a_step_does_not_grow_with_a_run_without_text(
+    run: list[int], kind: type[IncrementalDecoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    decode = kind._decode
+
+    def count(self: IncrementalDecoder, tokens: list[int]) -> str:
+        decoded.append(len(tokens))
+        return decode(self, tokens)
+
+    monkeypatch.setattr(kind, "_decode", count)
+    tokens = [97, *run * 2000, 98]
+    decoder = kind(SPECIAL)
+    for token in tokens:
+        decoder.step(token)
+        assert len(decoder.undecided) <= 16
+    assert max(decoded, default=0) <= 16 and sum(decoded) < 40 * len(tokens)
+    decoder.end()
+    assert decoder.written == SPECIAL.decode(tokens, skip_special_tokens=True)
+    if isinstance(decoder, OffsetDecoder):
+        placed = [start for token, start in zip(tokens, decoder.starts, strict=True) if token < 256]
+        assert placed == plain_starts(bytes(token for token in tokens if token < 256))
 
 
 @given(st.text(st.sampled_from("abé世\U0001f409 "), max_size=12), st.sets(st.integers(0, 40)))

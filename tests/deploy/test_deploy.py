@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from bdh.cli.serve import parsed_config
 from bdh.inference.figures import EngineStats
 from bdh.serving.config import ServeConfig, validate
+from bdh.serving.hosts import HostCheck
 from bdh.serving.metrics import Metrics
 from tests.deploy.dockerfile import ROOT, command, environment_of, stages, whole
 from tests.deploy.nginx import CONF, NGINX, adapted
@@ -119,10 +120,31 @@ def test_the_settings_of_images_and_compose_are_the_servers(monkeypatch: pytest.
     config = parsed_config(command(whole("cpu").last("CMD")))
     validate(config)
     assert (config.host, config.port) == ("0.0.0.0", 8000)
-    assert (config.logging.format, config.trusted_proxies) == ("json", ["*"])
+    assert (config.logging.format, config.trusted_proxies, config.allowed_hosts) == ("json", ["*"], [])
     assert [(model.name, model.path) for model in config.models] == [("bdh", "/models/bdh")]
     grace = int(COMPOSE["services"]["bdh"]["stop_grace_period"].removesuffix("s"))
     assert grace > config.drain_seconds + 3
+
+
+def test_compose_hands_on_settings() -> None:
+    """Those of the shell that it names, and any others that are in a file."""
+    for name in ("bdh", "bdh-2"):
+        service = COMPOSE["services"][name]
+        assert service["env_file"] == [{"path": "serve.env", "required": False}]
+        for setting in ("BDH_SERVE__ALLOWED_HOSTS", "BDH_SERVE__LIMITS__STORAGE"):
+            assert service["environment"][setting].startswith(f"${{{setting}:-")
+        assert service["environment"]["BDH_API_KEYS"] is None
+
+
+def test_a_server_without_keys_answers_to_what_calls_it_here() -> None:
+    """Prometheus, which finds addresses by the name of all replicas; nginx with the names of its clients; the probe."""
+    stage = whole("cpu")
+    check = HostCheck(environment_of(stage)["BDH_SERVE__HOST"], [])
+    [scraped] = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"]
+    [discovery] = scraped["dns_sd_configs"]
+    assert discovery["type"] == "A"  # the Host is an address
+    for host in ("172.18.0.3:8000", "bdh:8000", "bdh-2:8000", "127.0.0.1:8000", "localhost:8080"):
+        assert check.is_allowed(host)
 
 
 # ---------------------------------------------------------------------------------------------------------- Kubernetes

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.errors import BDHError
 from bdh.inference.async_llm import SHORT_PROMPT, AsyncLLM
-from bdh.inference.async_session import AsyncSession, TokensRead, Turn
+from bdh.inference.async_session import AsyncSession, ReserveTokens, TokensRead, Turn
 from bdh.inference.params import SamplingParams
 from bdh.inference.session import Session
 from bdh.inference.state_metadata import read_metadata
@@ -52,6 +52,41 @@ def said(session: Session, text: str, params: SamplingParams) -> str:
 def place(session: Session | AsyncSession) -> tuple[object, ...]:
     """All that says where a session is, but its numbers."""
     return session.position, session.unread, session.transcript, session.answering, session.ended
+
+
+def test_tokens_are_reserved_before_the_engine_reads_them() -> None:
+    """If that is refused, nothing is read, and the session is free and as it was."""
+
+    async def work() -> None:
+        async with many() as llm:
+            ours = llm.session(None, letters(max_new_tokens=3))
+            numbers: list[int] = []
+
+            async def reserve(tokens: int) -> None:
+                assert llm.stats.running + llm.stats.waiting == 0 and llm.stats.prefill_tokens == before
+                numbers.append(tokens)
+                if refused:
+                    raise BDHError("so many are not left")
+
+            for refused in (True, False):
+                for number in range(3):
+                    before, was = llm.stats.prefill_tokens, place(ours)
+                    if refused:
+                        with pytest.raises(BDHError, match="not left"):
+                            await act(ours, number, reserve)
+                        assert place(ours) == was and not ours.busy and llm.stats.prefill_tokens == before
+                    else:
+                        read = await act(ours, number, reserve)
+                        assert numbers[-1] == read
+
+    async def act(session: AsyncSession, number: int, reserve: ReserveTokens) -> int:
+        if number == 0:
+            return (await session.read("A document. ", reserve=reserve)).tokens
+        turn = await (session.send("Hi", reserve=reserve) if number == 1 else session.write(text="On", reserve=reserve))
+        await taken(turn)
+        return turn.prompt_tokens
+
+    run(work())
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, CHAT], ids=["transcript", "template"])

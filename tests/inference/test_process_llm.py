@@ -470,3 +470,34 @@ def test_an_engine_that_is_stopped_is_noticed(export: Path, monkeypatch: pytest.
             assert (await llm.generate("abc", letters(262))).text
 
     run(work())
+
+
+def test_an_error_does_not_end_the_questions_whether_the_engine_goes_on(
+    export: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process_llm, "PING_SECONDS", 0.01)
+    monkeypatch.setattr(process_llm, "SILENT_SECONDS", 0.3)
+    errors = [RuntimeError("a reply that could not be read"), KeyError("anything"), BDHError("another")]
+
+    async def work() -> None:
+        async with opened(export) as llm:
+            call = llm.call
+
+            async def fail_first(function: Any, *arguments: Any) -> Any:
+                if errors:
+                    raise errors.pop()
+                return await call(function, *arguments)
+
+            monkeypatch.setattr(llm, "call", fail_first)
+            while errors:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            os.kill(llm.pid, signal.SIGSTOP)
+            while not llm.is_silent:
+                await asyncio.sleep(0.01)
+            os.kill(llm.pid, signal.SIGCONT)
+            while llm.is_silent:
+                await asyncio.sleep(0.01)
+
+    run(work())
+    assert caplog.text.count("answers whether it goes on with an error") == 3

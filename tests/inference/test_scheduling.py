@@ -89,12 +89,18 @@ def runner(request: pytest.FixtureRequest) -> Runner:
     return ModelRunner(model, 2) if request.param == "model" else make_runner(model, 2)
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "minLength": 12, "maxLength": 20}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+}
 CASES: list[dict[str, Any]] = [
     {},
     {"frequency_penalty": 1.5, "presence_penalty": 0.5, "repetition_penalty": 1.4},
     {"n": 2, "min_new_tokens": 5},
     {"regex": "[ab]{20,40}", "logit_bias": None},
     {"logprobs": 2, "top_p": 0.9},
+    {"json_schema": SCHEMA, "logit_bias": None, "max_new_tokens": 80},
 ]
 
 

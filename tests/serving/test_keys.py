@@ -30,7 +30,7 @@ LEAVE_OUT = "leave out"
 def refusal(store: KeyStore, presented: str | None) -> str:
     with pytest.raises(KeyRefused) as refused:
         store.check(presented)
-    return refused.value.reason
+    return refused.value.problem
 
 
 def test_a_secret_is_known_by_its_hash_alone(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bdh.errors import BDHError
-from bdh.serving import limits as module
+from bdh.serving import rate_counts as module
 from bdh.serving.errors import TooManyRequests
 from bdh.serving.keys import Key, hash_of
-from bdh.serving.limits import LimitSettings, RateLimits, Usage, network, shown_duration
+from bdh.serving.limits import LimitSettings, RateHeaders, RateLimits, Reservation, network, shown_duration
+from bdh.serving.rate_counts import Usage
 
 HERE = "203.0.113.7"
 
@@ -48,7 +49,7 @@ async def refusal(limits: RateLimits, who: Key | None, address: str = HERE, refu
         await limits.admit(who, address, refused)
     error = raised.value
     assert error.status == 429 and error.code == "rate_limit_exceeded"
-    assert 1 <= int(error.headers["Retry-After"]) <= 2 * module.WINDOW
+    assert 1 <= int(error.headers["Retry-After"]) <= 2 * module.WINDOW_SECONDS
     assert f"try again in {error.headers['Retry-After']} s" in error.message and "\n" not in error.message
     return error
 
@@ -58,6 +59,12 @@ async def admitted(limits: RateLimits, who: Key | None, tries: int, address: str
     answers = await asyncio.gather(*(limits.admit(who, address) for _ in range(tries)), return_exceptions=True)
     assert all(isinstance(answer, dict | TooManyRequests) for answer in answers), answers
     return sum(isinstance(answer, dict) for answer in answers)
+
+
+async def use(limits: RateLimits, who: Key | None, tokens: int) -> RateHeaders:
+    """Uses tokens that were not reserved, also past the limit; the headers then."""
+    reservation = await limits.reserve(who, HERE, 0)
+    return {} if reservation is None else await reservation.settle(tokens)
 
 
 def ours(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -153,19 +160,19 @@ def test_tokens_count_past_the_limit(storage: str) -> None:
         web = key("web")
         headers = await limits.admit(web, HERE)
         assert headers["x-ratelimit-remaining-tokens"] == "100" and headers["x-ratelimit-reset-tokens"] == "0ms"
-        headers = await limits.charge(web, HERE, 60)
+        headers = await use(limits, web, 60)
         assert headers["x-ratelimit-remaining-tokens"] == "40" and headers["x-ratelimit-limit-tokens"] == "100"
-        assert (await limits.charge(web, HERE, 0))["x-ratelimit-remaining-tokens"] == "40"
+        assert (await use(limits, web, 0))["x-ratelimit-remaining-tokens"] == "40"
         await limits.admit(web, HERE)
-        assert (await limits.charge(web, HERE, 1_000_000))["x-ratelimit-remaining-tokens"] == "0"
+        assert (await use(limits, web, 1_000_000))["x-ratelimit-remaining-tokens"] == "0"
         error = await refusal(limits, web)
         assert error.reason == "token_limit" and error.body()["error"]["type"] == "tokens"
         assert "100 tokens per minute for this key are used up" in error.message
         assert int(error.headers["Retry-After"]) > 59  # what was too much stays through the next minute
         await limits.admit(key("large", tokens=2_000_000), HERE)
-        await limits.charge(None, HERE, 99)
+        await use(limits, None, 99)
         await limits.admit(None, HERE)
-        await limits.charge(None, HERE, 1)
+        await use(limits, None, 1)
         assert "from one address" in (await refusal(limits, None)).message
         await limits.close()
 
@@ -176,7 +183,7 @@ def test_who_used_up_the_tokens_loses_no_requests() -> None:
     async def work() -> None:
         limits = RateLimits(LimitSettings(requests_per_minute=2, tokens_per_minute=10))
         web, rich = key("web"), key("web", tokens=20)
-        await limits.charge(web, HERE, 10)
+        await use(limits, web, 10)
         for _ in range(5):
             assert (await refusal(limits, web)).reason == "token_limit"
         assert (await limits.admit(rich, HERE))["x-ratelimit-remaining-requests"] == "1"
@@ -184,33 +191,110 @@ def test_who_used_up_the_tokens_loses_no_requests() -> None:
     run(work())
 
 
-def test_requests_that_come_together_reserve_what_they_may_write(storage: str) -> None:
+async def reserved(limits: RateLimits, who: Key | None, tokens: int, is_estimate: bool = False) -> Reservation | None:
+    """A reservation; None if it is refused."""
+    try:
+        return await limits.reserve(who, HERE, tokens, is_estimate)
+    except TooManyRequests as error:
+        assert error.reason == "token_limit" and "tokens per minute" in error.message
+        assert "max_tokens" in error.message and 1 <= int(error.headers["Retry-After"]) <= 120
+        return None
+
+
+async def settle(reservation: Reservation | None, used: int) -> RateHeaders:
+    assert reservation is not None
+    return await reservation.settle(used)
+
+
+def test_requests_that_come_together_reserve_what_they_may_use(storage: str) -> None:
     async def work() -> None:
         limits = RateLimits(LimitSettings(tokens_per_minute=2000, storage=storage))
         web = key("web")
-
-        async def reserved(who: Key | None = web, read: int = 10, write: int = 900) -> bool:
-            try:
-                await limits.reserve(who, HERE, read, write)
-                return True
-            except TooManyRequests as error:
-                assert error.reason == "token_limit" and "2,000 tokens per minute" in error.message
-                assert "max_tokens" in error.message and 1 <= int(error.headers["Retry-After"]) <= 120
-                return False
-
-        assert sum(await asyncio.gather(*(reserved() for _ in range(30)))) == 2
-        assert await reserved(key("other")) and await reserved(None)  # others have theirs
-        headers = await limits.charge(web, HERE, 5)  # one has written little, and is over
-        limits.release(web, HERE, 900)
-        assert headers["x-ratelimit-remaining-tokens"] == str(2000 - 2 * 10 - 5)
-        assert [await reserved(), await reserved()] == [True, False]
-        assert await reserved(write=100) and not await reserved(write=3000)
-        for tokens in (900, 900, 100):
-            limits.release(web, HERE, tokens)
-        assert await reserved(write=3000)  # more than the whole limit: alone
-        assert not await reserved(write=1)
-        limits.release(web, HERE, 3000)
+        together = await asyncio.gather(*(reserved(limits, web, 910) for _ in range(30)))
+        one, two = [each for each in together if each is not None]
+        assert two.headers["x-ratelimit-remaining-tokens"] == "180"  # what is reserved counts
+        others = await reserved(limits, key("other"), 910), await reserved(limits, None, 910)
+        assert None not in others  # others have theirs
+        headers = await one.settle(15)  # one has written little, and is over
+        assert headers["x-ratelimit-remaining-tokens"] == str(2000 - 15 - 910)
+        third = await reserved(limits, web, 910)
+        assert third is not None and await reserved(limits, web, 910) is None
+        fourth = await reserved(limits, web, 110)
+        assert await reserved(limits, web, 3010) is None
+        for reservation in (two, third, fourth):
+            await settle(reservation, 0)
+        whole = await reserved(limits, web, 3010)  # more than the whole limit: alone
+        assert whole is not None and await reserved(limits, web, 1) is None
+        assert (await whole.settle(10))["x-ratelimit-remaining-tokens"] == str(2000 - 15 - 10)
         assert not limits._reserved[f"key/{web.id}"]
+        await limits.close()
+
+    run(work())
+
+
+def test_tokens_to_be_read_are_reserved_while_the_storage_is_awaited(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long each answer of the storage takes."""
+    usage_in = module.usage_in
+
+    async def slow(*arguments: Any) -> Usage:
+        usage = await usage_in(*arguments)
+        await asyncio.sleep(0.05)
+        return usage
+
+    monkeypatch.setattr(module, "usage_in", slow)
+
+    async def work() -> None:
+        settings = LimitSettings(tokens_per_minute=1000, storage=storage)
+        servers = [RateLimits(settings)] if storage == "memory://" else [RateLimits(settings), RateLimits(settings)]
+        for tokens, fit in ((1000, 1), (400, 2)):
+            for is_estimate in (False, True):
+                web = key(f"web {tokens} {is_estimate}")
+                tries = [reserved(servers[number % len(servers)], web, tokens, is_estimate) for number in range(30)]
+                passed = [each for each in await asyncio.gather(*tries) if each is not None]
+                # each server lets one in whose number of tokens is not known yet, while there are tokens left
+                assert len(passed) == fit or (is_estimate and len(passed) <= fit + len(servers) - 1)
+                for reservation in passed:
+                    await reservation.settle(0)
+                assert await reserved(servers[0], web, 1000) is not None
+        for limits in servers:
+            await limits.close()
+
+    run(work())
+
+
+def test_an_estimate_refuses_nobody_who_has_nothing_else_in_work(storage: str) -> None:
+    async def work() -> None:
+        limits = RateLimits(LimitSettings(tokens_per_minute=100, storage=storage))
+        web = key("web")
+        for _ in range(3):
+            reservation = await reserved(limits, web, 90, is_estimate=True)
+            assert reservation is not None and await reserved(limits, web, 90, is_estimate=True) is None
+            await reservation.settle(20)
+        assert await reserved(limits, web, 90) is None
+        left = (await settle(await reserved(limits, web, 90, is_estimate=True), 40))["x-ratelimit-remaining-tokens"]
+        assert left == "0" and await reserved(limits, web, 90, is_estimate=True) is None
+        await limits.close()
+
+    run(work())
+
+
+def test_what_is_given_back_is_taken_from_the_minute_in_which_it_was_counted(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        limits = RateLimits(LimitSettings(tokens_per_minute=1000, storage=storage))
+        web, now = key("web"), 60.0 * 30_000_000
+        monkeypatch.setattr(module.time, "time", lambda: now)
+        one, two = [await limits.reserve(web, HERE, 400) for _ in range(2)]
+        now += 90  # in the middle of the next minute: half of what was counted counts
+        assert (await settle(one, 100))["x-ratelimit-remaining-tokens"] == str(1000 - (100 + 400) // 2)
+        three = await limits.reserve(web, HERE, 600)
+        now += 120
+        for reservation in (two, three):
+            assert (await settle(reservation, 0))["x-ratelimit-remaining-tokens"] == "1000"
+        assert await use(limits, web, 10) and not limits._reserved
         await limits.close()
 
     run(work())
@@ -221,15 +305,15 @@ def test_so_many_requests_at_once() -> None:
     web, busy = key("web"), key("busy", at_once=3)
     for who, most in ((web, 2), (busy, 3), (None, 2)):
         for _ in range(most):
-            limits.enter(who, HERE)
+            limits.acquire(who, HERE)
         with pytest.raises(TooManyRequests, match=f"{most} requests at once") as raised:
-            limits.enter(who, HERE)
+            limits.acquire(who, HERE)
         assert raised.value.reason == "concurrency_limit" and raised.value.headers["Retry-After"] == "1"
-        limits.leave(who, HERE)
-        limits.enter(who, HERE)
-    limits.enter(None, "203.0.113.8")
+        limits.release(who, HERE)
+        limits.acquire(who, HERE)
+    limits.acquire(None, "203.0.113.8")
     for _ in range(9):
-        RateLimits(LimitSettings()).enter(None, HERE)
+        RateLimits(LimitSettings()).acquire(None, HERE)
 
 
 def test_an_address_that_guesses_keys(storage: str) -> None:
@@ -257,7 +341,7 @@ def test_addresses() -> None:
 def test_without_limits_nothing_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         limits = RateLimits(LimitSettings(storage="redis://127.0.0.1:1"))  # nobody there
-        assert await limits.admit(key("web"), HERE) == await limits.charge(key("web"), HERE, 5) == {}
+        assert await limits.admit(key("web"), HERE) == await use(limits, key("web"), 5) == {}
         await limits.close()
 
     run(work())
@@ -265,12 +349,12 @@ def test_without_limits_nothing_is_counted(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_who_waits_as_told_comes_in(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WINDOW", 1)
+    monkeypatch.setattr(module, "WINDOW_SECONDS", 1)
 
     async def work() -> None:
         limits = RateLimits(LimitSettings(requests_per_minute=5, tokens_per_minute=100, storage=storage))
         web, phone = key("web"), key("phone", requests=9)
-        await limits.charge(phone, HERE, 150)
+        await use(limits, phone, 150)
         assert await admitted(limits, web, 9) in (5, 6)  # the short minute may have turned
         waits = [int((await refusal(limits, who)).headers["Retry-After"]) for who in (web, phone)]
         await asyncio.sleep(max(waits))
@@ -332,8 +416,28 @@ def test_settings_that_cannot_be(settings: LimitSettings, expected: str) -> None
 # ------------------------------------------------------------------------------------------------------------- Redis
 
 
+def test_a_redis_that_has_lost_a_reservation(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is given back is not given twice."""
+    monkeypatch.setattr(module, "REDIS_RETRY_SECONDS", 0.2)
+
+    async def work() -> None:
+        limits = RateLimits(LimitSettings(tokens_per_minute=1000, storage=redis.url))
+        web = key("web")
+        one, two = [await limits.reserve(web, HERE, 400) for _ in range(2)]
+        redis.stop()
+        assert (await settle(one, 0))["x-ratelimit-remaining-tokens"] == "1000"
+        redis.start()
+        await asyncio.sleep(0.25)
+        await limits.admit(web, HERE)
+        assert (await settle(two, 0))["x-ratelimit-remaining-tokens"] == "1000"
+        assert (await use(limits, web, 100))["x-ratelimit-remaining-tokens"] == "900"
+        await limits.close()
+
+    run(work())
+
+
 def test_servers_that_share_redis_share_counts(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENCE", 30.0)  # however slow this machine is
+    monkeypatch.setattr(module, "REDIS_TIMEOUT_SECONDS", 30.0)  # however slow this machine is
 
     async def work() -> None:
         settings = LimitSettings(requests_per_minute=50, tokens_per_minute=100, storage=redis.url)
@@ -341,7 +445,7 @@ def test_servers_that_share_redis_share_counts(redis: Redis, monkeypatch: pytest
         web = key("web")
         counts = await asyncio.gather(admitted(one, web, 100), admitted(two, web, 100))
         assert sum(counts) == 50
-        await one.charge(web, HERE, 100)
+        await use(one, web, 100)
         assert (await refusal(two, web)).reason == "token_limit"
         await one.close()
         await two.close()
@@ -352,7 +456,7 @@ def test_servers_that_share_redis_share_counts(redis: Redis, monkeypatch: pytest
 def test_redis_dies_and_comes_back(
     redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "PAUSE", 0.2)
+    monkeypatch.setattr(module, "REDIS_RETRY_SECONDS", 0.2)
 
     async def work() -> None:
         settings = LimitSettings(requests_per_minute=3, storage=redis.url)
@@ -379,8 +483,8 @@ def test_redis_dies_and_comes_back(
 
 
 def test_redis_hangs(redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(module, "PAUSE", 0.3)
-    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    monkeypatch.setattr(module, "REDIS_RETRY_SECONDS", 0.3)
+    monkeypatch.setattr(module, "REDIS_TIMEOUT_SECONDS", 0.2)
 
     async def work() -> None:
         limits = RateLimits(LimitSettings(requests_per_minute=1000, storage=redis.url))

@@ -5,17 +5,19 @@ import fcntl
 import logging
 import os
 import resource
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bdh.atomic_files import PREFIX
 from bdh.errors import BDHError
 from bdh.file_locks import LOCK
 from bdh.inference.async_llm import AsyncLLM
 from bdh.inference.params import SamplingParams
+from bdh.serving import sessions
 from bdh.serving.config import ModelSettings, ServeConfig
 from bdh.serving.errors import ApiError
 from bdh.serving.served import ServedModel
@@ -93,6 +95,74 @@ def test_a_session_that_was_put_away_goes_on_exactly(memory_bytes: int) -> None:
         assert not folder.exists()
 
     run(work())
+
+
+def test_sessions_expire_though_the_folder_of_saved_ones_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = tmp_path / "saved"
+    iterdir = Path.iterdir
+
+    def refuse(self: Path) -> Iterator[Path]:
+        if self == saved:
+            raise PermissionError(13, "Permission denied", str(self))
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+
+    async def work() -> None:
+        async with serving(tmp_path, expire_seconds=0.1) as (store, served):
+            await new(store, served)
+            while store._kept:  # without a request for it
+                await asyncio.sleep(0.01)
+
+    run(work())
+    [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert f"removing incomplete session files in {saved} failed; the server goes on" in record.getMessage()
+
+
+def test_sessions_expire_though_looking_after_them_failed_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sessions, "PAUSE_WHEN_FULL", 0.01)
+    expire = SessionStore._expire
+    failures = [OSError("a disk that is gone"), KeyError("anything")]
+
+    def fail_first(self: SessionStore, kept: Iterable[Kept]) -> None:
+        if failures:
+            raise failures.pop()
+        expire(self, kept)
+
+    async def work() -> None:
+        async with serving(None, expire_seconds=0.1) as (store, served):
+            await new(store, served)
+            monkeypatch.setattr(SessionStore, "_expire", fail_first)
+            while store._kept:
+                await asyncio.sleep(0.01)
+
+    run(work())
+    assert not failures and caplog.text.count("expiring and offloading sessions failed") == 2
+
+
+def test_an_unreadable_folder_of_one_key_does_not_keep_those_of_others_from_being_cleaned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = SavedFiles(tmp_path)
+    left = []
+    for number in range(4):
+        left.append(files.root / f"key_{number}" / f"{PREFIX}x")
+        left[-1].mkdir(parents=True)
+    glob = Path.glob
+
+    def refuse(self: Path, pattern: str) -> Iterator[Path]:
+        if self.name == "key_2":
+            raise PermissionError(13, "Permission denied", str(self))
+        return glob(self, pattern)
+
+    monkeypatch.setattr(Path, "glob", refuse)
+    files.remove_leftovers()
+    assert [path.exists() for path in left] == [False, False, True, False]
+    assert "key_2 cannot be removed: Permission denied" in caplog.text
 
 
 def test_turns_wait_for_room_and_put_away_the_longest_unused() -> None:
