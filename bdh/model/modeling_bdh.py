@@ -369,15 +369,15 @@ def unit_keys(R: Tensor) -> Tensor:
 def solve_unit_lower(L: Tensor, B: Tensor, longest: int | None = None) -> Tensor:
     """(I + L)^-1 B for strictly lower triangular L: (..., T, T), (..., T, D) -> (..., T, D).
 
-    ONNX has no triangular solver. There I + L is inverted block by block: the inverse of [[P, 0], [Q, R]] is
-    [[P^-1, 0], [-R^-1 Q P^-1, R^-1]], for blocks of 1, 2, 4, ... rows.
+    ONNX and other targets of exported programs have no triangular solver. In exports I + L is inverted block by block:
+    the inverse of [[P, 0], [Q, R]] is [[P^-1, 0], [-R^-1 Q P^-1, R^-1]], for blocks of 1, 2, 4, ... rows.
 
     Args:
         L: Strictly lower triangular.
         B: The right-hand sides.
         longest: The largest T, for exports in which T is not fixed; None where it is.
     """
-    if not torch.onnx.is_in_onnx_export():
+    if not torch.compiler.is_exporting():
         return torch.linalg.solve_triangular(L, B, upper=False, unitriangular=True)
     T = L.shape[-1]
     size = T if isinstance(T, int) or longest is None else longest
