@@ -514,7 +514,8 @@ class BDHGates(nn.Module):
     delta:  beta_h = sigmoid(v_h . x + c_h)
 
     Parameters: `decay_rate` a (h), `decay_weight` w (h, D) and `decay_bias` b (h) if the decay is gated; `write_weight`
-    v (h, D) and `write_bias` c (h) for the delta rule. A head whose half-life is None never decays.
+    v (h, D) and `write_bias` c (h) for the delta rule; float32 at least, whatever the dtype of the model. A head whose
+    half-life is None never decays.
     """
 
     def __init__(self, config: BDHConfig):
@@ -522,13 +523,14 @@ class BDHGates(nn.Module):
         self.config = config
         self.attention = nn.Identity()  # A (B, h, T, D) passes through it, before its layer norm: a place for hooks
         h, D = config.n_head, config.n_embd
+        dtype = synapse_dtype(torch.get_default_dtype())  # bfloat16 would round half-lives by some percent
         if config.decay == "gated":
-            self.decay_rate = nn.Parameter(torch.empty(h))
-            self.decay_weight = nn.Parameter(torch.empty(h, D))
-            self.decay_bias = nn.Parameter(torch.empty(h))
+            self.decay_rate = nn.Parameter(torch.empty(h, dtype=dtype))
+            self.decay_weight = nn.Parameter(torch.empty(h, D, dtype=dtype))
+            self.decay_bias = nn.Parameter(torch.empty(h, dtype=dtype))
         if config.write == "delta":
-            self.write_weight = nn.Parameter(torch.empty(h, D))
-            self.write_bias = nn.Parameter(torch.empty(h))
+            self.write_weight = nn.Parameter(torch.empty(h, D, dtype=dtype))
+            self.write_bias = nn.Parameter(torch.empty(h, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """Initial values: the configured half-lives, whatever the token, and a write strength of one half."""
@@ -698,7 +700,6 @@ class BDHPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["BDHLayer"]
     _is_stateful = True  # `generate()` then refuses assisted decoding, which takes back tokens
-    _keep_in_fp32_modules_strict = ["gates"]  # bfloat16 would round a half-life of 1024 tokens by some percent
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in the library; where the code is saved too, the configuration names the class of every auto class."""
@@ -802,6 +803,8 @@ class BDHModel(BDHPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layer = BDHLayer(config)
+        if self.layer.gates is not None and self.layer.gates.depends_on_tokens:  # it has parameters
+            self._keep_in_fp32_modules_strict = {"gates"}  # loading in another dtype does not change them
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -120,3 +120,21 @@ def test_half_precision_keeps_the_gates_whole(model: BDHForCausalLM, tmp_path: P
     for name, p in loaded.named_parameters():
         assert p.dtype == (torch.float32 if ".gates." in name else torch.bfloat16), name
     assert loaded.generate(TOKENS, max_new_tokens=3, do_sample=False).shape == (2, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gates_are_made_in_float32_whatever_the_dtype(model: BDHForCausalLM, dtype: torch.dtype) -> None:
+    made = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    for name, p in made.named_parameters():
+        assert p.dtype == (torch.float32 if ".gates." in name else dtype), name
+    assert made(TOKENS, labels=TOKENS).loss.isfinite()
+
+
+@pytest.mark.parametrize("decay", ["none", "fixed", "gated"])
+@pytest.mark.parametrize("write", ["add", "delta"])
+def test_modules_kept_in_float32_are_in_the_model(decay: str, write: str) -> None:
+    config = BDHConfig(n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8, decay=decay, write=write)
+    for kind in (BDHModel, BDHForCausalLM):
+        made = kind(config)
+        has_parameters = any("gates" in name.split(".") for name in made.state_dict())
+        assert made._keep_in_fp32_modules_strict == ({"gates"} if has_parameters else set())
