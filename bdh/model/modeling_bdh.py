@@ -983,8 +983,11 @@ class BDHForCausalLM(BDHPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        use_cache = generation_config.use_cache is not False
-        if generation_config.prefill_chunk_size is not None and use_cache and model_kwargs.get(STATE) is None:
+        if generation_config.prefill_chunk_size is None:
+            return
+        if model_kwargs.get("inputs_embeds") is not None:  # which the library hands over whole with each piece
+            raise ValueError("prefill_chunk_size is for a prompt of tokens; give input_ids without inputs_embeds")
+        if generation_config.use_cache is not False and model_kwargs.get(STATE) is None:
             rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             model_kwargs[STATE] = BDHState.zeros(self.config, rows, self.device, synapse_dtype(self.dtype))
 
