@@ -1,8 +1,6 @@
 """What the model tests of transformers check of every model, as far as other tests here do not.
 
-Not applicable: attention weights and attention implementations (there is no softmax), tied embeddings (input and output
-embeddings are separate by design), pruning of heads, caches of keys and values, and assisted or contrastive decoding,
-which take back tokens.
+`test_library_coverage.py` lists all of them, and why some do not apply.
 """
 
 import copy
