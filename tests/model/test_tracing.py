@@ -77,9 +77,11 @@ def test_the_model_compiles_to_one_graph(model: BDHForCausalLM) -> None:
 @pytest.mark.parametrize("model", [{}], indirect=True)
 def test_a_compiled_model_learns_the_same(model: BDHForCausalLM) -> None:
     torch.compiler.reset()
-    expected = torch.autograd.grad(model(PROMPT, labels=PROMPT).loss, list(model.parameters()))
+    inputs: dict[str, Any] = {"input_ids": PROMPT, "labels": PROMPT, "position_ids": torch.arange(7)[None]}
+    inputs["attention_mask"] = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    expected = torch.autograd.grad(model(**inputs).loss, list(model.parameters()))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(compiled(PROMPT, labels=PROMPT).loss, list(model.parameters()))
+    found = torch.autograd.grad(compiled(**inputs).loss, list(model.parameters()))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
@@ -140,6 +142,20 @@ def test_onnx(model: BDHForCausalLM, step: bool, tmp_path: Path) -> None:
     found = session.run(None, {name: leaf.numpy() for name, leaf in zip(names, tree_leaves(then), strict=True)})
     then = traced(step, dynamic=True)[2]
     assert same([torch.from_numpy(leaf) for leaf in found], model(**then))
+
+
+@pytest.mark.parametrize("kind", ["Dynamo", pytest.param("Onnx", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_the_exporters_of_the_library(model: BDHForCausalLM, kind: str) -> None:
+    exporters = pytest.importorskip("transformers.exporters")
+    exporter, config = getattr(exporters, f"{kind}Exporter")(), getattr(exporters, f"{kind}Config")(dynamic=True)
+    given = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)}
+    prompt = exporter.export(model, given, config)
+    longer = {"input_ids": LONGER, "attention_mask": torch.ones_like(LONGER)}
+    assert same(prompt(**longer), model(**longer), 1e-4)
+    step = exporter.export(model, {"input_ids": STEP, "cache": state_of_three()}, config)
+    found = step(input_ids=STEP[:2], cache=state_of_three().select(PAIR))
+    assert same(found, model(STEP[:2], past_key_values=state_of_three().select(PAIR)), 1e-4)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 8, 21])
