@@ -39,7 +39,8 @@ def embeds_of(model: BDHForCausalLM, tokens: Tensor) -> Tensor:
     return embeds
 
 
-def same_states(found: BDHState, expected: BDHState) -> bool:
+def same_states(found: BDHState | None, expected: BDHState | None) -> bool:
+    assert found is not None and expected is not None
     synapses = zip(found.synapses, expected.synapses, strict=True)
     return (
         found.length == expected.length
