@@ -369,15 +369,15 @@ def unit_keys(R: Tensor) -> Tensor:
 def solve_unit_lower(L: Tensor, B: Tensor, longest: int | None = None) -> Tensor:
     """(I + L)^-1 B for strictly lower triangular L: (..., T, T), (..., T, D) -> (..., T, D).
 
-    ONNX has no triangular solver. There I + L is inverted block by block: the inverse of [[P, 0], [Q, R]] is
-    [[P^-1, 0], [-R^-1 Q P^-1, R^-1]], for blocks of 1, 2, 4, ... rows.
+    ONNX and other targets of exported programs have no triangular solver. In exports I + L is inverted block by block:
+    the inverse of [[P, 0], [Q, R]] is [[P^-1, 0], [-R^-1 Q P^-1, R^-1]], for blocks of 1, 2, 4, ... rows.
 
     Args:
         L: Strictly lower triangular.
         B: The right-hand sides.
         longest: The largest T, for exports in which T is not fixed; None where it is.
     """
-    if not torch.onnx.is_in_onnx_export():
+    if not torch.compiler.is_exporting():
         return torch.linalg.solve_triangular(L, B, upper=False, unitriangular=True)
     T = L.shape[-1]
     size = T if isinstance(T, int) or longest is None else longest
@@ -514,7 +514,8 @@ class BDHGates(nn.Module):
     delta:  beta_h = sigmoid(v_h . x + c_h)
 
     Parameters: `decay_rate` a (h), `decay_weight` w (h, D) and `decay_bias` b (h) if the decay is gated; `write_weight`
-    v (h, D) and `write_bias` c (h) for the delta rule. A head whose half-life is None never decays.
+    v (h, D) and `write_bias` c (h) for the delta rule; float32 at least, whatever the dtype of the model. A head whose
+    half-life is None never decays.
     """
 
     def __init__(self, config: BDHConfig):
@@ -522,13 +523,14 @@ class BDHGates(nn.Module):
         self.config = config
         self.attention = nn.Identity()  # A (B, h, T, D) passes through it, before its layer norm: a place for hooks
         h, D = config.n_head, config.n_embd
+        dtype = synapse_dtype(torch.get_default_dtype())  # bfloat16 would round half-lives by some percent
         if config.decay == "gated":
-            self.decay_rate = nn.Parameter(torch.empty(h))
-            self.decay_weight = nn.Parameter(torch.empty(h, D))
-            self.decay_bias = nn.Parameter(torch.empty(h))
+            self.decay_rate = nn.Parameter(torch.empty(h, dtype=dtype))
+            self.decay_weight = nn.Parameter(torch.empty(h, D, dtype=dtype))
+            self.decay_bias = nn.Parameter(torch.empty(h, dtype=dtype))
         if config.write == "delta":
-            self.write_weight = nn.Parameter(torch.empty(h, D))
-            self.write_bias = nn.Parameter(torch.empty(h))
+            self.write_weight = nn.Parameter(torch.empty(h, D, dtype=dtype))
+            self.write_bias = nn.Parameter(torch.empty(h, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """Initial values: the configured half-lives, whatever the token, and a write strength of one half."""
@@ -698,7 +700,6 @@ class BDHPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["BDHLayer"]
     _is_stateful = True  # `generate()` then refuses assisted decoding, which takes back tokens
-    _keep_in_fp32_modules_strict = ["gates"]  # bfloat16 would round a half-life of 1024 tokens by some percent
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in the library; where the code is saved too, the configuration names the class of every auto class."""
@@ -802,6 +803,8 @@ class BDHModel(BDHPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layer = BDHLayer(config)
+        if self.layer.gates is not None and self.layer.gates.depends_on_tokens:  # it has parameters
+            self._keep_in_fp32_modules_strict = {"gates"}  # loading in another dtype does not change them
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -981,8 +984,11 @@ class BDHForCausalLM(BDHPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        use_cache = generation_config.use_cache is not False
-        if generation_config.prefill_chunk_size is not None and use_cache and model_kwargs.get(STATE) is None:
+        if generation_config.prefill_chunk_size is None:
+            return
+        if model_kwargs.get("inputs_embeds") is not None:  # which the library hands over whole with each piece
+            raise ValueError("prefill_chunk_size is for a prompt of tokens; give input_ids without inputs_embeds")
+        if generation_config.use_cache is not False and model_kwargs.get(STATE) is None:
             rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             model_kwargs[STATE] = BDHState.zeros(self.config, rows, self.device, synapse_dtype(self.dtype))
 

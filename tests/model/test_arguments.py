@@ -187,6 +187,13 @@ def test_a_prompt_can_be_read_in_pieces(model: BDHForCausalLM, options: Any) -> 
     assert torch.equal(going_on, written(model))
 
 
+@pytest.mark.parametrize("tokens", [TOKENS, None], ids=["with-tokens", "alone"])
+def test_embeddings_are_not_read_in_pieces(model: BDHForCausalLM, tokens: Tensor | None) -> None:
+    embeds = model.get_input_embeddings()(TOKENS)
+    with pytest.raises(ValueError, match="give input_ids without inputs_embeds"):
+        model.generate(tokens, inputs_embeds=embeds, prefill_chunk_size=4, max_new_tokens=2)
+
+
 def test_hidden_states_and_scores_are_collected(model: BDHForCausalLM) -> None:
     options = {"output_hidden_states": True, "output_scores": True, "output_logits": True}
     outputs: Any = written(model, return_dict_in_generate=True, **options)

@@ -77,9 +77,11 @@ def test_the_model_compiles_to_one_graph(model: BDHForCausalLM) -> None:
 @pytest.mark.parametrize("model", [{}], indirect=True)
 def test_a_compiled_model_learns_the_same(model: BDHForCausalLM) -> None:
     torch.compiler.reset()
-    expected = torch.autograd.grad(model(PROMPT, labels=PROMPT).loss, list(model.parameters()))
+    inputs: dict[str, Any] = {"input_ids": PROMPT, "labels": PROMPT, "position_ids": torch.arange(7)[None]}
+    inputs["attention_mask"] = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    expected = torch.autograd.grad(model(**inputs).loss, list(model.parameters()))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(compiled(PROMPT, labels=PROMPT).loss, list(model.parameters()))
+    found = torch.autograd.grad(compiled(**inputs).loss, list(model.parameters()))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
@@ -103,6 +105,7 @@ PAIR = torch.tensor([2, 0])
 def test_torch_export(model: BDHForCausalLM, step: bool, dynamic: bool) -> None:
     given, sizes, then = traced(step, dynamic)
     program = torch.export.export(model, (), kwargs=given, dynamic_shapes=sizes)
+    assert not any("solve_triangular" in str(node.target) for node in program.graph.nodes)  # ONNX does not have it
     saved = io.BytesIO()
     torch.export.save(program, saved)
     saved.seek(0)
@@ -141,10 +144,24 @@ def test_onnx(model: BDHForCausalLM, step: bool, tmp_path: Path) -> None:
     assert same([torch.from_numpy(leaf) for leaf in found], model(**then))
 
 
+@pytest.mark.parametrize("kind", ["Dynamo", pytest.param("Onnx", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_the_exporters_of_the_library(model: BDHForCausalLM, kind: str) -> None:
+    exporters = pytest.importorskip("transformers.exporters")
+    exporter, config = getattr(exporters, f"{kind}Exporter")(), getattr(exporters, f"{kind}Config")(dynamic=True)
+    given = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)}
+    prompt = exporter.export(model, given, config)
+    longer = {"input_ids": LONGER, "attention_mask": torch.ones_like(LONGER)}
+    assert same(prompt(**longer), model(**longer), 1e-4)
+    step = exporter.export(model, {"input_ids": STEP, "cache": state_of_three()}, config)
+    found = step(input_ids=STEP[:2], cache=state_of_three().select(PAIR))
+    assert same(found, model(STEP[:2], past_key_values=state_of_three().select(PAIR)), 1e-4)
+
+
 @pytest.mark.parametrize("T", [1, 2, 3, 8, 21])
-def test_onnx_solves_triangular_systems_by_blocks(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exports_solve_triangular_systems_by_blocks(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Repeated tokens, whose keys are alike, are the worst case: a series of powers would lose all digits."""
     L, B = torch.ones(2, T, T).tril(-1), torch.randn(2, T, 4)
     expected = solve_unit_lower(L, B)
-    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert torch.allclose(solve_unit_lower(L, B), expected, atol=1e-5)
