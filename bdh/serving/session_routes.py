@@ -248,7 +248,7 @@ async def counted(served: ServedModel, system: str) -> int:
     """How many tokens a system message has. Raises ApiError for what no message could follow."""
     check_text(system, "system")
     served.check_length(len(system), "system")
-    tokens = await served.llm.beside(lambda: served.llm.texts.encode(system))
+    tokens = await served.llm.beside(lambda: served.llm.texts.encode(system, literal=True))
     if tokens:
         served.check_prompt(tokens, "system")
     return len(tokens)

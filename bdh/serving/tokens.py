@@ -94,7 +94,7 @@ async def encoded(served: ServedModel, prompt: str | None, messages: "Sequence[M
     """The tokens of a prompt, or else of messages. Raises BDHError."""
     texts = served.llm.texts
     if prompt is None:
-        return await served.llm.call_in_chat_thread(lambda: texts.encode(texts.chat_format.render(messages)))
+        return await served.llm.call_in_chat_thread(lambda: texts.chat_tokens(messages)[1])
     return await served.llm.beside(lambda: texts.encode(prompt))
 
 
