@@ -92,7 +92,7 @@ CASES: dict[str, str] = {
     "train --data.tokenizer mine": "data.tokenizer mine has no tokenizer.json",
     "train --data.tokenizer text.txt": "data.tokenizer text.txt is a file; give the folder it lies in",
     "train --data.tokenizer torn_model": "data.tokenizer torn_model cannot be loaded: ",
-    "train --data.tokenizer special --model.vocab_size 256": "model.vocab_size is 256; it must be at least 262",
+    "train --data.tokenizer special --model.vocab_size 256": "model.vocab_size is 256; it must be at least 261",
     "train --resume run --data.tokenizer special": "data.tokenizer special is not the tokenizer of ",
     "train --data.path emptydir": "data.path emptydir holds no text",
     "train --data.path short.txt": "data.block_size is 512, but the training part of short.txt has 8 tokens; use a "

@@ -155,11 +155,15 @@ def test_generate_of_transformers_stops_at_the_end_of_a_turn(tmp_path: Path) -> 
 
 def test_ends_that_a_generation_config_names_stay(tmp_path: Path) -> None:
     model = BDHForCausalLM(small_config())
-    save_export(model, byte_tokenizer(), tmp_path / "model", "a card")
-    assert model.generation_config.eos_token_id is None
-    model.generation_config.eos_token_id = 10
-    save_export(model, byte_tokenizer(), tmp_path / "model", "a card")
-    assert load_export(tmp_path / "model")[0].generation_config.eos_token_id == 10
+    for tokenizer, before, after in (
+        (byte_tokenizer(end_of_text=False), None, 10),
+        (byte_tokenizer(), [255, 10], [255, 10]),
+    ):
+        save_export(model, tokenizer, tmp_path / "model", "a card")
+        assert model.generation_config.eos_token_id == before
+        model.generation_config.eos_token_id = 10
+        save_export(model, tokenizer, tmp_path / "model", "a card")
+        assert load_export(tmp_path / "model")[0].generation_config.eos_token_id == after
 
 
 @pytest.mark.parametrize(
