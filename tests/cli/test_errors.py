@@ -89,7 +89,7 @@ CASES: dict[str, str] = {
     "train --data.streaming true": "data.streaming true needs data.path or data.mixture",
     "train --data.path text.txt --data.mixture [{path:text.txt}]": "bdh train: error: ",
     "train --data.path text.txt --data.cross_documents false --data.tokenizer plain": "has no end-of-text token",
-    "train --training.carry_state true --data.tokenizer plain": "take one that has, as --data.tokenizer bytes, or train",
+    "train --training.carry_state true --data.tokenizer plain": "take one that has, as --data.tokenizer bytes, or",
     "train --training.carry_state true --training.compile true": "are both true; choose one",
     "train --data.num_workers -1": "data.num_workers is -1; it must be at least 0",
     "train --data.tokenizer nowhere": "data.tokenizer nowhere is no folder here and cannot be loaded from the hub",
@@ -100,7 +100,7 @@ CASES: dict[str, str] = {
     "train --resume run --data.tokenizer special": "data.tokenizer special is not the tokenizer of ",
     "train --data.path emptydir": "data.path emptydir holds no text",
     "train --data.path short.txt": "data.block_size is 512, but the training part of short.txt has 10 tokens; use a "
-    "block of at most 7",
+    "block of at most 9",
     "train --data.corpus shakespeare": "cannot be reached",
     # runs
     "train --run_dir run": "run_dir run already holds a run; go on with it: bdh train --resume run, or name another",
