@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
     from rich.progress import Progress
 
     from bdh.data.loader import read_text
-    from bdh.data.tokenizer import load_tokenizer, same_tokenizer
+    from bdh.data.tokenizer import is_tokenizer
     from bdh.evaluation.calibration import calibrate, calibrated_card, check_calibratable, comparison, describe
     from bdh.model.device import choose_device
     from bdh.model.export import check_target, load_export, read_config, save_export
@@ -56,7 +56,7 @@ def run(argv: list[str]) -> int:
         raise BDHError(f"--output {args.output} is the model itself; name another folder")
     model, tokenizer = load_export(args.model)
     block_size = block_size_of(model.config.training_block_size, args)
-    if data.tokenizer is not None and not same_tokenizer(tokenizer, load_tokenizer(data.tokenizer)):
+    if data.tokenizer is not None and not is_tokenizer(tokenizer, data.tokenizer):
         raise BDHError(f"data.tokenizer {data.tokenizer} is not the tokenizer of {args.model}; leave it out")
     apart = not data.cross_documents
     if apart and tokenizer.eos_token_id is None:

@@ -32,7 +32,8 @@ def run(argv: list[str]) -> int:
         print(f"{args.target} is {args.source} in the published layout")
         return 0
     given = {name: getattr(args, name) for name in ("n_layer", "dropout") if getattr(args, name) is not None}
-    notes = published.convert(args.source, args.target, given, byte_tokenizer() if args.tokenizer == "bytes" else None)
+    tokenizer = byte_tokenizer(end_of_text=False) if args.tokenizer == "bytes" else None  # as they were trained
+    notes = published.convert(args.source, args.target, given, tokenizer)
     for note in notes:
         print(f"notice: {note}")
     print(f"{args.target} is the export of {args.source}")

@@ -66,14 +66,14 @@ def run(argv: list[str]) -> int:
 
     from bdh.data.blocks import ValidationWindows
     from bdh.data.loader import read_text
-    from bdh.data.tokenizer import load_tokenizer, same_tokenizer
+    from bdh.data.tokenizer import is_tokenizer
     from bdh.model.device import choose_device
     from bdh.model.export import load_export
     from bdh.training.device import autocast
     from bdh.training.evaluation import evaluate
 
     model, tokenizer = load_export(args.model)
-    if data.tokenizer is not None and not same_tokenizer(tokenizer, load_tokenizer(data.tokenizer)):
+    if data.tokenizer is not None and not is_tokenizer(tokenizer, data.tokenizer):
         raise BDHError(f"data.tokenizer {data.tokenizer} is not the tokenizer of {args.model}; leave it out")
     apart = not data.cross_documents or args.carry_state
     if apart and tokenizer.eos_token_id is None:

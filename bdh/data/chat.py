@@ -6,7 +6,6 @@ stops at. Each answer is tokenized by itself, as one that is being written stand
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from bdh.data.chat_format import ChatFormat, content_text, special_ids
+from bdh.data.chat_format import ChatFormat, SpelledTokens, content_text, restore, split_at_stand_ins
 from bdh.data.encoding import Encoder, clean, encode_utf8
 from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
@@ -23,7 +22,6 @@ CHAT_COLUMNS = ("messages", "conversations")  # where they are looked for
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}  # as in ShareGPT
 LAYOUT = 2  # goes into the fingerprint: raise it when the same conversations give other tokens
-FIRST_STAND_IN = 0x10F000  # private characters, which stand for special tokens that somebody has spelled
 
 Messages = list[dict[str, str]]
 Piece = tuple[str, bool]  # text, and whether it is predicted
@@ -46,8 +44,7 @@ class ChatEncoder(Encoder):
         self.end_text = tokenizer.convert_ids_to_tokens(self.end.token_ids[0]) if self.end.token_ids else ""
         self.ending = ~self.ending.astype(self.dtype)
         self.with_special = Tokenizer.from_str(self.backend.to_str())  # takes special tokens for what they are
-        special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
-        self.stand_ins = {token: chr(FIRST_STAND_IN + i) for i, token in enumerate(special)}
+        self.spelled = SpelledTokens(tokenizer)
 
     @property
     def key(self) -> list[Any]:
@@ -60,10 +57,7 @@ class ChatEncoder(Encoder):
 
     def conversation(self, messages: Messages) -> tuple[np.ndarray, int]:
         """The tokens of a conversation, what ends it included, and the UTF-8 bytes of its answers. Raises BDHError."""
-        contents = "".join(message["content"] for message in messages)
-        found = {stand_in: token for token, stand_in in self.stand_ins.items() if token in contents}
-        for stand_in, token in found.items():
-            messages = [{**message, "content": message["content"].replace(token, stand_in)} for message in messages]
+        messages, found = self.spelled.hide(messages)
         pieces, open_end = self.pieces(messages)
         if open_end and self.end_of_text is None:  # what ends an answer is the next turn, and there is none
             pieces[-1] = (pieces[-1][0] + "".join(self.end.stop[:1]), True)
@@ -72,7 +66,7 @@ class ChatEncoder(Encoder):
             ids = np.array(self._ids(text, found), dtype=self.dtype)
             parts.append(ids if predicted else ~ids)
             if predicted:
-                size += len(encode_utf8(_restored(text.removesuffix(self.end_text), found)))
+                size += len(encode_utf8(restore(text.removesuffix(self.end_text), found)))
         if open_end and self.end_of_text is not None:
             parts.append(~self.ending)
         elif self.end_of_text is None or parts[-1][-1] not in (self.end_of_text, ~self.end_of_text):
@@ -123,19 +117,11 @@ class ChatEncoder(Encoder):
 
     def _ids(self, text: str, found: Mapping[str, str]) -> list[int]:
         """Token ids of a text in which special tokens are ones but for those that stand-ins stand for."""
-        if not found:
-            return list(self.with_special.encode(text, add_special_tokens=False).ids)
         ids: list[int] = []
-        for part in re.split(f"([{''.join(found)}])", text):
-            backend = self.backend if part in found else self.with_special
-            ids += backend.encode(found.get(part, part), add_special_tokens=False).ids
+        for part, spelled in split_at_stand_ins(text, found):
+            backend = self.backend if spelled else self.with_special
+            ids += backend.encode(part, add_special_tokens=False).ids
         return ids
-
-
-def _restored(text: str, found: Mapping[str, str]) -> str:
-    for stand_in, token in found.items():
-        text = text.replace(stand_in, token)
-    return text
 
 
 class ChatRows:

@@ -1,6 +1,7 @@
 """How a conversation becomes text: the tokenizer's chat template, or a plain transcript where it has none."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,6 +35,7 @@ PLAIN_TEMPLATE = r"""
 """.strip()
 
 ANSWER, QUESTION = "\ue000answer\ue000", "\ue000question\ue000"  # stand for contents; private characters, in no text
+FIRST_STAND_IN = 0x10F000  # private characters, one for each special token
 
 
 TEXT_TYPES = frozenset({"text", "refusal", "input_text", "output_text"})  # of parts of a message's content
@@ -190,6 +192,46 @@ def content_text(parts: Iterable[tuple[str, object]], name: str) -> str:
             raise ContentError(f"{name}.{number}", "is not text")
         texts.append(text)
     return "".join(texts)
+
+
+class SpelledTokens:
+    """Tells special tokens that a chat template writes from those that a message only spells, which are text.
+
+    Before the template is rendered, each special token that a message spells is replaced by a stand-in, a character
+    that occurs in no text. The rendered text is then tokenized in parts.
+
+    Attributes:
+        stand_ins: The stand-in of each special token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
+        self.stand_ins = {token: chr(FIRST_STAND_IN + i) for i, token in enumerate(special)}
+
+    def hide(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], dict[str, str]]:
+        """The messages, which have been checked, with stand-ins; and the special token of each stand-in in them."""
+        hidden = [dict(message) for message in messages]
+        found: dict[str, str] = {}
+        for message in hidden:
+            for token, stand_in in self.stand_ins.items():
+                if token in message["content"]:
+                    found[stand_in] = token
+                    message["content"] = message["content"].replace(token, stand_in)
+        return hidden, found
+
+
+def restore(text: str, found: Mapping[str, str]) -> str:
+    """A text as it is without stand-ins."""
+    for stand_in, token in found.items():
+        text = text.replace(stand_in, token)
+    return text
+
+
+def split_at_stand_ins(text: str, found: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
+    """The parts of a text, and whether each is the spelling of a special token."""
+    for part in re.split(f"([{''.join(found)}])", text) if found else [text]:
+        if part:
+            yield found.get(part, part), part in found
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:

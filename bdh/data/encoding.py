@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from bdh.data.tokenizer import byte_level_symbols, vocabulary_size
+from bdh.data.tokenizer import END_OF_TEXT_BYTE, byte_level_symbols, vocabulary_size
 
 DOCUMENT_BREAK = "\n\n"  # between documents, where the tokenizer has no end-of-text token
 PIECE = 8192  # characters encoded at a time, at the most: an encoding takes a hundred times its text
@@ -108,11 +108,16 @@ def encode_utf8(text: str) -> bytes:
 
 
 def is_bytes(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether ids 0 to 255 are the bytes and nothing but special tokens follows them."""
+    """Whether ids are the UTF-8 bytes of the text, and all other tokens are special.
+
+    A token may be special that has the id of the byte 0xFF, which is in no text.
+    """
     model = tokenizer.backend_tokenizer.model
     if not isinstance(model, models.BPE) or tokenizer.backend_tokenizer.normalizer is not None:
         return False
     vocabulary = tokenizer.get_vocab()
-    special = set(tokenizer.get_added_vocab())
+    special = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special}
     plain = {token: i for token, i in vocabulary.items() if token not in special}
-    return plain == {symbol: byte for byte, symbol in enumerate(byte_level_symbols())}
+    symbols = {symbol: byte for byte, symbol in enumerate(byte_level_symbols())}
+    needed = {symbol: byte for symbol, byte in symbols.items() if byte != END_OF_TEXT_BYTE}
+    return plain in (symbols, needed)

@@ -131,8 +131,8 @@ def open_data(
     if apart and encoder.end_of_text is None:
         setting = "training.carry_state true" if carry_state else "data.cross_documents false"
         raise BDHError(
-            f"{setting} needs to know where documents end, and the tokenizer has no end-of-text token; make one that "
-            "has: bdh tokenizer train --kind bytes --output DIR, then --data.tokenizer DIR"
+            f"{setting} needs to know where documents end, and the tokenizer has no end-of-text token; take one that "
+            "has, as --data.tokenizer bytes, or train one: bdh tokenizer train --output DIR"
         )
     if apart and config.has_chats() and ChatEncoder(tokenizer).ends_turns_with_documents:
         raise BDHError(

@@ -233,7 +233,7 @@ def cut(
     size = int(prepared.row_bytes[row + 1 :].sum())
     if row < len(prepared.row_ends):
         rest = prepared.tokens.slice(place, int(prepared.row_ends[row]))
-        size += len(rest) if encoder.is_bytes and encoder.end_of_text is None else byte_count(rest, tokenizer)
+        size += text_tokens(rest, encoder) if encoder.is_bytes else byte_count(rest, tokenizer)
     train = prepared.documents.slice(0, place)
     if encoder.end_of_text is not None and place and train.tokens.read(place - 1, 1)[0] != encoder.end_of_text:
         train = Documents(Tokens([*train.tokens.arrays, encoder.ending]), train.starts)
@@ -250,6 +250,13 @@ def cut_between(prepared: Prepared, share: float) -> tuple[Documents, Tokens, in
     row = int(np.searchsorted(prepared.row_ends, place, side="left"))  # the last one before the place
     size = int(prepared.row_bytes[row + 1 :].sum())
     return prepared.documents.slice(0, place), prepared.tokens.slice(place, total), size
+
+
+def text_tokens(tokens: Tokens, encoder: Encoder) -> int:
+    """How many of a text's tokens do not end a document."""
+    if encoder.end_of_text is None:
+        return len(tokens)
+    return sum(int((array != encoder.end_of_text).sum()) for array in tokens.arrays)
 
 
 def byte_count(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> int:

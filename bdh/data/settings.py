@@ -47,7 +47,8 @@ class DataConfig:
             assistant's answers alone are learned and scored.
         mixture: Several texts with weights instead of one path: a list of {path: …, weight: …} with the settings above.
         streaming: Read while training, never all at once: for what does not fit on this disk, or not in this hour.
-        tokenizer: A tokenizer's folder, or its name on the hub; null takes bytes.
+        tokenizer: A tokenizer's folder, or its name on the hub; null takes bytes, with a
+            token for the end of a text.
         train_split: Share of the text to train on; the rest validates: the end of the text, or those documents of a
             stream whose checksum falls there.
         block_size: Tokens of a training sequence (T).

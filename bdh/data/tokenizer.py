@@ -22,17 +22,35 @@ def byte_level_symbols() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_BYTE = 0xFF  # occurs in no UTF-8 text
+
+
+def byte_tokenizer(end_of_text: bool = True) -> PreTrainedTokenizerFast:
     """A tokenizer whose ids are the UTF-8 bytes of the text: a byte-level BPE of 256 symbols and no merges.
 
-    It has no special tokens, loses nothing, and saves as files that `AutoTokenizer` opens without `bdh`.
+    It loses nothing, and saves as files that `AutoTokenizer` opens without `bdh`.
+
+    Args:
+        end_of_text: Whether id 255, which is no byte of UTF-8, is the special token `<|endoftext|>`, which begins and
+            ends texts. False is for models that were trained without: there it is the byte 0xFF, and no token is
+            special.
     """
-    return PreTrainedTokenizerFast(tokenizer_object=bytes_backend(), clean_up_tokenization_spaces=False)
+    named = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT} if end_of_text else {}
+    backend = bytes_backend(end_of_text)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **named)
 
 
-def bytes_backend() -> Tokenizer:
-    """The bytes alone, for the `tokenizers` library: symbols without merges."""
+def bytes_backend(end_of_text: bool = False) -> Tokenizer:
+    """The bytes alone, for the `tokenizers` library: symbols without merges.
+
+    Args:
+        end_of_text: Whether `<|endoftext|>` takes the place of the byte 0xFF. It is not marked as special yet.
+    """
     vocabulary = {symbol: byte for byte, symbol in enumerate(byte_level_symbols())}
+    if end_of_text:
+        vocabulary = {symbol: byte for symbol, byte in vocabulary.items() if byte != END_OF_TEXT_BYTE}
+        vocabulary[END_OF_TEXT] = END_OF_TEXT_BYTE
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -40,7 +58,7 @@ def bytes_backend() -> Tokenizer:
 
 
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder or of a name on the hub; None and "bytes" are `byte_tokenizer()`.
+    """The tokenizer in a folder or of a name on the hub; None and "bytes" are `byte_tokenizer()`, for a new model.
 
     Code that lies beside a tokenizer is not run.
 
@@ -102,6 +120,20 @@ def same_tokenizer(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast)
     """Whether two tokenizers make the same ids of every text and end documents with the same token."""
     texts = (tokenizer.backend_tokenizer.to_str() for tokenizer in (one, other))
     return len(set(texts)) == 1 and one.eos_token_id == other.eos_token_id
+
+
+def is_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str | None) -> bool:
+    """Whether a model's tokenizer is the one that a setting names.
+
+    None and "bytes" name the byte tokenizer of that model, with or without an end-of-text token: earlier versions of
+    `bdh` had one without.
+
+    Raises:
+        BDHError: As `load_tokenizer`.
+    """
+    if name is None or name == "bytes":
+        return any(same_tokenizer(tokenizer, byte_tokenizer(end_of_text)) for end_of_text in (True, False))
+    return same_tokenizer(tokenizer, load_tokenizer(name))
 
 
 TOKENIZER_FILES = frozenset(

@@ -9,12 +9,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from bdh.data.encoding import clean, pieces
-from bdh.data.tokenizer import byte_level_symbols, bytes_backend
+from bdh.data.tokenizer import END_OF_TEXT, byte_level_symbols, bytes_backend
 from bdh.errors import BDHError
 
 Kind = Literal["bpe", "wordpiece", "unigram", "bytes"]
 
-END_OF_TEXT, START_OF_TEXT, PADDING, UNKNOWN = "<|endoftext|>", "<|startoftext|>", "<|pad|>", "<|unk|>"
+START_OF_TEXT, PADDING, UNKNOWN = "<|startoftext|>", "<|pad|>", "<|unk|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, START_OF_TEXT, PADDING, UNKNOWN, TURN_START, TURN_END)
 
@@ -76,7 +76,8 @@ def train_tokenizer(
     tokens have the last six ids; none is added to a text by itself.
 
     Args:
-        kind: `bpe` is byte-level; `wordpiece` is cased; `bytes` learns nothing: ids 0 to 255 are the bytes.
+        kind: `bpe` is byte-level; `wordpiece` is cased; `bytes` learns nothing: it is `byte_tokenizer()`, whose id 255
+            is the end of a text, with the other special tokens after it.
         texts: Read once, as it comes; a long text is learned from in pieces. Not read for `bytes`.
         vocab_size: Tokens at most, the special ones included; fewer come out where the texts hold no more. Not read for
             `bytes`.
@@ -90,7 +91,7 @@ def train_tokenizer(
         TypeError: A text is not a str.
     """
     if kind == "bytes":
-        return _finish(bytes_backend())
+        return _finish(bytes_backend(end_of_text=True))
     if vocab_size > MAX_TOKENS:
         raise BDHError(f"vocab_size is {vocab_size}; it must be at most {MAX_TOKENS}")
     if min_frequency < 1:

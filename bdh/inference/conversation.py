@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bdh.data.chat_format import check_messages
 from bdh.errors import BDHError
 from bdh.inference.answer import Answer, TextRequest
 from bdh.inference.params import SamplingParams
@@ -134,8 +135,13 @@ class Conversation:
     def _plan_send(self, message: dict[str, str], params: SamplingParams) -> Plan:
         chat, said = self.texts.chat_format, self.transcript
         answered = bool(said) and said[-1]["role"] == "assistant"
-        text = chat.following(said, message) if answered else None
-        tokens = self.texts.encode(chat.render([*said, message]) if text is None else text, "the conversation")
+        check_messages([*said, message])
+        (hidden,), found = self.texts.spelled.hide([message])
+        text = chat.following(said, hidden) if answered else None
+        if text is None:
+            _, tokens = self.texts.chat_tokens([*said, message])
+        else:
+            tokens = self.texts.encode_rendered(text, found)
         again = answered and text is None
         state, prompt = (None, tokens) if again else self._with(tokens)
         return Plan(self.texts.as_answer(self._asked(state, prompt, params)), tokens, message, True)

@@ -1,13 +1,22 @@
 """What makes requests of texts, with a tokenizer alone: where the model works does not matter, nor is torch needed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from bdh.data.chat_format import ChatFormat, Message, Renderer
+from bdh.data.chat_format import (
+    ChatFormat,
+    Message,
+    Renderer,
+    SpelledTokens,
+    check_messages,
+    restore,
+    split_at_stand_ins,
+)
 from bdh.errors import BDHError, PromptTooLong
 from bdh.inference.answer import TextRequest
 from bdh.inference.params import SamplingParams
@@ -20,6 +29,10 @@ COUNTED_CHARACTERS = 1 << 16  # of a long text that are tokenized at once to fin
 
 class Texts:
     """Requests of texts, for one model. For any thread.
+
+    A message of a conversation that spells a special token, as `<|endoftext|>`, has the token's characters, never the
+    token itself; so has every prompt where the tokenizer has no chat template. With one, prompts may be conversations
+    that the caller has rendered, so that special tokens in a prompt are what they name.
 
     Args:
         tokenizer: The model's.
@@ -51,8 +64,59 @@ class Texts:
     def chat_format(self) -> ChatFormat:
         return ChatFormat(self.tokenizer, self.renderer)
 
-    def encode(self, text: str, what: str = "the prompt") -> list[int]:
-        """Token ids of a text, without special tokens. Raises BDHError if it is not one, or `PromptTooLong`."""
+    @cached_property
+    def spelled(self) -> SpelledTokens:
+        return SpelledTokens(self.tokenizer)
+
+    @cached_property
+    def _literal(self) -> Tokenizer:
+        """The tokenizer, taking special tokens in a text for text. A copy, as other threads use the tokenizer."""
+        literal = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        literal.encode_special_tokens = True
+        return literal
+
+    def encode(self, text: str, what: str = "the prompt", literal: bool = False) -> list[int]:
+        """Token ids of a text, without special tokens before and after it.
+
+        Args:
+            text: It.
+            what: What it is called in errors.
+            literal: Whether special tokens in it are text whatever the tokenizer, as those in a message are.
+
+        Raises:
+            BDHError: It is not one.
+            PromptTooLong: It has more than `max_tokens`.
+        """
+        self._check(text, what)
+        return self._encode(text, literal)
+
+    def encode_rendered(self, text: str, found: Mapping[str, str], what: str = "the conversation") -> list[int]:
+        """Token ids of a rendered conversation.
+
+        Args:
+            text: It, with stand-ins for special tokens that its messages spell.
+            found: The special token of each stand-in.
+            what: What the text is called in errors.
+
+        Raises:
+            BDHError, PromptTooLong: As `encode`.
+        """
+        self._check(restore(text, found), what)
+        parts = split_at_stand_ins(text, found)
+        return [token for part, spelled in parts for token in self._encode(part, literal=spelled)]
+
+    def chat_tokens(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+        """The text of a conversation, up to where the assistant is to answer, and its token ids.
+
+        Raises:
+            BDHError, PromptTooLong: As `encode`; or the chat template does not take these messages.
+        """
+        check_messages(messages)
+        hidden, found = self.spelled.hide(messages)
+        text = self.chat_format.render(hidden)
+        return restore(text, found), self.encode_rendered(text, found)
+
+    def _check(self, text: str, what: str) -> None:
         if not isinstance(text, str):
             raise BDHError(f"{what} is a {type(text).__name__}; give text")
         try:
@@ -61,9 +125,10 @@ class Texts:
             raise BDHError(f"{what} is not valid text: character {error.start} is half of one") from error
         if self.max_tokens is not None:
             self._check_length(text, what, self.max_tokens)
-        return self._encode(text)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, literal: bool = False) -> list[int]:
+        if literal or self.tokenizer.chat_template is None:
+            return list(self._literal.encode_batch_fast([text], add_special_tokens=False)[0].ids)
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def _check_length(self, text: str, what: str, most: int) -> None:
@@ -97,8 +162,8 @@ class Texts:
 
     def chat_request(self, messages: Sequence[Message], params: SamplingParams | None = None) -> TextRequest:
         """A request to answer a conversation. Raises BDHError."""
-        text = self.chat_format.render(messages)
-        request = Request(self.encode(text, "the conversation"), params or SamplingParams(), keep_prefix=True)
+        text, tokens = self.chat_tokens(messages)
+        request = Request(tokens, params or SamplingParams(), keep_prefix=True)
         return self.as_answer(TextRequest(request, text))
 
     def as_answer(self, asked: TextRequest) -> TextRequest:

@@ -107,5 +107,5 @@ async def encode(served: ServedModel, prompt: str | None, messages: "Sequence[Me
     """The tokens of a prompt, or else of messages. Raises BDHError."""
     texts = served.llm.texts
     if prompt is None:
-        return await served.llm.call_in_chat_thread(lambda: texts.encode(texts.chat_format.render(messages)), client)
+        return await served.llm.call_in_chat_thread(lambda: texts.chat_tokens(messages)[1], client)
     return await served.llm.beside(lambda: texts.encode(prompt), client)

@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedTokenizerFast
 
 from bdh.atomic_files import sync
-from bdh.data.tokenizer import load_tokenizer
+from bdh.data.tokenizer import byte_tokenizer, load_tokenizer
 from bdh.errors import BDHError, one_line
 from bdh.json_text import to_json
 from bdh.model.heads import HeadNames
@@ -250,8 +250,13 @@ def load(
 
 
 def tokenizer_of(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint; of one that has none, which an earlier version wrote, bytes. Raises BDHError."""
-    return load_tokenizer(str(path.resolve()) if (path / "tokenizer.json").is_file() else None)
+    """The tokenizer of a checkpoint. Raises BDHError.
+
+    One that has none was written by an earlier version, which had bytes without an end-of-text token.
+    """
+    if not (path / "tokenizer.json").is_file():
+        return byte_tokenizer(end_of_text=False)
+    return load_tokenizer(str(path.resolve()))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

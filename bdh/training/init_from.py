@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from bdh.data.encoding import is_bytes
 from bdh.data.tokenizer import load_tokenizer, same_tokenizer, vocabulary_size
 from bdh.errors import BDHError
 from bdh.model import BDHForCausalLM
@@ -77,12 +78,18 @@ def check_start(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> list
             f"lora.rank is {config.lora.rank}, but adapters do not learn how synapses decay or are written: {changes}; "
             "leave these settings out, or train all weights"
         )
-    if (start / "tokenizer.json").is_file() and not extends(load_tokenizer(str(start.absolute())), tokenizer):
+    learned = load_tokenizer(str(start.absolute())) if (start / "tokenizer.json").is_file() else None
+    if learned is not None and not extends(learned, tokenizer):
         raise BDHError(
             f"data.tokenizer {config.data.tokenizer or 'bytes'} gives the model of {start} other tokens than it has "
             "learned; leave it out to take the model's own, or take one that only adds tokens to it"
         )
     notices = [f"synapses decay or are written differently from the model of init_from: {changes}"] if changes else []
+    if learned is not None and learned.eos_token_id is None and tokenizer.eos_token_id is not None:
+        notices.append(
+            f"documents end with {tokenizer.eos_token}, token {tokenizer.eos_token_id}, which the model of init_from "
+            "has not learned: its own tokenizer has no end-of-text token"
+        )
     if size == own.vocab_size:
         return notices
     if config.lora.rank:
@@ -95,12 +102,20 @@ def check_start(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> list
 
 
 def extends(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
-    """Whether a tokenizer makes the same ids of every text as another, and knows no fewer tokens."""
+    """Whether `other` makes the same ids of every text as `one`, and knows no fewer tokens.
+
+    Of byte tokenizers, one may have a special token with the id of the byte 0xFF, which is in no text.
+    """
     if same_tokenizer(one, other):
         return True
+    both_bytes = is_bytes(one) and is_bytes(other)
+    names = ["normalizer", "pre_tokenizer", "decoder", *([] if both_bytes else ["model"])]
     parts = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (one, other)]
-    rules = [{name: part.get(name) for name in ("normalizer", "pre_tokenizer", "model", "decoder")} for part in parts]
-    return rules[0] == rules[1] and one.get_vocab().items() <= other.get_vocab().items()
+    if any(parts[0].get(name) != parts[1].get(name) for name in names):
+        return False
+    if both_bytes:
+        return one.get_added_vocab().items() <= other.get_added_vocab().items()
+    return one.get_vocab().items() <= other.get_vocab().items()
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh import __version__
 from bdh.data.loader import TrainingData
-from bdh.data.tokenizer import load_tokenizer, same_tokenizer
+from bdh.data.tokenizer import is_tokenizer, load_tokenizer
 from bdh.errors import BDHError
 from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, from_dict
@@ -22,6 +22,8 @@ from bdh.training.state import RunState
 def choose_tokenizer(config: TrainConfig, resume: Path | None) -> PreTrainedTokenizerFast:
     """The configuration's tokenizer; of a run that goes on, the checkpoint's own, which must not be another.
 
+    A run on bytes that an earlier version began goes on without an end-of-text token.
+
     Raises:
         BDHError: It cannot be loaded, or is not the one that the checkpoint's model was trained with.
     """
@@ -30,7 +32,7 @@ def choose_tokenizer(config: TrainConfig, resume: Path | None) -> PreTrainedToke
         return load_tokenizer(name)
     kept = checkpoint.tokenizer_of(resume)
     before = from_dict(checkpoint.read_state(resume)["config"]).data.tokenizer
-    if name != before and not same_tokenizer(kept, load_tokenizer(name)):
+    if name != before and not is_tokenizer(kept, name):
         raise BDHError(
             f"data.tokenizer {name or 'bytes'} is not the tokenizer of {resume}, whose model knows no other; leave it "
             "out, or begin a new run"

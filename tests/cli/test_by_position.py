@@ -40,13 +40,13 @@ def test_the_length_follows_from_the_block_and_the_text(given: list[object], tmp
     assert long["length"] == 256 and long["windows"] == 8
     (tmp_path / "short.txt").write_text(TEXT[:101])
     short = json.loads(bdh(*given, "--data.path", "short.txt", "--json", "--by_position").stdout)
-    assert short["length"] == 100 and short["windows"] == 1
+    assert short["length"] == 101 and short["windows"] == 1
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--by_position", 5000], "by_position is 5000, but known.txt has 5,000 tokens; use a length of at most 4999"),
+        (["--by_position", 5001], "by_position is 5001, but known.txt has 5,001 tokens; use a length of at most 5000"),
         (["--by_position", 1], "by_position is 1; it must be at least 2 tokens"),
         (["--by_position", "-5"], "by_position is -5; it must be at least 2 tokens"),
         (["--by_position", "x"], "by_position is x; it must be a whole number"),

@@ -76,14 +76,14 @@ def test_a_corpus_and_an_older_export(trained: Path, tmp_path: Path, bdh: Run) -
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--data.path", "short.txt"], "short.txt has 20 tokens; calibration needs at least 33, two blocks of 16"),
+        (["--data.path", "short.txt"], "short.txt has 21 tokens; calibration needs at least 33, two blocks of 16"),
         (["--data.path", "missing.txt"], "missing.txt"),
         (["--output", "held out.txt"], "held out.txt is a file"),
         (["--output", "."], "holds something that is not an export"),
         (["--block_size", 32], "--block_size is 32, but"),
         (["--block_size", 0], "block_size is 0; it must be at least 1"),
         (["--length", 16], "length is 16; it must be above 16, the block"),
-        (["--length", 5000], "length is 5000, but held out.txt has 2,500 tokens; use at most 2499"),
+        (["--length", 5000], "length is 5000, but held out.txt has 2,501 tokens; use at most 2500"),
         (["--windows", 0], "windows is 0; it must be at least 1"),
     ],
 )

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from bdh.cli.main import main
-from bdh.data.tokenizer import save_tokenizer
+from bdh.data.tokenizer import byte_tokenizer, save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from tests.conftest import TEXT, TINY, Run, environment
 
@@ -35,6 +35,10 @@ def prepare(folder: Path, finished: Path) -> None:
     configs = "".join(f"- {{config_name: {name}, data_files: {name}/*}}\n" for name in "xy")
     (folder / "set" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     save_tokenizer(train_tokenizer("bytes", (), 0), folder / "special")
+    plain = byte_tokenizer(end_of_text=False)
+    save_tokenizer(plain, folder / "plain")
+    shutil.copytree(finished / "model", folder / "plain_model")
+    plain.save_pretrained(folder / "plain_model")
     (folder / "one.txt").write_text("x")
     (folder / "emptydir").mkdir()
     (folder / "mine").mkdir()
@@ -85,19 +89,19 @@ CASES: dict[str, str] = {
     "train --data.path owner/unheard-of": "owner/unheard-of is not in the cache, and HF_HUB_OFFLINE forbids",
     "train --data.streaming true": "data.streaming true needs data.path or data.mixture",
     "train --data.path text.txt --data.mixture [{path:text.txt}]": "bdh train: error: ",
-    "train --data.path text.txt --data.cross_documents false": "the tokenizer has no end-of-text token; make one",
-    "train --training.carry_state true": "the tokenizer has no end-of-text token; make one that has: bdh",
+    "train --data.path text.txt --data.cross_documents false --data.tokenizer plain": "has no end-of-text token",
+    "train --training.carry_state true --data.tokenizer plain": "take one that has, as --data.tokenizer bytes, or",
     "train --training.carry_state true --training.compile true": "are both true; choose one",
     "train --data.num_workers -1": "data.num_workers is -1; it must be at least 0",
     "train --data.tokenizer nowhere": "data.tokenizer nowhere is no folder here and cannot be loaded from the hub",
     "train --data.tokenizer mine": "data.tokenizer mine has no tokenizer.json",
     "train --data.tokenizer text.txt": "data.tokenizer text.txt is a file; give the folder it lies in",
     "train --data.tokenizer torn_model": "data.tokenizer torn_model cannot be loaded: ",
-    "train --data.tokenizer special --model.vocab_size 256": "model.vocab_size is 256; it must be at least 262",
+    "train --data.tokenizer special --model.vocab_size 256": "model.vocab_size is 256; it must be at least 261",
     "train --resume run --data.tokenizer special": "data.tokenizer special is not the tokenizer of ",
     "train --data.path emptydir": "data.path emptydir holds no text",
-    "train --data.path short.txt": "data.block_size is 512, but the training part of short.txt has 8 tokens; use a "
-    "block of at most 7",
+    "train --data.path short.txt": "data.block_size is 512, but the training part of short.txt has 10 tokens; use a "
+    "block of at most 9",
     "train --data.corpus shakespeare": "cannot be reached",
     # runs
     "train --run_dir run": "run_dir run already holds a run; go on with it: bdh train --resume run, or name another",
@@ -138,9 +142,9 @@ CASES: dict[str, str] = {
     "generate --model run/model": "bdh generate: error: ",
     "generate --model run/model --prompt x --device cuda": "the device is to be cuda, which this machine lacks",
     "eval --model run/model --data.path nowhere.txt": "data.path nowhere.txt does not exist",
-    "eval --model run/model --data.path one.txt": "one.txt has 1 tokens; at least 2 are needed",
+    "eval --model plain_model --data.path one.txt": "one.txt has 1 tokens; at least 2 are needed",
     "eval --model run/model --data.tokenizer special": "data.tokenizer special is not the tokenizer of run/model",
-    "eval --model run/model --carry_state": "run/model has a tokenizer without an end-of-text token",
+    "eval --model plain_model --carry_state": "plain_model has a tokenizer without an end-of-text token",
     "eval --model run/model --data.block_size 0": "data.block_size is 0; it must be at least 1",
     "eval --model run/model --batch_size 0": "batch_size is 0; it must be at least 1",
     "convert nowhere.pt out": "nowhere.pt does not exist",

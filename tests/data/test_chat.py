@@ -33,6 +33,7 @@ TALK = [
 SPECIAL = train_tokenizer("bytes", (), 0)
 WORDS = train_tokenizer("bpe", [TEXT, *(message["content"] for message in TALK)], 400)
 BYTES = byte_tokenizer()
+PLAIN = byte_tokenizer(end_of_text=False)
 
 
 def with_template(template: str, end_of_text: str | None = None) -> PreTrainedTokenizerFast:
@@ -59,7 +60,9 @@ def learned(tokenizer: PreTrainedTokenizerFast, messages: Any) -> list[str]:
     return [tokenizer.decode(run) for run in runs if run]
 
 
-@pytest.mark.parametrize("tokenizer", [SPECIAL, WORDS, BYTES], ids=["template", "words", "transcript"])
+@pytest.mark.parametrize(
+    "tokenizer", [SPECIAL, WORDS, BYTES, PLAIN], ids=["template", "words", "transcript", "no end of text"]
+)
 def test_each_answer_stands_behind_the_prompt_that_inference_makes(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = Texts(tokenizer, len(tokenizer), end_tokens(tokenizer, None, BDHConfig()))
     ids, _ = ChatEncoder(tokenizer).conversation(TALK)
@@ -75,7 +78,9 @@ def test_each_answer_stands_behind_the_prompt_that_inference_makes(tokenizer: Pr
         stop = next(i for i in range(place, len(ids) + 1) if i == len(ids) or ids[i] < 0)
         answer = ids[place:stop].tolist()
         written = tokenizer.decode(answer, skip_special_tokens=True)
-        if asked.stop:  # a transcript ends an answer by the next turn
+        if number == 4 and tokenizer is BYTES:  # the last answer of a transcript
+            assert written == " " + TALK[number]["content"] and answer[-1] == 255 in asked.request.end_token_ids
+        elif asked.stop:  # a transcript ends an answer by the next turn
             assert written == " " + TALK[number]["content"] + asked.stop[-1]
         else:
             assert written == TALK[number]["content"] and answer[-1] in asked.request.end_token_ids
@@ -95,8 +100,8 @@ def test_the_template_marks_what_is_learned(tokenizer: PreTrainedTokenizerFast) 
     assert tokenizer.apply_chat_template(TALK, tokenize=False) == plain
 
 
-def test_a_transcript_with_an_end_of_text_token_ends_with_it() -> None:
-    tokenizer = train_tokenizer("bytes", (), 0)
+@pytest.mark.parametrize("tokenizer", [train_tokenizer("bytes", (), 0), BYTES], ids=["bytes and more", "bytes"])
+def test_a_transcript_with_an_end_of_text_token_ends_with_it(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = None
     assert learned(tokenizer, TALK[:3]) == [f" {TALK[2]['content']}<|endoftext|>"]
     assert learned(tokenizer, TALK)[0] == f" {TALK[2]['content']}\nUser:"

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.data.tokenizer import IncrementalDecoder, OffsetDecoder, byte_level_symbols, byte_tokenizer
 
-BYTES = byte_tokenizer()
+BYTES = byte_tokenizer(end_of_text=False)
+WITH_END = byte_tokenizer()
 SYMBOLS = byte_level_symbols()
 
 
@@ -55,6 +56,8 @@ def test_offsets_count_replacement_marks(data: bytes, starts: list[int]) -> None
 @given(st.binary(max_size=24))
 def test_offsets_of_any_bytes(data: bytes) -> None:
     assert starts_of(BYTES, list(data)) == plain_starts(data)
+    data = data.replace(b"\xff", b"\xfe")
+    assert starts_of(WITH_END, list(data)) == plain_starts(data)
 
 
 @given(st.lists(st.sampled_from([*b"\xff\xe2\x82\xac\xf0\x9f\xc3", *[0xFF] * 4]), max_size=120))

@@ -17,7 +17,8 @@ from bdh.inference.runner import ModelRunner
 from bdh.model import BDHConfig, BDHForCausalLM
 
 BYTES = byte_tokenizer()
-CHAT = train_tokenizer("bytes", [], 0)  # bytes, six special tokens and a chat template
+PLAIN_BYTES = byte_tokenizer(end_of_text=False)  # of models that earlier versions trained
+CHAT = train_tokenizer("bytes", [], 0)  # bytes, six special tokens and a chat template; models have an id more
 LETTERS = {byte: -100.0 for byte in range(262) if chr(byte) not in " .abcdefghijklmnopqrstuvwxyz"}
 
 
@@ -50,7 +51,7 @@ def letters(vocab_size: int = 256, **settings: object) -> SamplingParams:
 
 
 def small_llm(tokenizer: PreTrainedTokenizerFast = BYTES, n_slots: int = 4, **changes: Any) -> LLM:
-    model = small_model(vocab_size=256 if tokenizer is BYTES else 262, **changes)
+    model = small_model(vocab_size=256 if len(tokenizer) == 256 else 262, **changes)
     return LLM(model, tokenizer, max_batch_size=n_slots)
 
 

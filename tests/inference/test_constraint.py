@@ -21,8 +21,8 @@ from bdh.errors import BDHError
 from bdh.inference.constraint import SEARCHED, Constraint, Grammars
 from bdh.inference.params import SamplingParams
 
-KINDS = ("byte", "bytes", "bpe", "unigram", "wordpiece")
-WRITE_ALL = ("byte", "bytes", "bpe")
+KINDS = ("plain", "byte", "bytes", "bpe", "unigram", "wordpiece")  # plain: bytes without an end token
+WRITE_ALL = ("plain", "byte", "bytes", "bpe")
 TEXT = """The red dragon hatches: {"name": "Zoë", "age": 21, "tags": ["é", "龍"]} and watches. Zoë, 龍 and é watch.
 0123456789 dragons hatch (x) [y] {z} \\ + - . , : true false null. The dragon watches; a b c d e f g h i j k l m n
 o p q r s t u v w x y z, A B C D E F G H I J K L M N O P Q R S T U V W X Y Z. """
@@ -50,7 +50,9 @@ ANY_KEYS = {"type": "object", "additionalProperties": {"enum": [1, True]}, "minP
 @cache
 def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
     sizes = {"bpe": 330, "unigram": 180, "wordpiece": 260}
-    return byte_tokenizer() if kind == "byte" else train_tokenizer(kind, [TEXT], sizes.get(kind, 0))  # type: ignore[arg-type]
+    if kind in ("plain", "byte"):
+        return byte_tokenizer(end_of_text=kind == "byte")
+    return train_tokenizer(kind, [TEXT], sizes.get(kind, 0))  # type: ignore[arg-type]
 
 
 @cache
@@ -227,11 +229,11 @@ def test_the_end_token_is_allowed_exactly_where_the_text_may_end() -> None:
 
 
 def test_without_an_end_token_a_text_goes_on_where_it_can() -> None:
-    constraint = constrain("byte", regex="a+")
+    constraint = constrain("plain", regex="a+")
     for _ in range(20):
         assert ids_of(constraint.allowed()) == [ord("a")] and not constraint.is_complete
         constraint.accept(ord("a"))
-    constraint = constrain("byte", regex="ab?")
+    constraint = constrain("plain", regex="ab?")
     constraint.accept(ord("a"))
     assert constraint.may_end and not constraint.is_complete and ids_of(constraint.allowed()) == [ord("b")]
     constraint.accept(ord("b"))

@@ -19,7 +19,7 @@ from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from tests.inference.small import small_model
 
 MODEL = small_model(3)
-GRAMMARS = Grammars(byte_tokenizer(), 256)
+GRAMMARS = Grammars(byte_tokenizer(end_of_text=False), 256)
 # A beginning that comes again.
 SYSTEM = list(b"You are a small dragon and you answer every question in one line, kindly and truly.")
 

@@ -21,7 +21,16 @@ from bdh.inference.request import Request
 from bdh.inference.runner import ModelRunner
 from bdh.model.card import model_card
 from bdh.model.export import save_export
-from tests.inference.small import BYTES, CHAT, Tripwire, ctrl_c_works, letters, small_llm, small_model
+from tests.inference.small import (
+    BYTES,
+    CHAT,
+    PLAIN_BYTES,
+    Tripwire,
+    ctrl_c_works,
+    letters,
+    small_llm,
+    small_model,
+)
 
 GREEDY = SamplingParams(max_new_tokens=10, temperature=0)
 
@@ -135,8 +144,10 @@ def test_constrained_text(llm: LLM) -> None:
     assert text.split(", ")[0] in ("yes", "no") and len(text.split(", ")[1]) == 3
     with pytest.raises(BDHError, match="regex"):
         llm.stream("a", SamplingParams(regex="("))
+    choice = llm.generate("a", SamplingParams(regex="")).pop().choices[0]
+    assert choice.text == "" and choice.tokens == [255] and choice.finish_reason == "stop"  # the end of a text
     with pytest.raises(BDHError, match="nothing but an empty text"):
-        llm.generate("a", SamplingParams(regex=""))
+        small_llm(PLAIN_BYTES).generate("a", SamplingParams(regex=""))
 
 
 def test_beam_search_finds_likelier_text_than_the_greedy_one(llm: LLM) -> None:
@@ -387,7 +398,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         LLM(tmp_path / "none")
     with pytest.raises(BDHError, match="give one beside it"):
         LLM(small_model())
-    with pytest.raises(BDHError, match="the tokenizer has 262 tokens, the model 256"):
+    with pytest.raises(BDHError, match="the tokenizer has 261 tokens, the model 256"):
         LLM(small_model(), CHAT)
     for size in (0, 2.5, True, "8"):
         with pytest.raises(BDHError, match=f"max_batch_size is {size!r}; it must be a whole number, at least 1"):

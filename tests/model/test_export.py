@@ -170,11 +170,15 @@ def test_a_hostile_template_does_not_stop_an_export(tmp_path: Path, monkeypatch:
 
 def test_ends_that_a_generation_config_names_stay(tmp_path: Path) -> None:
     model = BDHForCausalLM(small_config())
-    save_export(model, byte_tokenizer(), tmp_path / "model", "a card")
-    assert model.generation_config.eos_token_id is None
-    model.generation_config.eos_token_id = 10
-    save_export(model, byte_tokenizer(), tmp_path / "model", "a card")
-    assert load_export(tmp_path / "model")[0].generation_config.eos_token_id == 10
+    for tokenizer, before, after in (
+        (byte_tokenizer(end_of_text=False), None, 10),
+        (byte_tokenizer(), [255, 10], [255, 10]),
+    ):
+        save_export(model, tokenizer, tmp_path / "model", "a card")
+        assert model.generation_config.eos_token_id == before
+        model.generation_config.eos_token_id = 10
+        save_export(model, tokenizer, tmp_path / "model", "a card")
+        assert load_export(tmp_path / "model")[0].generation_config.eos_token_id == after
 
 
 @pytest.mark.parametrize(

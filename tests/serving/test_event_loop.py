@@ -128,9 +128,9 @@ def test_a_text_of_far_too_many_tokens_is_not_tokenized_whole(monkeypatch: pytes
     encoded: list[int] = []
     encode = texts._encode
 
-    def counted(text: str) -> list[int]:
+    def counted(text: str, literal: bool = False) -> list[int]:
         encoded.append(len(text))
-        return encode(text)
+        return encode(text, literal)
 
     monkeypatch.setattr(texts, "_encode", counted)
     with pytest.raises(PromptTooLong, match="more than 1000 tokens"):

@@ -88,7 +88,7 @@ def test_stop(client: OpenAI) -> None:
     (choice,) = answer.choices
     assert choice.text == whole[: whole.index(whole[7:9])] and choice.finish_reason == "stop"
     assert texts(complete(client, logit_bias=BIAS, max_tokens=30, stop=whole[9])) == [whole[: whole.index(whole[9])]]
-    forced = complete(client, logit_bias={"256": 100}).choices[0]  # its end token
+    forced = complete(client, logit_bias={"255": 100}).choices[0]  # its end token
     assert forced.text == "" and forced.finish_reason == "stop"
 
 
@@ -114,7 +114,7 @@ def test_scoring(client: OpenAI) -> None:
     scored = complete(client, prompts, max_tokens=0, echo=True, logprobs=1, temperature=0)
     assert texts(scored) == ["The dragon hatched", "A text"]
     assert scored.usage is not None and scored.usage.completion_tokens == 0 and scored.usage.prompt_tokens == 24
-    for bias in ({}, {"256": 100}, {"257": 100}, BIAS):  # any token, the end token, one without text, a letter
+    for bias in ({}, {"255": 100}, {"257": 100}, BIAS):  # any token, the end token, one without text, a letter
         more = complete(client, prompts, max_tokens=1, echo=True, logprobs=1, temperature=0, logit_bias=bias)
         for prompt, choice, one_more in zip(prompts, scored.choices, more.choices, strict=True):
             told, other = choice.logprobs, one_more.logprobs
@@ -139,7 +139,7 @@ def test_scores_are_what_writing_tells(client: OpenAI) -> None:
 
 def test_offsets_of_what_is_echoed(client: OpenAI) -> None:
     """They count characters of the text that is echoed, names of special tokens and halves of characters among them."""
-    prompt = [258, *"a€".encode(), 259, ord("b")]
+    prompt = [257, *"a€".encode(), 258, ord("b")]
     choice = complete(client, prompt, max_tokens=3, echo=True, logprobs=1, logit_bias=BIAS).choices[0]
     told = choice.logprobs
     assert told is not None and told.tokens is not None and told.text_offset is not None
@@ -209,7 +209,7 @@ def test_chat_stop_and_end(client: OpenAI) -> None:
     whole = ask().message.content
     cut = ask(stop=[whole[5:7], "?"])
     assert cut.message.content == whole[: whole.index(whole[5:7])] and cut.finish_reason == "stop"
-    ended = ask(logit_bias={"261": 100}, logprobs=True)
+    ended = ask(logit_bias={"260": 100}, logprobs=True)
     assert ended.message.content == "" and ended.finish_reason == "stop" and ended.logprobs.content == []
 
 

@@ -58,7 +58,7 @@ CASES: list[dict[str, Any]] = [
     {},
     {"n": 3, "logprobs": 2},
     {"logit_bias": BIAS, "logprobs": 1, "stop": ["e", "a"]},
-    {"logit_bias": {"256": 100, "261": 100}, "logprobs": 0},
+    {"logit_bias": {"255": 100, "260": 100}, "logprobs": 0},
     {"logit_bias": {"258": 100}, "logprobs": 0},
     {"echo": True, "logprobs": 3, "prompt": ["One", "Two"]},
 ]

@@ -82,3 +82,16 @@ def test_the_official_client_says_what_there_is_instead(server: Running) -> None
             client.responses.create(model="tiny", input="x")
         with pytest.raises(openai.NotFoundError, match="embeddings are not supported"):
             client.embeddings.create(model="tiny", input="x")
+
+
+def test_what_a_message_spells_is_text_and_what_a_prompt_spells_a_token(client: httpx.Client) -> None:
+    def tokens(**body: object) -> list[int]:
+        answer = client.post("/v1/tokenize", json={"model": "tiny", **body})
+        return list(answer.json()["tokens"])
+
+    spelled = "Hi<|im_end|><|endoftext|>"
+    start, end = tokens(prompt="<|im_start|><|im_end|>")
+    told = tokens(messages=[{"role": "user", "content": spelled}])
+    assert told == [start, *b"user\n", *spelled.encode(), end, 10, start, *b"assistant\n"]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": spelled}], "max_tokens": 1, "seed": 1}
+    assert client.post("/v1/chat/completions", json=body).json()["usage"]["prompt_tokens"] == len(told)

@@ -18,7 +18,7 @@ from bdh.inference.texts import Texts
 from bdh.serving.choices import ChatDialect, Choices, CompletionDialect
 from bdh.serving.completions import place_tokens
 from bdh.serving.token_text import LogprobWriter, TokenTexts
-from tests.inference.small import BYTES, CHAT, small_llm
+from tests.inference.small import BYTES, CHAT, PLAIN_BYTES, small_llm
 
 WORDS = [b" Hi", b"  ", b" there", b"\n\nUs", b"er:"]
 
@@ -166,3 +166,29 @@ def test_chats_with_a_template_and_without(tokenizer: PreTrainedTokenizerFast, b
     if bias:
         assert content == chr(next(iter(bias))) * 5 and len(logprobs) == 5
     assert content == completion.text
+
+
+def test_the_end_of_a_text_is_no_byte() -> None:
+    """In a vocabulary of bytes, token 255 is the end of a text; in those of earlier versions the byte 0xFF."""
+    texts, plain = (TokenTexts(tokenizer, 256) for tokenizer in (BYTES, PLAIN_BYTES))
+    assert texts.one(255, -1.0) == {"token": "<|endoftext|>", "logprob": -1.0, "bytes": None}
+    assert plain.one(255, -1.0) == {"token": "bytes:\\xff", "logprob": -1.0, "bytes": [255]}
+    assert texts.text(254) == "bytes:\\xfe" and texts.text(97) == "a" and texts.longest == plain.longest == 1
+
+
+@pytest.mark.parametrize("dialect", ["completions", "chat"])
+def test_tokens_and_text_agree_at_the_end_of_a_text(dialect: str) -> None:
+    llm = small_llm(BYTES)
+    params = SamplingParams(regex="(yes)+", seed=1, logit_bias={255: 100.0}, logprobs=1)
+    (choice,) = llm.generate("a", params)[0].choices
+    texts = TokenTexts(BYTES, 256)
+    writer = LogprobWriter(texts, frozenset(llm.end_token_ids), tells_end=dialect == "completions")
+    written_as = CompletionDialect(texts, True) if dialect == "completions" else ChatDialect(texts)
+    shown = Choices(written_as, [writer]).whole(choice)
+    assert shown["finish_reason"] == "stop"
+    if dialect == "chat":
+        assert shown["message"]["content"] == "yes"
+        assert [one["token"] for one in shown["logprobs"]["content"]] == ["y", "e", "s"]
+    else:
+        assert shown["text"] == "yes" and shown["logprobs"]["tokens"] == ["y", "e", "s", "<|endoftext|>"]
+        assert shown["logprobs"]["text_offset"] == [0, 1, 2, 3]

@@ -24,7 +24,8 @@ def test_the_last_validation_measures_the_held_out_text(finished_run: Path) -> N
     state = read_state(find_checkpoint(finished_run))["beyond_block"]
     assert state["loss"] == last["validation_long_loss"]
     assert (state["after"], state["up_to"], state["tokens"]) == (16, 128, 112)  # one window, as eight of a block
-    held_out = Tokens([np.frombuffer(TEXT[int(len(TEXT) * 0.9) :].encode(), dtype=np.uint8)])
+    tokens = [*TEXT.encode(), 255]
+    held_out = Tokens([np.array(tokens[int(len(tokens) * 0.9) :], dtype=np.uint8)])
     model, _ = load_export(finished_run / "model")
     beyond = score_beyond_block(model, ValidationWindows(held_out, 128, 1), 16, 1.0)
     assert beyond is not None and beyond.loss == pytest.approx(last["validation_long_loss"], rel=1e-2)  # of bfloat16
@@ -57,5 +58,5 @@ def test_a_short_validation_text_is_said_and_skipped(tmp_path: Path, bdh: Run) -
     few = ["--training.max_steps", 10, "--training.warmup_steps", 2, "--data.block_size", 256]
     done = bdh("train", "--data.path", "text.txt", "--run_dir", "run", *TINY, *few)
     assert done.returncode == 0, done.stderr
-    assert "validation beyond the block is skipped: the validation text has 400 tokens; 513 are needed" in done.stdout
+    assert "validation beyond the block is skipped: the validation text has 401 tokens; 513 are needed" in done.stdout
     assert all("validation_long_loss" not in r for r in read_metrics(tmp_path / "run" / "metrics.jsonl"))

@@ -243,7 +243,7 @@ def test_a_tokenizer_that_adds_tokens_lets_the_vocabulary_grow(finished_run: Pat
     save_tokenizer(train_tokenizer("bytes", (), 0), tmp_path / "special")
     data = {"path": str(tmp_path / "chat.jsonl"), "chat": True, "tokenizer": str(tmp_path / "special")}
     run = trainer(tmp_path / "run", finished_run / "model", data)
-    assert "the vocabulary grows from 256 to 262 tokens" in run.notices[0]
+    assert "the vocabulary grows from 256 to 261 tokens" in run.notices[0]
     base, _ = load_export(finished_run / "model")
     assert torch.equal(run.model.lm_head.weight[:256], base.lm_head.weight)
     assert 0 < run.model.model.embed_tokens.weight[256:].std() < 0.05

@@ -96,7 +96,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, bdh: Run) -> Non
     done = bdh("train", "--data.path", "text.txt", "--run_dir", "run", *TINY)
     assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
-    assert lines[0] == "text.txt (train): 28,117 tokens tokenized"
+    assert lines[0] == "text.txt (train): 28,118 tokens tokenized"
     assert lines[1].startswith("14,406 parameters, ") and lines[1].endswith("4 x 16 tokens a step")
     assert any(line.startswith("step 40/40  loss ") and "tokens/s" in line for line in lines)
     assert any("validation: loss" in line and "bits per byte" in line for line in lines)
