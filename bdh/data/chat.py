@@ -13,8 +13,9 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from bdh.data.chat_format import ChatFormat, SpelledTokens, content_text, restore, split_at_stand_ins
+from bdh.data.chat_format import ChatFormat, SpelledTokens, restore, split_at_stand_ins
 from bdh.data.encoding import Encoder, clean, encode_utf8
+from bdh.data.message_content import content_text
 from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
 

@@ -1,7 +1,7 @@
 """How a conversation becomes text: the tokenizer's chat template, or a plain transcript where it has none."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,21 +36,6 @@ PLAIN_TEMPLATE = r"""
 
 ANSWER, QUESTION = "\ue000answer\ue000", "\ue000question\ue000"  # stand for contents; private characters, in no text
 FIRST_STAND_IN = 0x10F000  # private characters, one for each special token
-
-
-TEXT_TYPES = frozenset({"text", "refusal", "input_text", "output_text"})  # of parts of a message's content
-
-
-class ContentError(BDHError):
-    """A part of a message's content is not text.
-
-    Attributes:
-        name: The part's name, as "messages.0.content.1".
-    """
-
-    def __init__(self, name: str, words: str):
-        super().__init__(f"{name} {words}")
-        self.name = name
 
 
 @dataclass(frozen=True)
@@ -172,26 +157,6 @@ class ChatFormat:
             tokenize=False,
         )
         return str(text)
-
-
-def content_text(parts: Iterable[tuple[str, object]], name: str) -> str:
-    """The text of a message's content, in training and in requests to the server.
-
-    Args:
-        parts: The type and the text of each part of it.
-        name: The content's name in messages of errors.
-
-    Raises:
-        ContentError: A part is an image or the like, or its text is missing.
-    """
-    texts = []
-    for number, (kind, text) in enumerate(parts):
-        if kind not in TEXT_TYPES:
-            raise ContentError(f"{name}.{number}", f"is {str(kind)[:40]}; only text is read")
-        if not isinstance(text, str):
-            raise ContentError(f"{name}.{number}", "is not text")
-        texts.append(text)
-    return "".join(texts)
 
 
 class SpelledTokens:

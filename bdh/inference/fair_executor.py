@@ -112,21 +112,23 @@ class FairExecutor:
                 del self._waiting[client]
             self._running[client] += 1
             self._began[client] = next(self._numbers)
-        try:
-            if future.set_running_or_notify_cancel():
-                try:
-                    result = function()
-                except BaseException as error:
-                    future.set_exception(error)
-                else:
-                    future.set_result(result)
-        finally:
-            with self._lock:
-                self._running[client] -= 1
-                if not self._running[client]:
-                    del self._running[client]
-                    if client not in self._waiting:
-                        self._began.pop(client, None)
+        called = future.set_running_or_notify_cancel()
+        result, failure = None, None
+        if called:
+            try:
+                result = function()
+            except BaseException as error:
+                failure = error
+        with self._lock:
+            self._running[client] -= 1
+            if not self._running[client]:
+                del self._running[client]
+                if client not in self._waiting:
+                    self._began.pop(client, None)
+        if failure is not None:
+            future.set_exception(failure)
+        elif called:
+            future.set_result(result)
 
     def _remove(self, client: str | None, item: tuple[Future[Any], Callable[[], Any]]) -> None:
         """Takes a call whose caller is gone out of the queue, if it is still there."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from bdh.data.chat_format import ContentError, content_text
+from bdh.data.message_content import ContentError, content_text
 from bdh.inference.params import SamplingParams, check_depth
 from bdh.serving.config import RequestSettings
 from bdh.serving.errors import bad_request
