@@ -20,12 +20,14 @@ def test_the_last_validation_measures_the_held_out_text(finished_run: Path) -> N
     assert all("validation_long_loss" not in record for record in records[:-1])
     last = records[-1]
     assert last["validation_long_length"] == 128  # eight blocks
-    assert last["validation_long_bits_per_byte"] == pytest.approx(last["validation_long_loss"] / math.log(2))
+    tokens = [*TEXT.encode(), 255]
+    held_out = Tokens([np.array(tokens[int(len(tokens) * 0.9) :], dtype=np.uint8)])
+    tokens_per_byte = len(held_out) / (len(held_out) - 1)  # the end of the text is no byte of it
+    bits_per_byte = last["validation_long_loss"] / math.log(2) * tokens_per_byte
+    assert last["validation_long_bits_per_byte"] == pytest.approx(bits_per_byte)
     state = read_state(find_checkpoint(finished_run))["beyond_block"]
     assert state["loss"] == last["validation_long_loss"]
     assert (state["after"], state["up_to"], state["tokens"]) == (16, 128, 112)  # one window, as eight of a block
-    tokens = [*TEXT.encode(), 255]
-    held_out = Tokens([np.array(tokens[int(len(tokens) * 0.9) :], dtype=np.uint8)])
     model, _ = load_export(finished_run / "model")
     beyond = score_beyond_block(model, ValidationWindows(held_out, 128, 1), 16, 1.0)
     assert beyond is not None and beyond.loss == pytest.approx(last["validation_long_loss"], rel=1e-2)  # of bfloat16
