@@ -139,7 +139,7 @@ export class Brain {
 
   /** @param {number | null} place in the list of tokens */
   choose(place) {
-    if (place === null || place === this.chosen) return;
+    if (place === null || (place === this.chosen && this.details.token === this.tokens[place].index)) return;
     this.#show();
     this.chosen = place;
     this.raster.choose(place);

@@ -33,12 +33,15 @@ export class Details {
     this.box = part("details", HTMLElement);
     this.layer = 0; // the one that is shown, of every token
     this.trace = "";
+    /** The index of the token that is shown; null where a neuron is, or nothing. @type {number | null} */
+    this.token = null;
     this.calls = 0; // an answer to an older call comes too late
   }
 
   /** Shows nothing. */
   clear() {
     this.calls += 1;
+    this.token = null;
     this.box.replaceChildren();
     this.box.hidden = true;
   }
@@ -49,6 +52,7 @@ export class Details {
    */
   async showToken(trace, index) {
     this.trace = trace;
+    this.token = index;
     /** @type {TokenDetails | null} */
     const token = await this.#get(`tokens/${index}`);
     if (token) this.#showToken(token);
@@ -63,6 +67,7 @@ export class Details {
     /** @type {NeuronDetails | null} */
     const found = await this.#get(`neurons/${layer}/${neuron}`);
     if (!found) return;
+    this.token = null;
     const title = make("h3", { tabindex: "-1" }, `Neuron ${found.neuron}`);
     const often = `${shownCount(found.fired)} of ${shownCount(found.of)} tokens`;
     const share = found.of > 0 ? ` (${shownShare(found.fired / found.of)})` : "";
@@ -78,6 +83,7 @@ export class Details {
 
   /** @param {TokenDetails} token */
   #back(token) {
+    this.token = token.index;
     this.#showToken(token);
     this.box.querySelector("h3")?.focus({ preventScroll: true });
   }
