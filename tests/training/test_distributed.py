@@ -37,8 +37,10 @@ MORE_LAYOUTS = {
     "both": (4, (*FSDP, *HEADS)),
 }
 # The same of a model whose synapses decay and are written by the delta rule; of two heads, fewer than some processes.
-GATED = ("--model.decay", "gated", "--model.write", "delta", "--model.n_head", "2", "--training.max_steps", "20")
-GATED += ("--training.seed", "2")  # with others, a neuron at its threshold makes one process differ from two
+GATED = (
+    *("--model.decay", "gated", "--model.write", "delta", "--model.n_head", "2", "--training.max_steps", "20"),
+    *("--training.seed", "2"),  # with others, a neuron at its threshold makes one process differ from two
+)
 GATED_LAYOUTS = {"gated ddp2": (2, ()), "gated fsdp2": (2, FSDP), "gated heads2": (2, HEADS)}
 MORE_GATED_LAYOUTS = {"gated fsdp4": (4, FSDP), "gated both": (4, (*FSDP, *HEADS))}
 ONE = ("--distributed.strategy", "ddp", "--distributed.tensor_parallel", "1")
