@@ -95,7 +95,7 @@ def test_the_text_is_what_one_process_writes_and_mistakes_are_said_once(folder: 
         "sampled": ["--prompt", "The 7 ", "--seed", "5", "--max_new_tokens", "40", "--n", "2", "--logprobs", "2"],
         "stdin": ["--prompt", "-", "--temperature", "0", "--max_new_tokens", "40", "--stream"],
         "file": ["--prompts", "p.jsonl", "--seed", "3", "--max_new_tokens", "20", "--output"],
-        "unseeded": ["--prompt", "The ", "--max_new_tokens", "40", "--dtype", "bfloat16"],
+        "unseeded": ["--prompt", "The ", "--max_new_tokens", "40", "--ignore_eos", "--dtype", "bfloat16"],
     }
     jobs = []
     for name, argv in asked.items():

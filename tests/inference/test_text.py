@@ -86,7 +86,7 @@ def test_what_a_cut_leaves_are_the_tokens_before_it(
 
 @given(st.binary(max_size=24), STOPS)
 def test_bytes_that_are_no_text_become_marks(data: bytes, stop: list[str]) -> None:
-    continuation = ContinuationText(BYTES, stop)
+    continuation = ContinuationText(byte_tokenizer(end_of_text=False), stop)
     pieces = []
     for byte in data:
         pieces.append(continuation.step(byte))

@@ -212,7 +212,8 @@ def test_requests_that_come_together_reserve_what_they_may_use(storage: str) -> 
         web = key("web")
         together = await asyncio.gather(*(reserved(limits, web, 910) for _ in range(30)))
         one, two = [each for each in together if each is not None]
-        assert two.headers["x-ratelimit-remaining-tokens"] == "180"  # what is reserved counts
+        # What is reserved counts; a storage may admit them in any order.
+        assert {each.headers["x-ratelimit-remaining-tokens"] for each in (one, two)} == {"1090", "180"}
         others = await reserved(limits, key("other"), 910), await reserved(limits, None, 910)
         assert None not in others  # others have theirs
         headers = await one.settle(15)  # one has written little, and is over
