@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from bdh.data.chat_format import Message
 from bdh.errors import ModelClosed, QueueFull
-from bdh.inference import errands
-from bdh.inference.answer import Answer, Completion, Delta, TextRequest, TokenLogprob
+from bdh.inference import engine_rpc
 from bdh.inference.fair_executor import ExecutorClosed, FairExecutor, PendingLimit
-from bdh.inference.figures import EngineStats, ModelFigures
+from bdh.inference.outputs import Completion, Delta, RequestOutput, TextRequest, TokenLogprob
 from bdh.inference.params import SamplingParams
-from bdh.inference.texts import Prompt, Texts
+from bdh.inference.prompt_encoder import Prompt, PromptEncoder
+from bdh.inference.stats import EngineStats, ModelInfo
 
 if TYPE_CHECKING:
     from bdh.inference.async_session import AsyncSession
@@ -29,11 +29,11 @@ T = TypeVar("T")
 Result = list[Delta] | Completion | Exception | None  # None: the request is in the engine
 
 SHORT_PROMPT = 4096  # characters, or tokens, that are made a request of sooner than a thread is asked to
-BESIDE = 2  # threads for longer ones, and as many for chats
-MOST_WAITING = 64  # long prompts for these threads, in equal shares for clients; texts to be scored
+THREADS = 2  # threads for longer ones, and as many for chats
+MAX_PENDING_CALLS = 64  # long prompts for these threads, in equal shares for clients; texts to be scored
 
 
-class Aside:
+class BoundedLock:
     """Long work that is no request of the engine's: one at a time, so that requests go on; a few wait."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Aside:
         self.waiting = 0
 
     async def __aenter__(self) -> None:
-        if self.waiting >= MOST_WAITING:
+        if self.waiting >= MAX_PENDING_CALLS:
             raise QueueFull(f"{self.waiting} texts wait to be scored or looked into already; try again later")
         self.waiting += 1
         try:
@@ -57,32 +57,32 @@ class Call:
     """A request, as its caller has it: begun, and to be waited for in the caller's event loop.
 
     Attributes:
-        asked: The request.
+        text_request: The request.
         cached_tokens: How many of the prompt's tokens were not read, as a kept state had read them; known with the
             first result.
     """
 
-    def __init__(self, model: "AsyncModel", asked: TextRequest, wants_deltas: bool):
-        self.asked = asked
+    def __init__(self, model: "AsyncModel", text_request: TextRequest, wants_deltas: bool):
+        self.text_request = text_request
         self.wants_deltas = wants_deltas
-        self.answer: Answer | None = None  # changes as long as the request is in work
+        self.output: RequestOutput | None = None  # changes as long as the request is in work
         self.results: deque[Result] = deque()
-        self.came = asyncio.Event()
+        self.available = asyncio.Event()
         self._model = model
 
     @property
     def cached_tokens(self) -> int:
-        return 0 if self.answer is None else self.answer.cached_tokens
+        return 0 if self.output is None else self.output.cached_tokens
 
     def put(self, result: Result) -> None:
         """Hands a result to who waits. Only in its event loop."""
         self.results.append(result)
-        self.came.set()
+        self.available.set()
 
     async def result(self) -> list[Delta] | Completion | None:
         while not self.results:
-            self.came.clear()
-            await self.came.wait()
+            self.available.clear()
+            await self.available.wait()
         result = self.results.popleft()
         if isinstance(result, Exception):
             raise result
@@ -90,7 +90,7 @@ class Call:
 
     async def deltas(self) -> AsyncGenerator[list[Delta]]:
         """Pieces of the text, all that have come since the last ones; to the end. Raises as `AsyncModel.generate`."""
-        unfinished = self.asked.request.params.n
+        unfinished = self.text_request.request.params.n
         while unfinished:
             deltas = await self.result()
             assert isinstance(deltas, list)
@@ -106,12 +106,12 @@ class Call:
         assert isinstance(result, Completion)
         return result
 
-    async def finish(self) -> Answer:
+    async def finish(self) -> RequestOutput:
         """Ends what is left of the request at the last token that was reported; its answer, which nothing changes any
         more, with the states that the continuations left, if the request keeps them."""
-        assert self.answer is not None
+        assert self.output is not None
         await self._model._finish(self)
-        return self.answer
+        return self.output
 
     def drop(self) -> None:
         """Ends what is left of the request: its slots are free before the next step."""
@@ -125,14 +125,14 @@ class AsyncModel(ABC):
     Close it in the end: `async with …`, or `await model.close()`.
 
     Attributes:
-        texts: Makes requests of texts.
+        prompt_encoder: Makes requests of texts.
     """
 
-    def __init__(self, texts: Texts):
-        self.texts = texts
-        self._pending = PendingLimit(MOST_WAITING)
-        self._beside = FairExecutor(BESIDE, "bdh-beside", self._pending)
-        self._chats = FairExecutor(BESIDE, "bdh-chat", self._pending)  # a slow template delays chats only
+    def __init__(self, prompt_encoder: PromptEncoder):
+        self.prompt_encoder = prompt_encoder
+        self._pending = PendingLimit(MAX_PENDING_CALLS)
+        self._executor = FairExecutor(THREADS, "bdh-executor", self._pending)
+        self._chat_executor = FairExecutor(THREADS, "bdh-chat", self._pending)  # a slow template delays chats only
 
     @property
     @abstractmethod
@@ -141,7 +141,7 @@ class AsyncModel(ABC):
 
     @property
     @abstractmethod
-    def figures(self) -> ModelFigures:
+    def model_info(self) -> ModelInfo:
         """The model's."""
 
     @property
@@ -201,64 +201,64 @@ class AsyncModel(ABC):
 
     async def fingerprint(self) -> str:
         """As `LLM.fingerprint`; worked out once, beside the engine."""
-        return await self.call_beside(errands.fingerprint)
+        return await self.call_in_thread(engine_rpc.fingerprint)
 
     # ----------------------------------------------------- for who wants to know more of a request than its text
 
     async def text_request(
         self, prompt: Prompt, params: SamplingParams | None = None, client: str | None = None
     ) -> TextRequest:
-        """As `LLM.text_request`; a long prompt is tokenized beside the event loop, as `beside` does it."""
+        """As `LLM.text_request`; a long prompt is tokenized beside the event loop, as `run_in_thread` does it."""
         if isinstance(prompt, str | list) and len(prompt) <= SHORT_PROMPT:
-            return self.texts.text_request(prompt, params)
-        return await self.beside(lambda: self.texts.text_request(prompt, params), client)
+            return self.prompt_encoder.text_request(prompt, params)
+        return await self.run_in_thread(lambda: self.prompt_encoder.text_request(prompt, params), client)
 
     async def chat_request(
         self, messages: Sequence[Message], params: SamplingParams | None = None, client: str | None = None
     ) -> TextRequest:
         """As `LLM.chat_request`, in a thread: the chat template is a program that may take any time."""
-        return await self.call_in_chat_thread(lambda: self.texts.chat_request(messages, params), client)
+        return await self.render_in_thread(lambda: self.prompt_encoder.chat_request(messages, params), client)
 
-    async def beside(self, function: Callable[[], T], client: str | None = None) -> T:
+    async def run_in_thread(self, function: Callable[[], T], client: str | None = None) -> T:
         """Calls a function that takes long in one of a few threads, which clients share evenly.
 
         Raises:
             QueueFull: Many calls wait, and the client has its share of them.
             Exception: As the function.
         """
-        return await self._call_in(self._beside, function, client)
+        return await self._call_in(self._executor, function, client)
 
-    async def call_in_chat_thread(self, function: Callable[[], T], client: str | None = None) -> T:
-        """As `beside`, for a function that renders the chat template. The event loop must never do that itself."""
-        return await self._call_in(self._chats, function, client)
+    async def render_in_thread(self, function: Callable[[], T], client: str | None = None) -> T:
+        """As `run_in_thread`, for a function that renders the chat template, which the event loop must never do."""
+        return await self._call_in(self._chat_executor, function, client)
 
     async def _call_in(self, executor: FairExecutor, function: Callable[[], T], client: str | None) -> T:
         try:
             return await executor.call(function, client)
         except ExecutorClosed as error:
-            raise closed() from error
+            raise model_closed() from error
 
     @abstractmethod
-    def aside(self) -> Aside:
+    def background_lock(self) -> BoundedLock:
         """To be entered by who does long work in pieces, by `call`. Raises QueueFull then, if many wait."""
 
-    async def start(self, asked: TextRequest, wants_deltas: bool) -> Call:
+    async def start(self, text_request: TextRequest, wants_deltas: bool) -> Call:
         """Gives a request to the engine; returns when it is in the queue. Who does so ends it: `Call.drop` or `finish`.
 
         Args:
-            asked: The request.
+            text_request: The request.
             wants_deltas: Whether `Call.deltas` will be iterated, or else `Call.completion` awaited.
 
         Raises:
             BDHError: As for `generate`; QueueFull among them.
         """
         if wants_deltas:
-            self.texts.check_streamable(asked)
-        params = asked.request.params
+            self.prompt_encoder.check_streamable(text_request)
+        params = text_request.request.params
         if params.regex is not None or params.json_schema is not None:
-            with self._pending.counted(asked.request.client):
-                await self.call_beside(errands.prepare_grammar, params)
-        call = self._new_call(asked, wants_deltas)
+            with self._pending.counted(text_request.request.client):
+                await self.call_in_thread(engine_rpc.prepare_grammar, params)
+        call = self._new_call(text_request, wants_deltas)
         self._begin(call)
         try:
             await call.result()
@@ -281,7 +281,7 @@ class AsyncModel(ABC):
         """
 
     @abstractmethod
-    async def call_beside(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def call_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """As `call`, in a thread beside the engine: for what does not use the model itself, and takes long."""
 
     async def score(self, tokens: Sequence[int], top: int = 0) -> list[TokenLogprob]:
@@ -294,11 +294,11 @@ class AsyncModel(ABC):
         Raises:
             BDHError: A token is unknown, or the runner has no model.
         """
-        async with self.aside():
-            scorer = await self.call(errands.begin_scoring, list(tokens), top)
-            while not await self.call(errands.score_piece, scorer):
+        async with self.background_lock():
+            scorer = await self.call(engine_rpc.begin_scoring, list(tokens), top)
+            while not await self.call(engine_rpc.score_piece, scorer):
                 pass
-            return await self.call(errands.scores, scorer)
+            return await self.call(engine_rpc.scores, scorer)
 
     @abstractmethod
     async def close(self) -> None:
@@ -316,11 +316,11 @@ class AsyncModel(ABC):
 
     def _shut_down_threads(self) -> None:
         """Lets the threads end, without waiting for them."""
-        for executor in (self._beside, self._chats):
+        for executor in (self._executor, self._chat_executor):
             executor.shut_down()
 
     @abstractmethod
-    def _new_call(self, asked: TextRequest, wants_deltas: bool) -> Call:
+    def _new_call(self, text_request: TextRequest, wants_deltas: bool) -> Call:
         """A call for a caller in this event loop."""
 
     @abstractmethod
@@ -335,15 +335,15 @@ class AsyncModel(ABC):
     def _finish(self, call: Call) -> Awaitable[None]:
         """Ends what is left of a request, with the states of its continuations."""
 
-    async def _completion(self, asked: TextRequest) -> Completion:
-        call = await self.start(asked, wants_deltas=False)
+    async def _completion(self, text_request: TextRequest) -> Completion:
+        call = await self.start(text_request, wants_deltas=False)
         try:
             return await call.completion()
         finally:
             call.drop()
 
-    async def _deltas(self, asked: TextRequest) -> AsyncGenerator[Delta]:
-        call = await self.start(asked, wants_deltas=True)
+    async def _deltas(self, text_request: TextRequest) -> AsyncGenerator[Delta]:
+        call = await self.start(text_request, wants_deltas=True)
         try:
             async for deltas in call.deltas():
                 for delta in deltas:
@@ -360,5 +360,5 @@ def engine_failed(error: BaseException) -> RuntimeError:
     return failure
 
 
-def closed() -> ModelClosed:
+def model_closed() -> ModelClosed:
     return ModelClosed("the model was closed before the text was complete")

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from bdh.data.chat_format import check_messages
 from bdh.errors import BDHError
-from bdh.inference import errands
-from bdh.inference.answer import Answer, Completion, Delta, TextRequest
+from bdh.inference import engine_rpc
 from bdh.inference.async_model import SHORT_PROMPT, AsyncModel, Call
 from bdh.inference.conversation import Conversation, Plan
+from bdh.inference.outputs import Completion, Delta, RequestOutput, TextRequest
 from bdh.inference.params import SamplingParams
 
 CheckTokens = Callable[[Sequence[int]], None]
@@ -32,11 +32,11 @@ class Turn:
     free for what comes next when the last piece comes.
 
     Attributes:
-        asked: The request. Its prompt is what this turn reads anew.
+        text_request: The request. Its prompt is what this turn reads anew.
     """
 
     def __init__(self, session: "AsyncSession", plan: Plan, call: Call):
-        self.asked: TextRequest = plan.asked
+        self.text_request: TextRequest = plan.text_request
         self._session = session
         self._plan = plan
         self._call = call
@@ -47,12 +47,12 @@ class Turn:
     @property
     def prompt_tokens(self) -> int:
         """How many tokens the turn reads."""
-        return len(self.asked.request.prompt)
+        return len(self.text_request.request.prompt)
 
     @property
-    def answer(self) -> Answer | None:
+    def output(self) -> RequestOutput | None:
         """As of the call: what was written so far, for figures."""
-        return self._call.answer
+        return self._call.output
 
     @property
     def cached_tokens(self) -> int:
@@ -92,12 +92,12 @@ class Turn:
         await asyncio.shield(self._settling)
 
     async def _settle(self) -> None:
-        session, answer = self._session, self._call.answer
-        assert answer is not None
+        session, output = self._session, self._call.output
+        assert output is not None
         try:
             with suppress(BDHError, RuntimeError):  # the model is closed, or lost: nothing changes the answer any more
                 await self._call.finish()
-            session._settle(self._plan, answer, "".join(self._text), self._whole)
+            session._settle(self._plan, output, "".join(self._text), self._whole)
         finally:
             session._free()
 
@@ -112,7 +112,7 @@ class AsyncSession(Conversation):
     """
 
     def __init__(self, llm: AsyncModel, system: str | None = None, params: SamplingParams | None = None):
-        super().__init__(llm.texts, system, params)
+        super().__init__(llm.prompt_encoder, system, params)
         self.llm = llm
         self.when_free: Callable[[], None] = lambda: None
         self._settling: asyncio.Task[None] | None = None  # of the last turn
@@ -173,24 +173,24 @@ class AsyncSession(Conversation):
         await self._take()
         try:
             if is_long(text):
-                reading = await self.llm.beside(lambda: self._plan_read(text), self.client)
+                reading = await self.llm.run_in_thread(lambda: self._plan_read(text), self.client)
             else:
                 reading = self._plan_read(text)
             if check is not None:
                 check(reading.new)
-            count = 0 if reading.asked is None else len(reading.asked.request.prompt)
+            count = 0 if reading.text_request is None else len(reading.text_request.request.prompt)
             if reserve is not None:
                 await reserve(count)
-            if reading.asked is None:
+            if reading.text_request is None:
                 self._settle_reading(reading, None)
                 return TokensRead(count, 0)
-            call = await self.llm.start(reading.asked, wants_deltas=False)
+            call = await self.llm.start(reading.text_request, wants_deltas=False)
             try:
                 await call.completion()
             finally:
                 call.drop()
-            assert call.answer is not None
-            self._settle_reading(reading, call.answer.continuations[0].state)
+            assert call.output is not None
+            self._settle_reading(reading, call.output.continuations[0].state)
             return TokensRead(count, call.cached_tokens)
         finally:
             self._free()
@@ -198,7 +198,7 @@ class AsyncSession(Conversation):
     def move(self, llm: AsyncModel) -> None:
         """Goes on with another engine of the same model: only for a session that has no state yet."""
         assert self.state is None and self.ahead is None
-        self.llm, self.texts = llm, llm.texts
+        self.llm, self.prompt_encoder = llm, llm.prompt_encoder
 
     async def settled(self) -> None:
         """Waits for a turn that was dropped to have ended."""
@@ -216,13 +216,13 @@ class AsyncSession(Conversation):
             BDHError: As for `Session.save`.
         """
         await self.settled()
-        await self.llm.call_beside(errands.write_session, self._snapshot(), Path(path).absolute(), more)
+        await self.llm.call_in_thread(engine_rpc.write_session, self._snapshot(), Path(path).absolute(), more)
 
     @classmethod
     async def load(cls, llm: AsyncModel, path: str | Path) -> "AsyncSession":
         """Reads a session that was saved. Raises BDHError if it is not one, or is of another model."""
         session = cls(llm)
-        session._restore(await llm.call_beside(errands.read_session, path))
+        session._restore(await llm.call_in_thread(engine_rpc.read_session, path))
         return session
 
     async def _begin(
@@ -230,12 +230,12 @@ class AsyncSession(Conversation):
     ) -> Turn:
         await self._take()
         try:
-            plan = await self.llm.call_in_chat_thread(make, self.client)
+            plan = await self.llm.render_in_thread(make, self.client)
             if check is not None:
                 check(plan.new)
             if reserve is not None:
-                await reserve(len(plan.asked.request.prompt))
-            return Turn(self, plan, await self.llm.start(plan.asked, wants_deltas))
+                await reserve(len(plan.text_request.request.prompt))
+            return Turn(self, plan, await self.llm.start(plan.text_request, wants_deltas))
         except BaseException:
             self._free()
             raise

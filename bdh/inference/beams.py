@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from bdh.errors import BDHError
-from bdh.inference.answer import Answer, Completion, TextRequest
+from bdh.inference.outputs import Completion, RequestOutput, TextRequest
 from bdh.inference.params import SamplingParams
 from bdh.inference.request import Event, FinishReason, Request
 from bdh.model import BDHForCausalLM
@@ -26,24 +26,24 @@ def plain_request(model: BDHForCausalLM | None, request: Request) -> Request:
 
 
 @torch.inference_mode()
-def beam_search(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: TextRequest) -> Completion:
+def beam_search(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, text_request: TextRequest) -> Completion:
     """The `n` likeliest continuations that `num_beams` beams find, likeliest first. The request has been checked."""
-    request = asked.request
+    request = text_request.request
     ids = torch.tensor([list(request.prompt)], device=model.device)  # (1, T)
-    output = model.generate(
+    generated = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=beam_config(request.params, sorted(request.ends) or [model.config.vocab_size]),
     )  # (n, T + new)
-    answer = Answer(asked, tokenizer)
-    for index, row in enumerate(output[:, ids.shape[1] :].tolist()):
+    output = RequestOutput(text_request, tokenizer)
+    for index, row in enumerate(generated[:, ids.shape[1] :].tolist()):
         for number, token in enumerate(row, 1):
             finish_reason: FinishReason | None = "length" if number == len(row) else None
             if token in request.ends:  # what follows is padding
                 finish_reason = "stop"
-            if answer.take(Event(request.id, index, token, finish_reason=finish_reason)) or finish_reason:
+            if output.take(Event(request.id, index, token, finish_reason=finish_reason)) or finish_reason:
                 break
-    return answer.completion()
+    return output.completion()
 
 
 def beam_config(params: SamplingParams, ends: list[int]) -> GenerationConfig:

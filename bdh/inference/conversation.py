@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from bdh.data.chat_format import check_messages
 from bdh.errors import BDHError
-from bdh.inference.answer import Answer, TextRequest
+from bdh.inference.outputs import RequestOutput, TextRequest
 from bdh.inference.params import SamplingParams
+from bdh.inference.prompt_encoder import PromptEncoder
 from bdh.inference.request import Request
 from bdh.inference.state_metadata import read_metadata
-from bdh.inference.texts import Texts
 
 if TYPE_CHECKING:
     from bdh.model import BDHState
@@ -25,13 +25,13 @@ class Plan:
     """Something to be written.
 
     Attributes:
-        asked: The request for the engine.
+        text_request: The request for the engine.
         new: The tokens of what was given to read. The request's prompt has those that waited to be read, too.
         message: Whose answer it is to be, if it is one.
         answering: Whether what is written is an answer, or goes on with one.
     """
 
-    asked: TextRequest
+    text_request: TextRequest
     new: Sequence[int]
     message: dict[str, str] | None
     answering: bool
@@ -42,13 +42,13 @@ class Reading:
     """Something to be read, and nothing written.
 
     Attributes:
-        asked: The request for the engine, whose state is to be kept; None if there is nothing for it to do.
+        text_request: The request for the engine, whose state is to be kept; None if there is nothing for it to do.
         new: The tokens of what was given to read.
         before: The state to go on from.
         waiting: The tokens that are left for later: to go on, there must be one to read.
     """
 
-    asked: TextRequest | None
+    text_request: TextRequest | None
     new: Sequence[int]
     before: "BDHState | None"
     waiting: list[int]
@@ -96,8 +96,8 @@ class Conversation:
         client: Who asks for what is read or written next: clients have equal shares of the engine.
     """
 
-    def __init__(self, texts: Texts, system: str | None = None, params: SamplingParams | None = None):
-        self.texts = texts  # for what it can do in any thread
+    def __init__(self, prompt_encoder: PromptEncoder, system: str | None = None, params: SamplingParams | None = None):
+        self.prompt_encoder = prompt_encoder  # for what it can do in any thread
         self.system = system
         self.params = params or SamplingParams()
         self.busy = False
@@ -133,33 +133,33 @@ class Conversation:
     # ------------------------------------------------------------------------------------------------------ plans
 
     def _plan_send(self, message: dict[str, str], params: SamplingParams) -> Plan:
-        chat, said = self.texts.chat_format, self.transcript
-        answered = bool(said) and said[-1]["role"] == "assistant"
+        chat, said = self.prompt_encoder.chat_format, self.transcript
+        follows_reply = bool(said) and said[-1]["role"] == "assistant"
         check_messages([*said, message])
-        (hidden,), found = self.texts.spelled.hide([message])
-        text = chat.following(said, hidden) if answered else None
+        (hidden,), found = self.prompt_encoder.spelled.hide([message])
+        text = chat.following(said, hidden) if follows_reply else None
         if text is None:
-            _, tokens = self.texts.chat_tokens([*said, message])
+            _, tokens = self.prompt_encoder.chat_tokens([*said, message])
         else:
-            tokens = self.texts.encode_rendered(text, found)
-        again = answered and text is None
+            tokens = self.prompt_encoder.encode_rendered(text, found)
+        again = follows_reply and text is None
         state, prompt = (None, tokens) if again else self._with(tokens)
-        return Plan(self.texts.as_answer(self._asked(state, prompt, params)), tokens, message, True)
+        return Plan(self.prompt_encoder.as_chat_request(self._asked(state, prompt, params)), tokens, message, True)
 
     def _plan_write(self, text: str, params: SamplingParams) -> Plan:
         """To read a text, if there is one, and to write on."""
-        tokens = self.texts.encode(text, "the text")
+        tokens = self.prompt_encoder.encode(text, "the text")
         if self.ended and not tokens:
             raise BDHError("the last answer is complete; send a message, or let the session read something, to go on")
         if not self.unread and not tokens:
             raise BDHError("there is nothing to write on from; send a message, or let the session read something")
-        asked, answering = self._asked(*self._with(tokens), params), self.answering and not tokens
+        text_request, answering = self._asked(*self._with(tokens), params), self.answering and not tokens
         if answering:
-            asked = replace(self.texts.as_answer(asked), strip=False)
-        return Plan(asked, tokens, None, answering)
+            text_request = replace(self.prompt_encoder.as_chat_request(text_request), strip=False)
+        return Plan(text_request, tokens, None, answering)
 
     def _plan_read(self, text: str) -> Reading:
-        tokens = self.texts.encode(text, "the text")
+        tokens = self.prompt_encoder.encode(text, "the text")
         state, prompt = self._with(tokens)
         if not tokens or len(prompt) == 1:
             return Reading(None, tokens, state, prompt)
@@ -169,7 +169,7 @@ class Conversation:
         return Reading(TextRequest(request), tokens, state, prompt[-1:])
 
     def _asked(self, state: "BDHState | None", prompt: list[int], params: SamplingParams) -> TextRequest:
-        ends = self.texts.end_token_ids
+        ends = self.prompt_encoder.end_token_ids
         request = Request(
             prompt,
             params,
@@ -203,7 +203,7 @@ class Conversation:
 
     # ---------------------------------------------------------------------------------------- what came of a plan
 
-    def _settle(self, plan: Plan, answer: Answer, text: str, whole: bool) -> None:
+    def _settle(self, plan: Plan, output: RequestOutput, text: str, whole: bool) -> None:
         """Takes what counts of an answer into the session: all of it, or the text that was handed on.
 
         Without either, as if it had not been planned.
@@ -215,30 +215,30 @@ class Conversation:
             self.transcript += [plan.message, {"role": "assistant", "content": ""}]
         if self.answering:
             self.transcript[-1]["content"] += text
-        continuation, prompt = answer.continuations[0], list(answer.request.prompt)
+        continuation, prompt = output.continuations[0], list(output.request.prompt)
         tokens = continuation.tokens
         if not whole or continuation.text.stopped:
-            counting, rest = continuation.text.kept(len(text))
-            counting = counting + self.texts.encode(rest)
-        elif self.answering and tokens[-1] in answer.request.ends:
+            counting, rest = continuation.text.split_at(len(text))
+            counting = counting + self.prompt_encoder.encode(rest)
+        elif self.answering and tokens[-1] in output.request.ends:
             counting = tokens[:-1]  # the template says how an answer ends
         else:
             counting = tokens
         self.ended = self.answering and whole and continuation.finish_reason == "stop"
         said, read = prompt + counting, prompt + tokens[:-1]
         if continuation.state is None:
-            self._go_to(answer.request.state, said)
+            self._go_to(output.request.state, said)
         elif said[: len(read)] == read and (len(said) > len(read) or self.ended):
             self._go_to(continuation.state, said[len(read) :])
         elif whole:
-            self._go_to(answer.request.state, said, ahead=(continuation.state, read))
+            self._go_to(output.request.state, said, ahead=(continuation.state, read))
         else:  # what was written and not handed on will hardly come again
-            self._go_to(answer.request.state, said)
+            self._go_to(output.request.state, said)
 
     def _settle_reading(self, reading: Reading, after: "BDHState | None") -> None:
         """Takes what was read into the session; `after` is the state that the request left, if there was one."""
         if reading.new:
-            self._go_to(reading.before if reading.asked is None else after, reading.waiting)
+            self._go_to(reading.before if reading.text_request is None else after, reading.waiting)
             self.answering = self.ended = False
 
     def _go_to(

@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdh.errors import BDHError
-from bdh.inference.wire import Frames, Things, frame
+from bdh.inference.engine_messages import FrameDecoder, ObjectTable, encode_frame
 
 if TYPE_CHECKING:
-    from bdh.inference.answer import TextRequest
+    from bdh.inference.detokenizer import Detokenizer
     from bdh.inference.llm import LLM
+    from bdh.inference.outputs import TextRequest
     from bdh.inference.request import Event
-    from bdh.inference.text import ContinuationText
 
 log = logging.getLogger("bdh.inference.engine_process")  # whatever it is called when it is run
 
-BESIDE = 4  # threads for what is done beside the engine
+THREADS = 4  # threads for what is done beside the engine
 PIECE = 1 << 20  # bytes that are read at once
 ONE_THREAD_BELOW = 100_000  # multiplications of an encoder in all layers: threads would wait for each other for longer
 ENDS = (signal.SIGINT, signal.SIGTERM)
@@ -104,25 +104,25 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-class Line:
+class Connection:
     """The connection to the other process. Whatever is wrong with it, this process has nothing more to do."""
 
     def __init__(self, connection: socket.socket):
         self.socket = connection
-        self.things = Things()
-        self._frames = Frames()
+        self.objects = ObjectTable()
+        self._frames = FrameDecoder()
         self._selector = selectors.DefaultSelector()
         self._selector.register(connection, selectors.EVENT_READ)
         self._lock = threading.Lock()  # of sending
 
     def send(self, *message: Any) -> None:
         """Sends a message. Raises whatever pickle does about what cannot be sent."""
-        data = frame(self.things.dumps(message))
+        data = encode_frame(self.objects.dumps(message))
         try:
             with self._lock:
                 self.socket.sendall(data)
         except OSError:
-            leave()
+            exit_process()
 
     def messages(self, wait: bool, seconds: float | None = None) -> list[Any]:
         """All that has come; waits for the first if need be, for so many seconds at most."""
@@ -137,11 +137,11 @@ class Line:
             except OSError:
                 data = b""
             if not data:
-                leave()
-            found += [self.things.loads(one) for one in self._frames.take(data)]
+                exit_process()
+            found += [self.objects.loads(one) for one in self._frames.take(data)]
         return found
 
-    def leave_with_the_other(self, loaded: threading.Event) -> None:
+    def exit_with_client(self, loaded: threading.Event) -> None:
         """Ends this process with the other one as long as nobody reads here, as the model is being loaded."""
         while not loaded.wait(0.2):
             try:
@@ -149,10 +149,10 @@ class Line:
                     continue
             except ConnectionError:  # the other process was killed
                 pass
-            leave()
+            exit_process()
 
 
-def leave() -> None:
+def exit_process() -> None:
     """Ends this process at once, whatever its threads do: the one that it works for is gone, or wants it to."""
     logging.shutdown()
     os._exit(0)
@@ -163,31 +163,31 @@ class Worker:
 
     Args:
         llm: Its engine is used; what it makes of tokens is not.
-        line: To who wants its work.
+        connection: To who wants its work.
     """
 
-    def __init__(self, llm: "LLM", line: Line):
+    def __init__(self, llm: "LLM", connection: Connection):
         self.llm = llm
-        self.line = line
-        self.beside = ThreadPoolExecutor(BESIDE, "bdh-beside")
-        self.stops: dict[str, list[ContinuationText]] = {}  # of requests with stop strings
-        self.errands: dict[int, Future[None]] = {}  # beside the engine
+        self.connection = connection
+        self.executor = ThreadPoolExecutor(THREADS, "bdh-rpc")
+        self.detokenizers: dict[str, list[Detokenizer]] = {}  # of requests with stop strings
+        self.rpc_futures: dict[int, Future[None]] = {}  # beside the engine
 
     def run(self) -> None:
         """Works until the other process is gone, or wants no more."""
-        told = False  # what the load is
+        published = False  # what the load is
         release_at: float | None = None  # when memory that is not in use is given back, by the monotonic clock
         while True:
             busy = self.llm.engine.busy
-            if not busy and not told:
-                self.tell([])
+            if not busy and not published:
+                self.publish([])
             left = None if release_at is None else max(0.0, release_at - time.monotonic())
-            for kind, *values in self.line.messages(wait=not busy, seconds=left):
+            for kind, *values in self.connection.messages(wait=not busy, seconds=left):
                 getattr(self, f"on_{kind}")(*values)
-            told = False
+            published = False
             if self.llm.engine.busy:
                 self.step()
-                told = not self.llm.engine.busy
+                published = not self.llm.engine.busy
                 release_at = time.monotonic() + IDLE_SECONDS
             elif release_at is not None and time.monotonic() >= release_at:
                 self.llm.engine.release()
@@ -195,25 +195,27 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------------ what it is told
 
-    def on_add(self, asked: "TextRequest") -> None:
-        from bdh.inference.text import ContinuationText
+    def on_add(self, text_request: "TextRequest") -> None:
+        from bdh.inference.detokenizer import Detokenizer
 
-        request = asked.request
+        request = text_request.request
         try:
             self.llm.prepare(request)
             self.llm.engine.add(request)
         except Exception as error:  # of this request alone
-            self.line.send("refused", request.id, error if isinstance(error, BDHError) else plain(error))
+            self.connection.send("refused", request.id, error if isinstance(error, BDHError) else portable_error(error))
             return
-        if asked.stop:
+        if text_request.stop:
             count = request.params.best_of or request.params.n
             tokenizer = self.llm.tokenizer
-            self.stops[request.id] = [ContinuationText(tokenizer, asked.stop, asked.strip) for _ in range(count)]
-        self.line.send("added", request.id)
+            self.detokenizers[request.id] = [
+                Detokenizer(tokenizer, text_request.stop, text_request.strip) for _ in range(count)
+            ]
+        self.connection.send("added", request.id)
 
     def on_cancel(self, request_id: str) -> None:
         self.llm.engine.cancel(request_id)
-        self.stops.pop(request_id, None)
+        self.detokenizers.pop(request_id, None)
 
     def on_finish(self, number: int, request_id: str, counts: list[int]) -> None:
         """Ends continuations; answers with the state of each that has read all of as many tokens but the last.
@@ -222,39 +224,39 @@ class Worker:
         """
 
         def finish(llm: "LLM") -> list[Any]:
-            self.stops.pop(request_id, None)
+            self.detokenizers.pop(request_id, None)
             exact = [count == llm.engine.written(request_id, index) for index, count in enumerate(counts)]
             states = [llm.engine.finish(request_id, index) for index in range(len(counts))]
             return [state if kept else None for state, kept in zip(states, exact, strict=True)]
 
-        self.answer(number, finish, ())
+        self.reply(number, finish, ())
 
-    def on_call(self, number: int, beside: bool, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        if not beside:
-            self.answer(number, function, arguments)
+    def on_call(self, number: int, in_thread: bool, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        if not in_thread:
+            self.reply(number, function, arguments)
             return
-        errand = self.errands[number] = self.beside.submit(self.answer, number, function, arguments)
-        errand.add_done_callback(lambda _: self.errands.pop(number, None))
+        future = self.rpc_futures[number] = self.executor.submit(self.reply, number, function, arguments)
+        future.add_done_callback(lambda _: self.rpc_futures.pop(number, None))
 
     def on_forget(self, number: int) -> None:
         """Nobody waits for an answer any more: what has not begun need not."""
-        if (errand := self.errands.get(number)) is not None:
-            errand.cancel()
+        if (future := self.rpc_futures.get(number)) is not None:
+            future.cancel()
 
-    def answer(self, number: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def reply(self, number: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         """Sends what a function returns, or raises."""
         try:
-            self.line.send("reply", number, function(self.llm, *arguments))
+            self.connection.send("reply", number, function(self.llm, *arguments))
         except BDHError as error:
-            self.line.send("error", number, error)
+            self.connection.send("error", number, error)
         except Exception as error:
-            self.line.send("error", number, plain(error))
+            self.connection.send("error", number, portable_error(error))
 
     def on_release(self, number: int) -> None:
-        self.line.things.release(number)
+        self.connection.objects.release(number)
 
     def on_close(self) -> None:
-        leave()
+        exit_process()
 
     # ----------------------------------------------------------------------------------------------------- its work
 
@@ -262,36 +264,36 @@ class Worker:
         """One step of the engine, and what came of it."""
         try:
             events = self.llm.engine.step()
-            if self.stops:
-                events = [self.stopped(event) if event.request_id in self.stops else event for event in events]
+            if self.detokenizers:
+                events = [self.stopped(event) if event.request_id in self.detokenizers else event for event in events]
         except Exception as error:
-            self.llm.begin_anew(error)
-            self.stops.clear()
+            self.llm.restart_engine(error)
+            self.detokenizers.clear()
             log.error("the engine failed, and begins anew", exc_info=error)
-            self.line.send("failed", plain(error))
+            self.connection.send("failed", portable_error(error))
             return
         self.llm.check_length(self.llm.engine.longest_position)
-        self.tell(events)
+        self.publish(events)
 
     def stopped(self, event: "Event") -> "Event":
         """The event, as the last one of its continuation if a stop string is complete with it."""
-        texts = self.stops[event.request_id]
-        text = texts[event.index]
+        prompt_encoder = self.detokenizers[event.request_id]
+        text = prompt_encoder[event.index]
         if event.error is None and event.finish_reason is None:
             text.step(event.token)
             if text.stopped:
                 state = self.llm.engine.finish(event.request_id, event.index)
                 event = replace(event, finish_reason="stop", state=state)
         if event.request_id not in self.llm.engine.groups:
-            self.stops.pop(event.request_id)
+            self.detokenizers.pop(event.request_id)
         return event
 
-    def tell(self, events: "list[Event]") -> None:
+    def publish(self, events: "list[Event]") -> None:
         """Tells what came of a step, and the load after it."""
-        self.line.send("events", [tuple(vars(event).values()) for event in events], vars(self.llm.engine.stats))
+        self.connection.send("events", [tuple(vars(event).values()) for event in events], vars(self.llm.engine.stats))
 
 
-def plain(error: BaseException) -> RuntimeError:
+def portable_error(error: BaseException) -> RuntimeError:
     """An exception that the other process can read, whatever this one is."""
     return RuntimeError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
@@ -300,32 +302,32 @@ def main() -> None:
     for number in ENDS:  # the other process says when it is time
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
-    line = Line(socket.socket(fileno=int(sys.argv[1])))
+    connection = Connection(socket.socket(fileno=int(sys.argv[1])))
     loaded = threading.Event()
-    threading.Thread(target=line.leave_with_the_other, args=(loaded,), daemon=True).start()
+    threading.Thread(target=connection.exit_with_client, args=(loaded,), daemon=True).start()
     from bdh.cli.main import quiet_libraries
 
     quiet_libraries()
     importlib.import_module("bdh.inference.llm")  # takes seconds; meanwhile the other process finds out what to tell
-    from bdh.inference import errands
+    from bdh.inference import engine_rpc
 
-    settings, *more = line.messages(wait=True)
+    settings, *more = connection.messages(wait=True)
     if more:  # that it is no longer wanted
-        leave()
+        exit_process()
     if settings.log is not None:
         settings.log()
     try:
         llm = load(settings)
     except BDHError as error:
-        line.send("unable", error)
+        connection.send("unable", error)
         return
     except Exception as error:
-        line.send("unable", BDHError(f"the model in {settings.model} cannot be loaded: {plain(error)}"))
+        connection.send("unable", BDHError(f"the model in {settings.model} cannot be loaded: {portable_error(error)}"))
         return
-    figures = replace(errands.figures(llm), loaded_nbytes=resident_nbytes(os.getpid()))
-    line.send("ready", figures, llm.end_token_ids)
+    model_info = replace(engine_rpc.model_info(llm), loaded_nbytes=resident_nbytes(os.getpid()))
+    connection.send("ready", model_info, llm.end_token_ids)
     loaded.set()
-    Worker(llm, line).run()
+    Worker(llm, connection).run()
 
 
 def load(settings: EngineSettings) -> "LLM":

@@ -10,7 +10,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 from bdh.errors import QueueFull
-from bdh.inference.figures import EngineStats, queue_has_room
+from bdh.inference.stats import EngineStats, queue_has_room
 
 T = TypeVar("T")
 

@@ -15,12 +15,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from bdh.data.chat_format import Message
 from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
-from bdh.inference.answer import Choice, Completion, Delta, TextRequest, TokenLogprob
+from bdh.inference.llm_engine import LLMEngine
+from bdh.inference.outputs import Choice, Completion, Delta, TextRequest, TokenLogprob
 from bdh.inference.params import SamplingParams
+from bdh.inference.prompt_encoder import Prompt
 from bdh.inference.runner import ModelRunner, Runner, make_runner
 from bdh.inference.state_file import model_fingerprint
-from bdh.inference.text_engine import TextEngine
-from bdh.inference.texts import Prompt
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.device import choose_device
 from bdh.model.export import load_export, load_model_only
@@ -33,7 +33,7 @@ __all__ = ["LLM", "Choice", "Completion", "Delta", "Prompt", "TokenLogprob", "sa
 CPU_BATCH_SIZE, CUDA_BATCH_SIZE = 8, 64
 
 
-class LLM(TextEngine):
+class LLM(LLMEngine):
     """A model that writes text. Not for several threads at once.
 
     An exception in the midst of the work, Ctrl-C included, ends the requests it touches and leaves the rest usable.
@@ -117,17 +117,17 @@ class LLM(TextEngine):
             BDHError: A prompt or its params are wrong; nothing is written then. Or the text for a prompt that was given
                 alone, not in a list, cannot go on.
         """
-        asked = self._checked(prompts, params)
+        text_request = self._checked(prompts, params)
         done: dict[int, Completion] = {}
         console = Console(file=sys.stderr)
         with Progress(console=console, disable=not progress) as bar:
-            task = bar.add_task("prompts", total=len(asked))
-            for number, completion in self.run(asked):
+            task = bar.add_task("prompts", total=len(text_request))
+            for number, completion in self.run(text_request):
                 done[number] = completion
                 bar.advance(task)
         if is_alone(prompts):
-            done[0].answered()
-        return [done[number] for number in range(len(asked))]
+            done[0].raise_for_error()
+        return [done[number] for number in range(len(text_request))]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Continues a prompt; yields its text piece by piece, of `n` continuations in turn.
@@ -151,9 +151,9 @@ class LLM(TextEngine):
         Raises:
             BDHError: As for `generate`, or the template does not take these messages.
         """
-        asked = self.chat_request(messages, params)
-        self.check(asked)
-        return next(completion for _, completion in self.run([asked])).answered()
+        text_request = self.chat_request(messages, params)
+        self.check(text_request)
+        return next(completion for _, completion in self.run([text_request])).raise_for_error()
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Delta]:
         """As `chat`, piece by piece. Raises BDHError as `chat` and `stream`."""
@@ -193,14 +193,14 @@ class LLM(TextEngine):
             raise BDHError(
                 f"there are {len(several)} prompts and {len(params)} params; give one for all, or one for each"
             )
-        asked = []
+        text_request = []
         for number, (prompt, its_params) in enumerate(zip(several, params, strict=True)):
             try:
-                asked.append(self.text_request(prompt, its_params))
-                self.check(asked[-1])
+                text_request.append(self.text_request(prompt, its_params))
+                self.check(text_request[-1])
             except BDHError as error:
                 raise error if len(several) == 1 else BDHError(f"prompt {number + 1}: {error}") from error
-        return asked
+        return text_request
 
 
 def is_alone(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -62,9 +62,12 @@ class PrefixCache:
         return Hit(len(best) // 4, self.states[owner, best])
 
     def worth_keeping(
-        self, prompt: Sequence[int], state_nbytes: int, grain: int, owner: str | None = None
+        self, prompt: Sequence[int], state_nbytes: int, prefill_alignment: int, owner: str | None = None
     ) -> int | None:
-        """Remembers a prompt; where its state should be kept: the multiple of `grain` that an earlier one shared."""
+        """Remember a prompt, and return the length after which its state should be cached, or None.
+
+        The length is a multiple of `prefill_alignment` within the prefix shared with an earlier prompt.
+        """
         if not self.fits(state_nbytes):
             return None
         key = key_of(prompt)
@@ -72,7 +75,7 @@ class PrefixCache:
         if (owner, key) not in self.prompts:
             self.prompts.append((owner, key))
         length = min(shared, len(prompt) - 1)
-        length -= length % grain
+        length -= length % prefill_alignment
         return length or None
 
     def keep(self, tokens: Sequence[int], state: BDHState, owner: str | None = None) -> None:

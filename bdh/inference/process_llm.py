@@ -17,15 +17,15 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.data.tokenizer import load_export_tokenizer
 from bdh.errors import BDHError, ModelClosed
-from bdh.inference import errands
-from bdh.inference.answer import Answer, TextRequest
-from bdh.inference.async_model import Aside, AsyncModel, Call, closed
+from bdh.inference import engine_rpc
+from bdh.inference.async_model import AsyncModel, BoundedLock, Call, model_closed
+from bdh.inference.engine_messages import FrameDecoder, HandleTable, encode_frame
 from bdh.inference.engine_process import EngineProcess, EngineSettings, resident_nbytes
-from bdh.inference.figures import EngineStats, ModelFigures
+from bdh.inference.outputs import RequestOutput, TextRequest
+from bdh.inference.prompt_encoder import PromptEncoder
 from bdh.inference.request import Event
+from bdh.inference.stats import EngineStats, ModelInfo
 from bdh.inference.template_process import TemplateProcess
-from bdh.inference.texts import Texts
-from bdh.inference.wire import Frames, Stands, frame
 
 T = TypeVar("T")
 
@@ -35,17 +35,17 @@ PING_SECONDS = 2.0  # between two questions whether the engine goes on
 SILENT_SECONDS = 10.0  # without an answer, after which it counts as stopped: a step takes far less
 
 
-class Connection(asyncio.Protocol):
+class EngineProtocol(asyncio.Protocol):
     """The socket, in the event loop."""
 
-    def __init__(self, told: Callable[[bytes], None], lost: Callable[[], None]):
-        self.frames = Frames()
-        self.told = told
+    def __init__(self, on_message: Callable[[bytes], None], lost: Callable[[], None]):
+        self.frames = FrameDecoder()
+        self.on_message = on_message
         self.lost = lost
 
     def data_received(self, data: bytes) -> None:
         for message in self.frames.take(data):
-            self.told(message)
+            self.on_message(message)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost()
@@ -65,14 +65,14 @@ class ProcessLLM(AsyncModel):
         self._process = process
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._stands = Stands(self._release)
+        self._handles = HandleTable(self._release)
         self._transport: asyncio.Transport | None = None
         self._stats = EngineStats()
         self._calls: dict[str, Call] = {}  # in work
         self._numbers = count()
         self._replies: dict[int, asyncio.Future[Any]] = {}
-        self._ready: asyncio.Future[tuple[ModelFigures, tuple[int, ...]]] = self._loop.create_future()
-        self._aside = Aside()
+        self._ready: asyncio.Future[tuple[ModelInfo, tuple[int, ...]]] = self._loop.create_future()
+        self._aside = BoundedLock()
         self._template: TemplateProcess | None = None
         self._pinging: asyncio.Task[None] | None = None
         self._pinged_at: float | None = None  # when the question was asked that is not answered yet
@@ -91,15 +91,15 @@ class ProcessLLM(AsyncModel):
 
     async def _open(self) -> None:
         transport, _ = await self._loop.create_connection(
-            lambda: Connection(self._told, self._gone), sock=self._process.socket
+            lambda: EngineProtocol(self._on_message, self._gone), sock=self._process.socket
         )
         self._transport = transport
-        transport.write(frame(self._stands.dumps(self._settings)))
+        transport.write(encode_frame(self._handles.dumps(self._settings)))
         tokenizer = asyncio.ensure_future(self._load_tokenizer())
         try:
-            figures, ends = await self._ready  # its error is the one to tell
-            super().__init__(Texts(await tokenizer, figures.vocab_size, ends, self._template))
-            self._figures = figures
+            model_info, ends = await self._ready  # its error is the one to tell
+            super().__init__(PromptEncoder(await tokenizer, model_info.vocab_size, ends, self._template))
+            self._figures = model_info
             self._pinging = self._loop.create_task(self._ping())
         finally:
             tokenizer.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -117,7 +117,7 @@ class ProcessLLM(AsyncModel):
         return self._stats
 
     @property
-    def figures(self) -> ModelFigures:
+    def model_info(self) -> ModelInfo:
         return self._figures
 
     @property
@@ -128,13 +128,13 @@ class ProcessLLM(AsyncModel):
     def resident_nbytes(self) -> int:
         return resident_nbytes(self.pid)
 
-    def aside(self) -> Aside:
+    def background_lock(self) -> BoundedLock:
         return self._aside
 
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
         return await self._ask("call", False, function, arguments)
 
-    async def call_beside(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def call_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await self._ask("call", True, function, arguments)
 
     @property
@@ -147,7 +147,7 @@ class ProcessLLM(AsyncModel):
         while not self._closed:
             self._pinged_at = self._loop.time()
             try:
-                await self.call(errands.ping)
+                await self.call(engine_rpc.ping)
             except Exception as error:
                 if not self._closed:  # an error is an answer too
                     log.warning("the engine answers whether it goes on with an error: %s", error)
@@ -160,7 +160,7 @@ class ProcessLLM(AsyncModel):
         if not self._closed:
             self._closed = True
             is_loaded = self._ready.done() and not self._ready.exception()
-            self._fail(closed())
+            self._fail(model_closed())
             if not is_loaded or self._transport is None:
                 self._process.process.kill()  # it would load to the end first
             else:
@@ -179,53 +179,53 @@ class ProcessLLM(AsyncModel):
 
     # ----------------------------------------------------------------------------------------------------- requests
 
-    def _new_call(self, asked: TextRequest, wants_deltas: bool) -> Call:
-        return Call(self, asked, wants_deltas)
+    def _new_call(self, text_request: TextRequest, wants_deltas: bool) -> Call:
+        return Call(self, text_request, wants_deltas)
 
     def _begin(self, call: Call) -> None:
         self._check_open()
-        if call.asked.request.params.num_beams > 1:
-            searching = asyncio.ensure_future(self.call(errands.beam_search, call.asked))
+        if call.text_request.request.params.num_beams > 1:
+            searching = asyncio.ensure_future(self.call(engine_rpc.beam_search, call.text_request))
             searching.add_done_callback(lambda task: self._found(call, task))
             return
-        self._calls[call.asked.request.id] = call
-        self._send("add", call.asked)
+        self._calls[call.text_request.request.id] = call
+        self._send("add", call.text_request)
 
     def _found(self, call: Call, task: "asyncio.Future[Any]") -> None:
         """A beam search is over."""
         if task.cancelled():
-            call.put(closed())
+            call.put(model_closed())
         elif error := task.exception():
-            call.put(error if isinstance(error, Exception) else closed())
+            call.put(error if isinstance(error, Exception) else model_closed())
         else:
             call.put(None)
             call.put(task.result())
 
     def _drop(self, call: Call) -> None:
-        if self._calls.pop(call.asked.request.id, None) is not None and not self._closed:
-            self._send("cancel", call.asked.request.id)
+        if self._calls.pop(call.text_request.request.id, None) is not None and not self._closed:
+            self._send("cancel", call.text_request.request.id)
 
     async def _finish(self, call: Call) -> None:
         self._check_open()
-        answer = call.answer
-        if self._calls.pop(call.asked.request.id, None) is None or answer is None:
+        output = call.output
+        if self._calls.pop(call.text_request.request.id, None) is None or output is None:
             return
-        parts = answer.continuations
+        parts = output.continuations
         counts = [len(part.tokens) if part.finish_reason is None else -1 for part in parts]
-        states = await self._ask("finish", call.asked.request.id, counts)
+        states = await self._ask("finish", call.text_request.request.id, counts)
         for part, state in zip(parts, states, strict=True):
             if part.finish_reason is None:
                 part.state = state
 
     # ----------------------------------------------------------------------------------------------- what comes back
 
-    def _told(self, data: bytes) -> None:
-        kind, *values = self._stands.loads(data)
+    def _on_message(self, data: bytes) -> None:
+        kind, *values = self._handles.loads(data)
         getattr(self, f"_on_{kind}")(*values)
 
-    def _on_ready(self, figures: ModelFigures, ends: tuple[int, ...]) -> None:
+    def _on_ready(self, model_info: ModelInfo, ends: tuple[int, ...]) -> None:
         if not self._ready.done():
-            self._ready.set_result((figures, ends))
+            self._ready.set_result((model_info, ends))
 
     def _on_unable(self, error: BDHError) -> None:
         if not self._ready.done():
@@ -233,7 +233,7 @@ class ProcessLLM(AsyncModel):
 
     def _on_added(self, request_id: str) -> None:
         if (call := self._calls.get(request_id)) is not None:
-            call.answer = Answer(call.asked, self.texts.tokenizer, call.wants_deltas)
+            call.output = RequestOutput(call.text_request, self.prompt_encoder.tokenizer, call.wants_deltas)
             call.put(None)
 
     def _on_refused(self, request_id: str, error: Exception) -> None:
@@ -250,21 +250,21 @@ class ProcessLLM(AsyncModel):
 
     def _take(self, call: Call, event: Event) -> None:
         """Hands on what comes of a token."""
-        answer = call.answer
-        assert answer is not None
+        output = call.output
+        assert output is not None
         if event.error is not None:
-            answer.error = event.error
+            output.error = event.error
             self._drop(call)
             call.put(event.error)
             return
-        answer.take(event)
-        if answer.deltas:
-            call.put(list(answer.deltas))
-            answer.deltas.clear()
-        if not answer.unfinished:
+        output.take(event)
+        if output.deltas:
+            call.put(list(output.deltas))
+            output.deltas.clear()
+        if not output.unfinished:
             del self._calls[event.request_id]
             if not call.wants_deltas:
-                call.put(answer.completion())
+                call.put(output.completion())
 
     def _on_failed(self, error: Exception) -> None:
         """The engine failed, and has begun anew."""
@@ -319,7 +319,7 @@ class ProcessLLM(AsyncModel):
 
     def _send(self, *message: Any) -> None:
         assert self._transport is not None
-        self._transport.write(frame(self._stands.dumps(message)))
+        self._transport.write(encode_frame(self._handles.dumps(message)))
 
     def _release(self, number: int) -> None:
         """Nothing here stands for a thing there any more."""

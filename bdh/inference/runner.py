@@ -17,7 +17,7 @@ from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUANTIZATIONS = ("int8", "int4")
-GRAIN = 64  # tokens that runners on a CPU read at once
+PREFILL_ALIGNMENT = 64  # tokens that runners on a CPU read at once
 
 
 class Runner(Protocol):
@@ -28,18 +28,18 @@ class Runner(Protocol):
         device: Where logits come out.
         n_slots: Slots of the pool, numbered from 0.
         state_nbytes: Bytes of one slot's state as `read_state` returns it.
-        grain: A prompt cut at positions that this divides is read as if it had not been cut. On a CPU that is so to the
-            last bit, so that a kept beginning of a prompt gives the very numbers that reading it again would. (What was
-            written and not read, as the turns of a chat are, is equal to rounding.)
-        prefill_chunk: Tokens of a prompt that are best read at once: more would keep others waiting and gain nothing.
-            A multiple of the grain.
+        prefill_alignment: Splitting a prompt at multiples of this position does not change its results. On a CPU they
+            are bit-identical, so a cached prefix gives exactly the numbers of a second prefill. (Generated tokens that
+            were never prefilled, such as the turns of a chat, are equal up to rounding.)
+        prefill_chunk: Tokens of a prompt to read in one step; a multiple of `prefill_alignment`. A larger chunk delays
+            other sequences without being faster.
     """
 
     config: BDHConfig
     device: torch.device
     n_slots: int
     state_nbytes: int
-    grain: int
+    prefill_alignment: int
     prefill_chunk: int
 
     @property
@@ -73,10 +73,10 @@ class Runner(Protocol):
 
 
 def pieces(tokens: Sequence[int], position: int) -> Iterator[Sequence[int]]:
-    """Tokens that come at a position, cut where `GRAIN` divides the position: the same pieces however they arrive."""
+    """Split tokens at absolute positions divisible by `PREFILL_ALIGNMENT`, however they arrive."""
     start = 0
     while start < len(tokens):
-        end = start + GRAIN - (position + start) % GRAIN
+        end = start + PREFILL_ALIGNMENT - (position + start) % PREFILL_ALIGNMENT
         yield tokens[start:end]
         start = end
 
@@ -90,7 +90,7 @@ class ModelRunner:
         self.device = model.device
         self.n_slots = n_slots
         self.states: dict[int, BDHState] = {}  # made when first used
-        self.grain = self.prefill_chunk = GRAIN
+        self.prefill_alignment = self.prefill_chunk = PREFILL_ALIGNMENT
         self.state_nbytes = 4 * self.config.n_layer * self.config.n_neurons * self.config.n_embd
 
     def zeros(self) -> BDHState:

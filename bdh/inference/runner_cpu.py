@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bdh.errors import BDHError
-from bdh.inference.runner import GRAIN, pieces
+from bdh.inference.runner import PREFILL_ALIGNMENT, pieces
 from bdh.kernels.cpu import (
     INT4_GROUP,
     Decays,
@@ -80,7 +80,7 @@ class CPURunner:
         self.config = config = model.config
         self.device = torch.device("cpu")
         self.n_slots = n_slots
-        self.grain = self.prefill_chunk = GRAIN
+        self.prefill_alignment = self.prefill_chunk = PREFILL_ALIGNMENT
         self.state_nbytes = 4 * config.n_layer * config.n_neurons * config.n_embd
         # These are read at every layer of every token, and a config answers slowly.
         self.h, self.N, self.D = h, N, D = config.n_head, config.neurons_per_head, config.n_embd

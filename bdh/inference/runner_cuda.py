@@ -15,7 +15,7 @@ from bdh.kernels.prefill import attend_chunks, attend_delta, gate_tokens, rotate
 from bdh.model import BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import BDHGates
 
-WAITING = 16  # tokens whose synapses wait to be folded; the smallest a matrix unit takes
+MAX_PENDING = 16  # pending tokens of a slot before they are flushed; the smallest tile of the tensor cores
 CHUNK = 256  # tokens of a prompt between two synapses
 LONGEST = 8192  # tokens of a prompt read at once; more would only take more memory
 MATRIX_BATCH = 8  # rows from which on products with the weights are matrix products
@@ -109,16 +109,16 @@ class CUDARunner:
 
         shape = (config.n_layer, n_slots)
         self.S = torch.empty(*shape, self.n, self.D, device=self.device)  # (L, slots, n, D) float32
-        self.waiting_R = torch.empty(*shape, WAITING, self.n, device=self.device, dtype=self.dtype)
-        values = (h, WAITING, self.D) if self.delta else (WAITING, self.D)
-        self.waiting_x = torch.empty(*shape, *values, device=self.device, dtype=self.dtype)
-        self.waiting_c = torch.empty(*shape, h, WAITING, device=self.device) if self.decays else None  # float32
-        tables = (self.S, self.waiting_R, self.waiting_x, self.waiting_c)
+        self.pending_R = torch.empty(*shape, MAX_PENDING, self.n, device=self.device, dtype=self.dtype)
+        values = (h, MAX_PENDING, self.D) if self.delta else (MAX_PENDING, self.D)
+        self.pending_x = torch.empty(*shape, *values, device=self.device, dtype=self.dtype)
+        self.pending_c = torch.empty(*shape, h, MAX_PENDING, device=self.device) if self.decays else None  # float32
+        tables = (self.S, self.pending_R, self.pending_x, self.pending_c)
         self.all_slots_nbytes = sum(table.nbytes for table in tables if table is not None)
         self.state_nbytes = self.S.nbytes // n_slots
-        self.grain, self.prefill_chunk = CHUNK, 4096
+        self.prefill_alignment, self.prefill_chunk = CHUNK, 4096
         self.position = [0] * n_slots
-        self.waiting = [0] * n_slots
+        self.n_pending = [0] * n_slots
         self.steps: dict[int, Step] = {}
         self.few, self.many = FEW.fitted(self.N), MANY.fitted(self.N)
 
@@ -133,11 +133,11 @@ class CUDARunner:
 
     def clear(self, slot: int) -> None:
         self.S[:, slot] = 0
-        self.position[slot] = self.waiting[slot] = 0
+        self.position[slot] = self.n_pending[slot] = 0
 
     @torch.inference_mode()
     def read_state(self, slot: int) -> BDHState:
-        self.fold([slot])
+        self.flush([slot])
         h = self.config.n_head
         synapses = [interleaved(S[slot], h).reshape(1, h, self.N, self.D).clone() for S in self.S]  # (1, h, N, D)
         position = torch.tensor([self.position[slot]], device=self.device)
@@ -148,30 +148,30 @@ class CUDARunner:
         for S, given in zip(self.S, state.synapses, strict=True):
             S[slot] = halved(given.to(self.device).reshape(self.n, self.D), self.config.n_head)
         self.position[slot] = int(state.position)
-        self.waiting[slot] = 0
+        self.n_pending[slot] = 0
 
-    def fold(self, slots: Sequence[int]) -> None:
-        """Adds what waits in some slots to their synapses."""
-        slots = [slot for slot in slots if self.waiting[slot]]
+    def flush(self, slots: Sequence[int]) -> None:
+        """Write the pending tokens of these slots into their synapses."""
+        slots = [slot for slot in slots if self.n_pending[slot]]
         if not slots:
             return
-        folding = torch.tensor([slots, [self.waiting[slot] for slot in slots]], device=self.device)  # (2, F)
+        pending = torch.tensor([slots, [self.n_pending[slot] for slot in slots]], device=self.device)  # (2, F)
         rows, by_head = 32, self.gates is not None
         blocks = self.config.n_head * triton.cdiv(self.N, rows) if by_head else triton.cdiv(self.n, rows)
         fold[(blocks, len(slots), self.config.n_layer)](
-            folding, self.S, self.waiting_R, self.waiting_x, self.waiting_c, len(slots), self.n_slots, self.n, self.D,
-            self.N, BY_HEAD=by_head, DELTA=self.delta, ROWS=rows, W=WAITING, BLOCK_D=block(self.D), num_warps=8,
+            pending, self.S, self.pending_R, self.pending_x, self.pending_c, len(slots), self.n_slots, self.n, self.D,
+            self.N, BY_HEAD=by_head, DELTA=self.delta, ROWS=rows, W=MAX_PENDING, BLOCK_D=block(self.D), num_warps=8,
         )  # fmt: skip
         for slot in slots:
-            self.waiting[slot] = 0
+            self.n_pending[slot] = 0
 
     # ------------------------------------------------------------------------------------------------- one token
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        full = [slot for slot in slots if self.waiting[slot] == WAITING]
+        full = [slot for slot in slots if self.n_pending[slot] == MAX_PENDING]
         if full:
-            self.fold(full)
+            self.flush(full)
         rows = len(slots)
         B = next((size for size in BATCHES if size >= rows), triton.cdiv(rows, BATCHES[-1]) * BATCHES[-1])
         step = self.steps.get(B) or self.record(B)
@@ -180,7 +180,7 @@ class CUDARunner:
         staged = step.staged.numpy()  # (4, B)
         staged[0, :rows], staged[1, :rows] = tokens, slots
         staged[1, rows:] = -1
-        staged[2, :rows], staged[3, :rows] = [self.position[s] for s in slots], [self.waiting[s] for s in slots]
+        staged[2, :rows], staged[3, :rows] = [self.position[s] for s in slots], [self.n_pending[s] for s in slots]
         step.inputs.copy_(step.staged, non_blocking=True)
         if step.graph is None or step.copied is None:
             self.launch(step)
@@ -189,7 +189,7 @@ class CUDARunner:
             step.graph.replay()
         for slot in slots:
             self.position[slot] += 1
-            self.waiting[slot] += 1
+            self.n_pending[slot] += 1
         return step.logits[:rows].clone()  # (rows, V); the next step overwrites its own
 
     @torch.inference_mode()
@@ -243,12 +243,12 @@ class CUDARunner:
             if not fused:
                 torch.mm(step.v, self.encoder.T, out=step.X)
             fire_and_read[(config.n_head * tiles.split, B)](
-                step.inputs, step.v, cos, sin, self.encoder, self.S[i], self.waiting_R[i], self.waiting_x[i],
-                None if self.waiting_c is None else self.waiting_c[i], step.x if gated else None,
+                step.inputs, step.v, cos, sin, self.encoder, self.S[i], self.pending_R[i], self.pending_x[i],
+                None if self.pending_c is None else self.pending_c[i], step.x if gated else None,
                 self.gate_weights, self.gate_constants, step.squares if self.delta else None,
                 step.X, step.parts, step.tickets, step.A, B, self.n, D, half, eps, FIRE=fused, DECAY=config.decay,
                 DELTA=self.delta, SPLIT=tiles.split, TILES=triton.cdiv(half, tiles.split * tiles.pairs),
-                PAIRS=tiles.pairs, W=WAITING, BLOCK_P=8, BLOCK_D=wide, num_warps=tiles.read_warps,
+                PAIRS=tiles.pairs, W=MAX_PENDING, BLOCK_P=8, BLOCK_D=wide, num_warps=tiles.read_warps,
             )  # fmt: skip
             (self.answer_rows if fused else self.answer_batch)(step)
         head[(triton.cdiv(config.vocab_size, 32), B)](
@@ -296,7 +296,7 @@ class CUDARunner:
 
     def read_parts(self, slot: int, tokens: Sequence[int]) -> Iterator[Tensor]:
         """Reads tokens into a slot; yields x after the last layer, (T, D), of some at a time."""
-        self.fold([slot])
+        self.flush([slot])
         for start in range(0, len(tokens), LONGEST):
             part = tokens[start : start + LONGEST]
             v = self.read(slot, torch.from_numpy(np.array(part, dtype=np.int64)).to(self.device))  # (T, D)

@@ -13,7 +13,7 @@ from bdh.model import BDHState
 
 
 @dataclass(eq=False)
-class Branch:
+class Sequence:
     """One continuation of a request."""
 
     request: Request
@@ -60,11 +60,11 @@ class Branch:
 
 
 @dataclass(eq=False)
-class Group:
+class SequenceGroup:
     """The continuations of one request. The first to get a slot reads the prompt for all."""
 
-    branches: list[Branch]
-    reader: Branch | None = None
+    sequences: list[Sequence]
+    reader: Sequence | None = None
     after_prompt: tuple[BDHState, Tensor] | None = None  # for those still waiting: the state, and the logits (V,)
 
 
@@ -77,7 +77,7 @@ class WaitingQueue:
     """
 
     def __init__(self) -> None:
-        self.queues: dict[str | None, deque[Branch]] = {}
+        self.queues: dict[str | None, deque[Sequence]] = {}
         self.preempted = 0
         self._last_turns: dict[str | None, int] = {}  # the turn in which each waiting client got its last slot
         self._turns = count(1)
@@ -85,37 +85,37 @@ class WaitingQueue:
     def __len__(self) -> int:
         return sum(map(len, self.queues.values()))
 
-    def __iter__(self) -> Iterator[Branch]:
-        return (branch for queue in self.queues.values() for branch in queue)
+    def __iter__(self) -> Iterator[Sequence]:
+        return (sequence for queue in self.queues.values() for sequence in queue)
 
-    def extend(self, branches: Iterable[Branch]) -> None:
-        for branch in branches:
-            self._queue_of(branch).append(branch)
+    def extend(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            self._queue_of(sequence).append(sequence)
 
-    def put_back(self, branch: Branch) -> None:
+    def put_back(self, sequence: Sequence) -> None:
         """Puts a preempted sequence at the head of its client's queue."""
-        self._queue_of(branch).appendleft(branch)
+        self._queue_of(sequence).appendleft(sequence)
         self.preempted += 1
 
-    def remove(self, branch: Branch) -> None:
-        client = branch.request.client
-        self.preempted -= branch.saved is not None
-        self.queues[client].remove(branch)
+    def remove(self, sequence: Sequence) -> None:
+        client = sequence.request.client
+        self.preempted -= sequence.saved is not None
+        self.queues[client].remove(sequence)
         if not self.queues[client]:
             del self.queues[client]
             self._last_turns.pop(client, None)
 
-    def take(self, branch: Branch) -> None:
+    def take(self, sequence: Sequence) -> None:
         """Removes a sequence that gets a slot."""
-        self._last_turns[branch.request.client] = next(self._turns)
-        self.remove(branch)
+        self._last_turns[sequence.request.client] = next(self._turns)
+        self.remove(sequence)
 
     def clear(self) -> None:
         self.queues.clear()
         self.preempted = 0
         self._last_turns.clear()
 
-    def next(self, running: Mapping[str | None, int], is_ready: Callable[[Branch], bool]) -> Branch | None:
+    def next(self, running: Mapping[str | None, int], is_ready: Callable[[Sequence], bool]) -> Sequence | None:
         """The sequence to get the next slot: of the client with the fewest slots, among equals of the one whose last
         turn is the longest ago, the one that has waited longest. None if none is ready.
 
@@ -125,16 +125,16 @@ class WaitingQueue:
         """
         clients = sorted(self.queues, key=lambda client: (running.get(client, 0), self._last_turns.get(client, 0)))
         for client in clients:
-            branch = next((branch for branch in self.queues[client] if is_ready(branch)), None)
-            if branch is not None:
-                return branch
+            sequence = next((sequence for sequence in self.queues[client] if is_ready(sequence)), None)
+            if sequence is not None:
+                return sequence
         return None
 
-    def _queue_of(self, branch: Branch) -> deque[Branch]:
-        return self.queues.setdefault(branch.request.client, deque())
+    def _queue_of(self, sequence: Sequence) -> deque[Sequence]:
+        return self.queues.setdefault(sequence.request.client, deque())
 
 
-def client_to_preempt(waiting: Branch, slots: Mapping[str | None, int]) -> tuple[bool, str | None]:
+def client_to_preempt(waiting: Sequence, slots: Mapping[str | None, int]) -> tuple[bool, str | None]:
     """Whether a client has to give up a slot, so that clients share the slots more evenly, and which client.
 
     It has at least two slots more than the client of the waiting sequence, or slots would go to and fro.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bdh.errors import BDHError
-from bdh.inference.answer import TokenLogprob, token_logprobs
+from bdh.inference.outputs import TokenLogprob, token_logprobs
 from bdh.inference.request import PromptLogprobs
 from bdh.model import BDHForCausalLM, BDHState
 

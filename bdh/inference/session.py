@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdh.data.chat_format import check_messages
-from bdh.inference import errands
-from bdh.inference.answer import Delta
+from bdh.inference import engine_rpc
 from bdh.inference.conversation import Conversation, Plan
+from bdh.inference.outputs import Delta
 from bdh.inference.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -40,14 +40,14 @@ class Session(Conversation):
         self._check_idle()
         reading = self._plan_read(text)
         after = None
-        if reading.asked is not None:
-            answer = self.llm.start(reading.asked, wants_deltas=True)
+        if reading.text_request is not None:
+            output = self.llm.start(reading.text_request, wants_deltas=True)
             try:
-                for _ in self.llm.pieces(answer):
+                for _ in self.llm.pieces(output):
                     pass
             finally:
-                self.llm.drop(answer)
-            after = answer.continuations[0].state
+                self.llm.drop(output)
+            after = output.continuations[0].state
         self._settle_reading(reading, after)
 
     def write(self, params: SamplingParams | None = None) -> Iterator[Delta]:
@@ -71,17 +71,17 @@ class Session(Conversation):
 
     def _turn(self, plan: Plan) -> Iterator[Delta]:
         """Has what is planned written. The session goes on from it when it is over, however that comes about."""
-        answer = self.llm.start(plan.asked, wants_deltas=True)
+        output = self.llm.start(plan.text_request, wants_deltas=True)
         self.busy = True
         given: list[str] = []
         try:
-            for delta in self.llm.pieces(answer):
+            for delta in self.llm.pieces(output):
                 given.append(delta.text)
                 yield delta
         finally:
             self.busy = False
-            self.llm.finish(answer)
-            self._settle(plan, answer, "".join(given), not answer.unfinished and not answer.deltas)
+            self.llm.finish(output)
+            self._settle(plan, output, "".join(given), not output.unfinished and not output.deltas)
 
     def save(self, path: str | Path) -> None:
         """Writes the session to a file, whole or not at all, for `LLM.load_session`.
@@ -89,11 +89,11 @@ class Session(Conversation):
         Raises:
             BDHError: An answer is not finished, or the file cannot be written; an older one is then as it was.
         """
-        errands.write_session(self.llm, self._snapshot(), path, {})
+        engine_rpc.write_session(self.llm, self._snapshot(), path, {})
 
     @classmethod
     def load(cls, llm: "LLM", path: str | Path) -> "Session":
         """Reads a session that `save` wrote. Raises BDHError if it is not one, or is of another model."""
         session = cls(llm)
-        session._restore(errands.read_session(llm, path))
+        session._restore(engine_rpc.read_session(llm, path))
         return session

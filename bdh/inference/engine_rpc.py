@@ -9,23 +9,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bdh.inference.figures import ModelFigures
+from bdh.inference.stats import ModelInfo
 
 if TYPE_CHECKING:
-    from bdh.inference.answer import Completion, TextRequest, TokenLogprob
     from bdh.inference.conversation import SavedConversation, Snapshot
     from bdh.inference.llm import LLM
+    from bdh.inference.outputs import Completion, TextRequest, TokenLogprob
     from bdh.inference.params import SamplingParams
     from bdh.inference.scoring import Scorer
 
 _fingerprint = threading.Lock()  # it is worked out once
 
 
-def figures(llm: "LLM") -> ModelFigures:
+def model_info(llm: "LLM") -> ModelInfo:
     """The sizes of the model."""
     runner, model = llm.runner, llm.model
     config = runner.config
-    return ModelFigures(
+    return ModelInfo(
         n_layer=config.n_layer,
         n_embd=config.n_embd,
         n_head=config.n_head,
@@ -54,9 +54,9 @@ def prepare_grammar(llm: "LLM", params: "SamplingParams") -> None:
     llm.prepare_grammar(params)
 
 
-def beam_search(llm: "LLM", asked: "TextRequest") -> "Completion":
+def beam_search(llm: "LLM", text_request: "TextRequest") -> "Completion":
     """The likeliest continuations. Raises BDHError."""
-    return llm.beam_search(asked)
+    return llm.beam_search(text_request)
 
 
 def begin_scoring(llm: "LLM", tokens: Sequence[int], top: int) -> "Scorer":

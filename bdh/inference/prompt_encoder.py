@@ -18,7 +18,7 @@ from bdh.data.chat_format import (
     split_at_stand_ins,
 )
 from bdh.errors import BDHError, PromptTooLong
-from bdh.inference.answer import TextRequest
+from bdh.inference.outputs import TextRequest
 from bdh.inference.params import SamplingParams
 from bdh.inference.request import Request
 
@@ -27,7 +27,7 @@ Prompt = str | Sequence[int]  # text, or its tokens
 COUNTED_CHARACTERS = 1 << 16  # of a long text that are tokenized at once to find out whether it is too long
 
 
-class Texts:
+class PromptEncoder:
     """Requests of texts, for one model. For any thread.
 
     A message of a conversation that spells a special token, as `<|endoftext|>`, has the token's characters, never the
@@ -164,18 +164,20 @@ class Texts:
         """A request to answer a conversation. Raises BDHError."""
         text, tokens = self.chat_tokens(messages)
         request = Request(tokens, params or SamplingParams(), keep_prefix=True)
-        return self.as_answer(TextRequest(request, text))
+        return self.as_chat_request(TextRequest(request, text))
 
-    def as_answer(self, asked: TextRequest) -> TextRequest:
+    def as_chat_request(self, text_request: TextRequest) -> TextRequest:
         """The same request, ending and beginning as answers do in this tokenizer's conversations."""
         end = self.chat_format.answer_end
         ends = tuple(dict.fromkeys((*self.end_token_ids, *self.chat_format.end_token_ids)))
-        stop = (*asked.request.params.stop, *end.stop)
-        return replace(asked, request=replace(asked.request, end_token_ids=ends), stop=stop, strip=bool(end.lead))
+        stop = (*text_request.request.params.stop, *end.stop)
+        return replace(
+            text_request, request=replace(text_request.request, end_token_ids=ends), stop=stop, strip=bool(end.lead)
+        )
 
-    def check_streamable(self, asked: TextRequest) -> None:
+    def check_streamable(self, text_request: TextRequest) -> None:
         """Raises BDHError if there is something to choose among at the end."""
-        params = asked.request.params
+        params = text_request.request.params
         for name, value, usual in (
             ("num_beams", params.num_beams, 1),
             ("best_of", params.best_of or params.n, params.n),

@@ -7,13 +7,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def first_stop(text: str, stop: Sequence[str]) -> int | None:
+def find_stop(text: str, stop: Sequence[str]) -> int | None:
     """Where the stop string begins that is complete first; of several complete at once, the longest. None without."""
     found = [(start + len(word), start) for word in stop if (start := text.find(word)) >= 0]
     return min(found)[1] if found else None
 
 
-def undecided(text: str, stop: Sequence[str]) -> int:
+def partial_stop_length(text: str, stop: Sequence[str]) -> int:
     """How many characters at the end of a text without a stop string may be the beginning of one."""
     longest = max(map(len, stop), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):
@@ -22,7 +22,7 @@ def undecided(text: str, stop: Sequence[str]) -> int:
     return 0
 
 
-class ContinuationText:
+class Detokenizer:
     """Hands on text as soon as it is settled; the text ends before the stop string that is complete first.
 
     What could be the beginning of a stop string is held back until it is known to be none. All this depends on the text
@@ -42,10 +42,10 @@ class ContinuationText:
         self.strip = strip
         self.stopped = False
         self.ends: list[int] = []  # how many characters were decoded after each token
-        self.held = ""
-        self.handed_on = 0  # characters, those left out at the beginning not counted
-        self.left_out = 0
-        self.space = ""  # white space before the text, as long as nothing was handed on
+        self.buffer = ""
+        self.emitted = 0  # characters, those left out at the beginning not counted
+        self.dropped = 0
+        self.leading_space = ""  # white space before the text, as long as nothing was handed on
 
     @property
     def tokens(self) -> list[int]:
@@ -60,16 +60,16 @@ class ContinuationText:
     def end(self) -> str:
         """The rest, when no token follows: what was held back, and replacement marks for half a character."""
         text = self._settle(self.decoder.end())
-        held, self.held = self.held, ""
-        return text + self._hand_on(held, last=True)
+        buffer, self.buffer = self.buffer, ""
+        return text + self._emit(buffer, last=True)
 
-    def kept(self, length: int) -> tuple[list[int], str]:
+    def split_at(self, length: int) -> tuple[list[int], str]:
         """What the first `length` characters handed on are made of, for who goes on from there.
 
         Returns:
             The tokens before the cut, and the text from there to the cut, where a token reaches across it.
         """
-        cut = length + self.left_out if length else 0
+        cut = length + self.dropped if length else 0
         whole = max((end for end in self.ends if end <= cut), default=0)  # characters
         count = self.ends.index(whole) + 1 if whole else 0
         return self.tokens[:count], self.decoder.written[whole:cut]
@@ -77,22 +77,22 @@ class ContinuationText:
     def _settle(self, text: str) -> str:
         if self.stopped:
             return ""
-        text = self.held + text
-        start = first_stop(text, self.stop)
+        text = self.buffer + text
+        start = find_stop(text, self.stop)
         self.stopped = start is not None
-        settled = len(text) - undecided(text, self.stop) if start is None else start
-        self.held = "" if self.stopped else text[settled:]
-        return self._hand_on(text[:settled], last=self.stopped)
+        settled = len(text) - partial_stop_length(text, self.stop) if start is None else start
+        self.buffer = "" if self.stopped else text[settled:]
+        return self._emit(text[:settled], last=self.stopped)
 
-    def _hand_on(self, text: str, last: bool = False) -> str:
+    def _emit(self, text: str, last: bool = False) -> str:
         """The text to hand on now; `last` says that no more follows, so that white space was all there is."""
-        if self.strip and not self.handed_on:
-            text = self.space + text
+        if self.strip and not self.emitted:
+            text = self.leading_space + text
             stripped = text.lstrip()
-            self.space = text[: len(text) - len(stripped)]
+            self.leading_space = text[: len(text) - len(stripped)]
             if stripped or not last:
-                self.left_out, text = len(self.space), stripped
+                self.dropped, text = len(self.leading_space), stripped
             else:
-                self.left_out, self.space = 0, ""
-        self.handed_on += len(text)
+                self.dropped, self.leading_space = 0, ""
+        self.emitted += len(text)
         return text

@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any
 
 HEADER = struct.Struct("!Q")
-STAYS = frozenset(
+REMOTE_TYPES = frozenset(
     {
         "bdh.model.modeling_bdh.BDHState",
         "bdh.inference.scoring.Scorer",
@@ -25,7 +25,7 @@ STAYS = frozenset(
 )
 
 
-class Remote:
+class RemoteHandle:
     """What stands for something that stays in the engine's process.
 
     Attributes:
@@ -35,18 +35,18 @@ class Remote:
         nbytes: That it takes, if it is a state.
     """
 
-    def __init__(self, number: int, length: int, nbytes: int, owner: "Stands | None" = None):
+    def __init__(self, number: int, length: int, nbytes: int, owner: "HandleTable | None" = None):
         self.number = number
         self.owner = owner
         self.length = length
         self.nbytes = nbytes
 
 
-def frame(payload: bytes) -> bytes:
+def encode_frame(payload: bytes) -> bytes:
     return HEADER.pack(len(payload)) + payload
 
 
-class Frames:
+class FrameDecoder:
     """Bytes as they come, cut into messages."""
 
     def __init__(self) -> None:
@@ -65,13 +65,13 @@ class Frames:
         del self._bytes[:start]
 
 
-def here(number: int) -> Any:
-    """In a message to the engine's process: the thing of this number. `Things.loads` puts it in."""
+def load_object(number: int) -> Any:
+    """In a message to the engine's process: the thing of this number. `ObjectTable.loads` puts it in."""
     raise pickle.UnpicklingError("a message for an engine's process was read elsewhere")
 
 
-def there(number: int, length: int, nbytes: int) -> Any:
-    """In a message from the engine's process: what stands for a thing. `Stands.loads` puts it in."""
+def load_handle(number: int, length: int, nbytes: int) -> Any:
+    """In a message from the engine's process: what stands for a thing. `HandleTable.loads` puts it in."""
     raise pickle.UnpicklingError("a message from an engine's process was read elsewhere")
 
 
@@ -101,32 +101,32 @@ def _dumps(message: Any, reduce: Callable[[Any], Any]) -> bytes:
     return file.getvalue()
 
 
-class Things:
+class ObjectTable:
     """In the engine's process: what stays there, by number."""
 
     def __init__(self) -> None:
-        self._things: dict[int, Any] = {}
+        self._objects: dict[int, Any] = {}
         self._numbers = count()
 
     def dumps(self, message: Any) -> bytes:
         return _dumps(message, self._reduce)
 
     def loads(self, data: bytes) -> Any:
-        return _Unpickler(data, here.__name__, self._things.__getitem__).load()
+        return _Unpickler(data, load_object.__name__, self._objects.__getitem__).load()
 
     def release(self, number: int) -> None:
-        self._things.pop(number, None)
+        self._objects.pop(number, None)
 
     def _reduce(self, obj: Any) -> Any:
         kind = type(obj)
-        if f"{kind.__module__}.{kind.__qualname__}" not in STAYS:
+        if f"{kind.__module__}.{kind.__qualname__}" not in REMOTE_TYPES:
             return NotImplemented
         number = next(self._numbers)
-        self._things[number] = obj
-        return there, (number, getattr(obj, "length", 0), getattr(obj, "nbytes", 0))
+        self._objects[number] = obj
+        return load_handle, (number, getattr(obj, "length", 0), getattr(obj, "nbytes", 0))
 
 
-class Stands:
+class HandleTable:
     """In the process that uses the engine: what stands for things there.
 
     Args:
@@ -140,16 +140,16 @@ class Stands:
         return _dumps(message, self._reduce)
 
     def loads(self, data: bytes) -> Any:
-        return _Unpickler(data, there.__name__, self._stand).load()
+        return _Unpickler(data, load_handle.__name__, self._handle).load()
 
-    def _stand(self, number: int, length: int, nbytes: int) -> Remote:
-        remote = Remote(number, length, nbytes, self)
+    def _handle(self, number: int, length: int, nbytes: int) -> RemoteHandle:
+        remote = RemoteHandle(number, length, nbytes, self)
         weakref.finalize(remote, self._release, number).atexit = False
         return remote
 
     def _reduce(self, obj: Any) -> Any:
-        if not isinstance(obj, Remote):
+        if not isinstance(obj, RemoteHandle):
             return NotImplemented
         if obj.owner is not self:
             raise RuntimeError("the engine failed: what this stands for was in a process that is gone")
-        return here, (obj.number,)
+        return load_object, (obj.number,)

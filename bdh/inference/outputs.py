@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bdh.errors import BDHError
+from bdh.inference.detokenizer import Detokenizer
 from bdh.inference.request import Event, FinishReason, PromptLogprobs, Request
-from bdh.inference.text import ContinuationText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -103,9 +103,9 @@ class Completion:
     @property
     def text(self) -> str:
         """The text of the first choice. Raises BDHError if there is an error instead."""
-        return self.answered().choices[0].text
+        return self.raise_for_error().choices[0].text
 
-    def answered(self) -> "Completion":
+    def raise_for_error(self) -> "Completion":
         """Itself. Raises BDHError if there is an error instead of an answer."""
         if self.error is not None:
             raise BDHError(self.error)
@@ -132,7 +132,7 @@ class TextRequest:
 class Continuation:
     """One continuation of a request, as it comes."""
 
-    def __init__(self, request: Request, index: int, text: ContinuationText):
+    def __init__(self, request: Request, index: int, text: Detokenizer):
         self.request = request
         self.index = index
         self.text = text
@@ -182,7 +182,7 @@ class Continuation:
         )
 
 
-class Answer:
+class RequestOutput:
     """All continuations of one request.
 
     Attributes:
@@ -192,12 +192,12 @@ class Answer:
         first_at, last_at: When its first and its last token came, by `time.perf_counter`; 0 before.
     """
 
-    def __init__(self, asked: TextRequest, tokenizer: "PreTrainedTokenizerFast", wants_deltas: bool = False):
-        self.asked = asked
-        self.request = asked.request
+    def __init__(self, text_request: TextRequest, tokenizer: "PreTrainedTokenizerFast", wants_deltas: bool = False):
+        self.text_request = text_request
+        self.request = text_request.request
         params = self.request.params
         self.continuations = [
-            Continuation(self.request, index, ContinuationText(tokenizer, asked.stop, asked.strip))
+            Continuation(self.request, index, Detokenizer(tokenizer, text_request.stop, text_request.strip))
             for index in range(params.best_of or params.n)
         ]
         self.unfinished = len(self.continuations)
@@ -225,9 +225,11 @@ class Answer:
     def completion(self) -> Completion:
         """The whole, when all are finished; with `best_of`, the `n` of highest mean log-probability a token."""
         if self.error is not None:
-            return Completion(self.asked.prompt, list(self.request.prompt), [], str(self.error))
+            return Completion(self.text_request.prompt, list(self.request.prompt), [], str(self.error))
         parts, params = self.continuations, self.request.params
         if len(parts) > params.n:
             parts = sorted(parts, key=Continuation.mean_logprob, reverse=True)[: params.n]
         choices = [part.choice(index) for index, part in enumerate(parts)]
-        return Completion(self.asked.prompt, list(self.request.prompt), choices, cached_tokens=self.cached_tokens)
+        return Completion(
+            self.text_request.prompt, list(self.request.prompt), choices, cached_tokens=self.cached_tokens
+        )

@@ -43,7 +43,7 @@ def queue_has_room(stats: EngineStats, client: str | None, count: int, queue_siz
 
 
 @dataclass(frozen=True)
-class ModelFigures:
+class ModelInfo:
     """A model at work.
 
     Attributes:

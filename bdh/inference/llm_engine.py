@@ -8,21 +8,21 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerFast
 
 from bdh.errors import BDHError
-from bdh.inference.answer import Answer, Completion, Delta, TextRequest
 from bdh.inference.beams import beam_search, plain_request
 from bdh.inference.constraint import Grammars
 from bdh.inference.engine import Engine
 from bdh.inference.interrupt import uninterrupted
+from bdh.inference.outputs import Completion, Delta, RequestOutput, TextRequest
 from bdh.inference.params import SamplingParams
+from bdh.inference.prompt_encoder import PromptEncoder
 from bdh.inference.request import Event, Request
 from bdh.inference.runner import Runner
-from bdh.inference.texts import Texts
 from bdh.model import BDHConfig, BDHForCausalLM
 
 log = logging.getLogger(__name__)
 
 
-class TextEngine(Texts):
+class LLMEngine(PromptEncoder):
     """Makes requests of texts, gives them to an engine, drives it, and makes text of what comes. For one thread.
 
     Several requests may be in work, begun by different callers: whoever calls `step` lets all of them go on.
@@ -59,34 +59,34 @@ class TextEngine(Texts):
         self.notify: Callable[[str], None] = log.warning
         self._reliable_length = reliable_length(runner.config)
         self.engine = self._new_engine()
-        self.answers: dict[str, Answer] = {}  # of requests in work
+        self.outputs: dict[str, RequestOutput] = {}  # of requests in work
         self._stepping = False
         self._dropped: deque[str] = deque()
 
     # ------------------------------------------------------------------------------- work; for one thread at a time
 
-    def check(self, asked: TextRequest) -> None:
+    def check(self, text_request: TextRequest) -> None:
         """Raises BDHError if the engine, or the beam search, would not take the request."""
-        request = asked.request
+        request = text_request.request
         if request.params.num_beams > 1:
             request = plain_request(self.model, request)
         self.prepare(request)
         self.engine.check(request)
         self.engine.constraint(request)
 
-    def start(self, asked: TextRequest, wants_deltas: bool = False) -> Answer:
+    def start(self, text_request: TextRequest, wants_deltas: bool = False) -> RequestOutput:
         """Gives a request to the engine. Raises BDHError (QueueFull among them) if it does not take it."""
-        self.prepare(asked.request)
-        self.engine.check(asked.request)  # first, as an answer takes memory for each of its continuations
-        answer = Answer(asked, self.tokenizer, wants_deltas)
+        self.prepare(text_request.request)
+        self.engine.check(text_request.request)  # first, as an answer takes memory for each of its continuations
+        output = RequestOutput(text_request, self.tokenizer, wants_deltas)
         try:
             with uninterrupted():
-                self.engine.add(asked.request)
-                self.answers[asked.request.id] = answer
+                self.engine.add(text_request.request)
+                self.outputs[text_request.request.id] = output
         except KeyboardInterrupt:
-            self.drop(answer)
+            self.drop(output)
             raise
-        return answer
+        return output
 
     def step(self) -> None:
         """One step of the engine; what comes of it goes to the answers. Ctrl-C waits for its end.
@@ -99,7 +99,7 @@ class TextEngine(Texts):
                 for event in self.engine.step():
                     self._hand_out(event)
             except Exception as error:
-                self.begin_anew(error)
+                self.restart_engine(error)
                 raise
             finally:
                 self._stepping = False
@@ -107,44 +107,44 @@ class TextEngine(Texts):
                 self.engine.cancel(self._dropped.popleft())
             self.check_length(self.engine.longest_position)
 
-    def drop(self, answer: Answer) -> None:
+    def drop(self, output: RequestOutput) -> None:
         """Ends what is left of a request; nothing more comes of it."""
         with uninterrupted():
-            if self.answers.pop(answer.request.id, None) is None:
+            if self.outputs.pop(output.request.id, None) is None:
                 return
             if self._stepping:  # an iterator that is closed by the garbage collector, in the middle of a step
-                self._dropped.append(answer.request.id)
+                self._dropped.append(output.request.id)
             else:
-                self.engine.cancel(answer.request.id)
+                self.engine.cancel(output.request.id)
 
-    def finish(self, answer: Answer) -> None:
+    def finish(self, output: RequestOutput) -> None:
         """As `drop`, and continuations that were going on get the states they left, if the request keeps them."""
         with uninterrupted():
-            if answer.request.id in self.answers and not self._stepping:
-                for continuation in answer.continuations:
+            if output.request.id in self.outputs and not self._stepping:
+                for continuation in output.continuations:
                     if continuation.finish_reason is None:
-                        continuation.state = self.engine.finish(answer.request.id, continuation.index)
-        self.drop(answer)
+                        continuation.state = self.engine.finish(output.request.id, continuation.index)
+        self.drop(output)
 
-    def pieces(self, answer: Answer) -> Iterator[Delta]:
+    def pieces(self, output: RequestOutput) -> Iterator[Delta]:
         """The deltas of an answer as they come, driving the engine meanwhile."""
         while True:
-            while answer.deltas:
-                yield answer.deltas.popleft()
-            if answer.error is not None:
-                raise answer.error
-            if not answer.unfinished:
+            while output.deltas:
+                yield output.deltas.popleft()
+            if output.error is not None:
+                raise output.error
+            if not output.unfinished:
                 return
             self.step()
 
-    def run(self, asked: Sequence[TextRequest]) -> Iterator[tuple[int, Completion]]:
+    def run(self, text_request: Sequence[TextRequest]) -> Iterator[tuple[int, Completion]]:
         """Completions as they get ready, with their numbers. Feeds the engine as its slots get free.
 
         One that cannot go on has an error in its completion, and the others do go on. Letting go of the iterator ends
         the rest. Raises BDHError where the engine does not take one.
         """
-        waiting = deque(enumerate(asked))
-        running: dict[int, Answer] = {}
+        waiting = deque(enumerate(text_request))
+        running: dict[int, RequestOutput] = {}
         try:
             while waiting or running:
                 while waiting and len(self.engine.waiting) < self.runner.n_slots:
@@ -155,35 +155,35 @@ class TextEngine(Texts):
                         running[number] = self.start(one)
                 if running or waiting:  # there may be no room because of others, who then go on
                     self.step()
-                for number, answer in list(running.items()):
-                    if answer.error is not None and not isinstance(answer.error, BDHError):
-                        raise answer.error
-                    if answer.error is not None or not answer.unfinished:
+                for number, output in list(running.items()):
+                    if output.error is not None and not isinstance(output.error, BDHError):
+                        raise output.error
+                    if output.error is not None or not output.unfinished:
                         yield number, running.pop(number).completion()
         finally:
-            for answer in running.values():
-                self.drop(answer)
+            for output in running.values():
+                self.drop(output)
 
-    def stream_of(self, asked: TextRequest) -> Iterator[Delta]:
+    def stream_of(self, text_request: TextRequest) -> Iterator[Delta]:
         """Pieces of a request's text as they come, begun when the first is asked for. Raises BDHError as `check`."""
-        self.check_streamable(asked)
-        self.check(asked)
-        return self._started(asked)
+        self.check_streamable(text_request)
+        self.check(text_request)
+        return self._started(text_request)
 
-    def _started(self, asked: TextRequest) -> Iterator[Delta]:
-        answer = self.start(asked, wants_deltas=True)
+    def _started(self, text_request: TextRequest) -> Iterator[Delta]:
+        output = self.start(text_request, wants_deltas=True)
         try:
-            yield from self.pieces(answer)
+            yield from self.pieces(output)
         finally:
-            self.drop(answer)
+            self.drop(output)
 
-    def beam_search(self, asked: TextRequest) -> Completion:
+    def beam_search(self, text_request: TextRequest) -> Completion:
         """The likeliest continuations; nothing else goes on meanwhile. Raises BDHError as `check`."""
-        self.check(asked)
+        self.check(text_request)
         assert self.model is not None
-        completion = beam_search(self.model, self.tokenizer, asked)
+        completion = beam_search(self.model, self.tokenizer, text_request)
         written = max(len(choice.tokens) for choice in completion.choices)
-        self.check_length(len(asked.request.prompt) + written)
+        self.check_length(len(text_request.request.prompt) + written)
         return completion
 
     def check_length(self, position: int) -> None:
@@ -216,28 +216,28 @@ class TextEngine(Texts):
             self.engine.grammars = self.grammars
 
     def _hand_out(self, event: Event) -> None:
-        answer = self.answers.get(event.request_id)
-        if answer is None:
+        output = self.outputs.get(event.request_id)
+        if output is None:
             return
         if event.error is not None:
-            answer.error = event.error
+            output.error = event.error
             self.engine.cancel(event.request_id)
-        elif answer.take(event):  # a stop string, of which the engine knows nothing
-            answer.continuations[event.index].state = self.engine.finish(event.request_id, event.index)
-        if answer.error is not None or not answer.unfinished:
-            del self.answers[event.request_id]
+        elif output.take(event):  # a stop string, of which the engine knows nothing
+            output.continuations[event.index].state = self.engine.finish(event.request_id, event.index)
+        if output.error is not None or not output.unfinished:
+            del self.outputs[event.request_id]
 
-    def begin_anew(self, error: Exception) -> None:
+    def restart_engine(self, error: Exception) -> None:
         """Ends all requests by an error, and takes a new engine."""
-        for answer in self.answers.values():
-            answer.error = error
-        self.answers.clear()
+        for output in self.outputs.values():
+            output.error = error
+        self.outputs.clear()
         self._dropped.clear()
         old, self.engine = self.engine, self._new_engine()
         old.prefixes.states.clear()  # the error's traceback keeps the old engine, but not its states
         old.groups.clear()
-        for branches in (old.waiting, old.reading, old.writing):
-            branches.clear()
+        for sequences in (old.waiting, old.reading, old.writing):
+            sequences.clear()
 
 
 def reliable_length(config: BDHConfig) -> int | None:
