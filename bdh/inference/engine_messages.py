@@ -1,8 +1,8 @@
-"""Messages between a process that has an engine and the one that uses it: a length, and a pickle of that many bytes.
+"""Messages between the engine's process and its client: typed, pickled, and framed by a length prefix.
 
-The two are one program on one machine, joined by a pair of sockets that nobody else can reach: nothing in here comes
-from outside. What belongs to the model, states above all, stays in the engine's process: a number stands for it, which
-goes back as that thing. When nothing in the other process stands for it any more, it may go.
+Both processes run the same program on one machine and share a socket pair that no other process can reach, so pickle is
+safe here. Objects of the model, above all states, stay in the engine's process; the client gets a handle that is
+resolved when it is sent back. An object is released when the client has no handle of it left.
 """
 
 import io
@@ -10,8 +10,17 @@ import pickle
 import struct
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from bdh.errors import BDHError
+
+if TYPE_CHECKING:
+    from bdh.inference.outputs import TextRequest
+    from bdh.inference.request import Event
+    from bdh.inference.stats import EngineStats, ModelInfo
 
 HEADER = struct.Struct("!Q")
 REMOTE_TYPES = frozenset(
@@ -24,15 +33,149 @@ REMOTE_TYPES = frozenset(
     }
 )
 
+# ------------------------------------------------------------------------------------------------ client to engine
 
-class RemoteHandle:
-    """What stands for something that stays in the engine's process.
+
+@dataclass(frozen=True)
+class AddRequest:
+    """Queue a request; answered by `RequestAdded` or `RequestRefused`."""
+
+    text_request: "TextRequest"
+
+
+@dataclass(frozen=True)
+class CancelRequest:
+    """End a request."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class FinishRequest:
+    """End a request and return the states of its continuations; answered by `CallResult`.
 
     Attributes:
-        number: Of that thing there.
-        owner: Of the process that it is in: numbers of others mean something else.
-        length: Tokens that it has read, if it is a state.
-        nbytes: That it takes, if it is a state.
+        call_id: Identifies the answer.
+        request_id: The request.
+        counts: Number of tokens of each continuation that the client has received; -1 for a finished one.
+    """
+
+    call_id: int
+    request_id: str
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class CallFunction:
+    """Call a function with the `LLM` and these arguments; answered by `CallResult` or `CallError`.
+
+    Attributes:
+        call_id: Identifies the answer.
+        function: A module-level function.
+        arguments: Arguments after the `LLM`.
+        in_thread: Whether to call it in a thread instead of between two engine steps.
+    """
+
+    call_id: int
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    in_thread: bool
+
+
+@dataclass(frozen=True)
+class CancelCall:
+    """Do not start a call that still waits for a thread: its caller was cancelled."""
+
+    call_id: int
+
+
+@dataclass(frozen=True)
+class ReleaseObject:
+    """Release an object of which the client has no handle left."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """End the process."""
+
+
+# ------------------------------------------------------------------------------------------------ engine to client
+
+
+@dataclass(frozen=True)
+class EngineReady:
+    """The model is loaded."""
+
+    model_info: "ModelInfo"
+    end_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    """The model cannot be loaded; the process ends."""
+
+    error: BDHError
+
+
+@dataclass(frozen=True)
+class RequestAdded:
+    """The request is in the engine's queue."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class RequestRefused:
+    """The engine did not take the request."""
+
+    request_id: str
+    error: Exception
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """The tokens of one engine step, and the engine's load after it."""
+
+    events: "list[Event]"
+    stats: "EngineStats"
+
+
+@dataclass(frozen=True)
+class EngineFailed:
+    """A step failed: all requests are lost, and the engine was restarted."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
+class CallResult:
+    """The return value of a call."""
+
+    call_id: int
+    value: Any
+
+
+@dataclass(frozen=True)
+class CallError:
+    """The exception of a call."""
+
+    call_id: int
+    error: Exception
+
+
+# --------------------------------------------------------------------------------------------------------- framing
+
+
+class RemoteHandle:
+    """Reference to an object in the engine's process.
+
+    Attributes:
+        number: Its number in the `ObjectTable` of that process.
+        owner: Handles of that process; a number means nothing in another one.
+        length: Number of tokens that a state has read.
+        nbytes: Size of a state.
     """
 
     def __init__(self, number: int, length: int, nbytes: int, owner: "HandleTable | None" = None):
@@ -47,13 +190,13 @@ def encode_frame(payload: bytes) -> bytes:
 
 
 class FrameDecoder:
-    """Bytes as they come, cut into messages."""
+    """Splits a stream of bytes into messages."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
 
-    def take(self, data: bytes) -> Iterator[bytes]:
-        """The messages that are complete with these bytes."""
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Add received bytes; yield the messages that are complete."""
         self._bytes += data
         start = 0
         while len(self._bytes) >= start + HEADER.size:
@@ -66,12 +209,12 @@ class FrameDecoder:
 
 
 def load_object(number: int) -> Any:
-    """In a message to the engine's process: the thing of this number. `ObjectTable.loads` puts it in."""
+    """Stand for an object in a pickled message to the engine; replaced by `ObjectTable.loads`."""
     raise pickle.UnpicklingError("a message for an engine's process was read elsewhere")
 
 
 def load_handle(number: int, length: int, nbytes: int) -> Any:
-    """In a message from the engine's process: what stands for a thing. `HandleTable.loads` puts it in."""
+    """Stand for a handle in a pickled message from the engine; replaced by `HandleTable.loads`."""
     raise pickle.UnpicklingError("a message from an engine's process was read elsewhere")
 
 
@@ -101,8 +244,13 @@ def _dumps(message: Any, reduce: Callable[[Any], Any]) -> bytes:
     return file.getvalue()
 
 
+@cache
+def is_remote(kind: type) -> bool:
+    return f"{kind.__module__}.{kind.__qualname__}" in REMOTE_TYPES
+
+
 class ObjectTable:
-    """In the engine's process: what stays there, by number."""
+    """Objects in the engine's process to which the client has handles."""
 
     def __init__(self) -> None:
         self._objects: dict[int, Any] = {}
@@ -118,8 +266,7 @@ class ObjectTable:
         self._objects.pop(number, None)
 
     def _reduce(self, obj: Any) -> Any:
-        kind = type(obj)
-        if f"{kind.__module__}.{kind.__qualname__}" not in REMOTE_TYPES:
+        if not is_remote(type(obj)):
             return NotImplemented
         number = next(self._numbers)
         self._objects[number] = obj
@@ -127,10 +274,10 @@ class ObjectTable:
 
 
 class HandleTable:
-    """In the process that uses the engine: what stands for things there.
+    """Handles in the client's process.
 
     Args:
-        release: Is told the number of each that nothing stands for any more; by whichever thread.
+        release: Called with the number of an object when its last handle is gone, in any thread.
     """
 
     def __init__(self, release: Callable[[int], None]):
@@ -151,5 +298,5 @@ class HandleTable:
         if not isinstance(obj, RemoteHandle):
             return NotImplemented
         if obj.owner is not self:
-            raise RuntimeError("the engine failed: what this stands for was in a process that is gone")
+            raise RuntimeError("the engine failed: this state was in a process that is gone")
         return load_object, (obj.number,)

@@ -231,7 +231,7 @@ class Models:
         """Takes a model whose process is gone out of service; how that ended."""
         del self.loaded[served.name]
         self.lost(served)
-        how = await asyncio.to_thread(llm.how_it_ended)
+        how = await asyncio.to_thread(llm.exit_reason)
         log.error("the engine of %s %s; another one is begun", served.name, how)
         await llm.close()
         return how

@@ -294,7 +294,7 @@ def test_a_process_that_is_killed_fails_what_it_had_and_nothing_else(export: Pat
                 assert isinstance(result, RuntimeError) and "the engine failed" in str(result)
             assert time.monotonic() - began < 1
             await llm.lost.wait()
-            assert llm.how_it_ended() == "was ended by SIGKILL"
+            assert llm.exit_reason() == "was ended by SIGKILL"
             with pytest.raises(RuntimeError, match="its process is gone"):
                 await llm.generate("a", ENDLESS)
 
@@ -427,27 +427,27 @@ def alive(pid: int) -> bool:
 
 def test_messages_however_they_are_cut() -> None:
     objects, released = ObjectTable(), list[int]()
-    stands = HandleTable(released.append)
+    handles = HandleTable(released.append)
     state = BDHState.zeros(small_model().config, 1)
     messages: list[Any] = [("a", state), ("b", list(range(1000))), ("c",)]
     for size in (1, 7, 100, 10**6):
         frames, data = FrameDecoder(), b"".join(encode_frame(objects.dumps(message)) for message in messages)
         pieces = [data[start : start + size] for start in range(0, len(data), size)]
-        came = [stands.loads(one) for piece in pieces for one in frames.take(piece)]
+        came = [handles.loads(one) for piece in pieces for one in frames.feed(piece)]
         assert came[1:] == messages[1:]
         remote = came[0][1]
         assert (remote.length, remote.nbytes) == (state.length, state.nbytes)
-        assert objects.loads(stands.dumps(("back", remote)))[1] is state
+        assert objects.loads(handles.dumps(("back", remote)))[1] is state
         number = remote.number
         del came, remote
         gc.collect()
         assert number in released
         objects.release(number)
         with pytest.raises(KeyError):
-            objects.loads(stands.dumps(RemoteHandle(number, 0, 0, stands)))
+            objects.loads(handles.dumps(RemoteHandle(number, 0, 0, handles)))
         with pytest.raises(RuntimeError, match="a process that is gone"):
-            HandleTable(released.append).dumps(RemoteHandle(number, 0, 0, stands))
-    assert replace(EngineSettings("x"), device="cpu") == objects.loads(stands.dumps(EngineSettings("x", device="cpu")))
+            HandleTable(released.append).dumps(RemoteHandle(number, 0, 0, handles))
+    assert replace(EngineSettings("x"), device="cpu") == objects.loads(handles.dumps(EngineSettings("x", device="cpu")))
 
 
 def test_an_engine_that_is_stopped_is_noticed(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,4 +500,4 @@ def test_an_error_does_not_end_the_questions_whether_the_engine_goes_on(
                 await asyncio.sleep(0.01)
 
     run(work())
-    assert caplog.text.count("answers whether it goes on with an error") == 3
+    assert caplog.text.count("answered a ping with an error") == 3
