@@ -1,4 +1,4 @@
-"""The text of one continuation while its tokens come: whole characters, and nothing of a stop string."""
+"""Incremental detokenization with stop strings."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,13 +8,13 @@ if TYPE_CHECKING:
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the stop string begins that is complete first; of several complete at once, the longest. None without."""
+    """Return the start of the stop string that is complete first, of several the longest; None if there is none."""
     found = [(start + len(word), start) for word in stop if (start := text.find(word)) >= 0]
     return min(found)[1] if found else None
 
 
 def partial_stop_length(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of a text without a stop string may be the beginning of one."""
+    """Return the length of the longest suffix of a text that may be the beginning of a stop string."""
     longest = max(map(len, stop), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):
         if any(word.startswith(text[-size:]) for word in stop):
@@ -23,56 +23,56 @@ def partial_stop_length(text: str, stop: Sequence[str]) -> int:
 
 
 class Detokenizer:
-    """Hands on text as soon as it is settled; the text ends before the stop string that is complete first.
+    """Detokenizes one continuation; emits complete characters, and no part of a stop string.
 
-    What could be the beginning of a stop string is held back until it is known to be none. All this depends on the text
-    alone, not on how it is split into tokens.
+    Text that may be the beginning of a stop string is buffered until it is known not to be one. The result depends on
+    the text alone, not on its split into tokens.
 
     Attributes:
-        stopped: Whether a stop string is complete: no text follows.
-        tokens: All tokens taken.
+        stopped: Whether a stop string is complete; no more text is emitted.
+        tokens: All tokens so far.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str] = (), strip: bool = False):
-        """strip leaves out white space before the text; a text that is nothing else is kept."""
+        """Strip leading white space with `strip`, unless the text has nothing else."""
         from bdh.data.tokenizer import IncrementalDecoder
 
         self.decoder = IncrementalDecoder(tokenizer)
         self.stop = stop
         self.strip = strip
         self.stopped = False
-        self.ends: list[int] = []  # how many characters were decoded after each token
+        self.ends: list[int] = []  # number of characters decoded after each token
         self.buffer = ""
-        self.emitted = 0  # characters, those left out at the beginning not counted
+        self.emitted = 0  # characters, without those dropped at the beginning
         self.dropped = 0
-        self.leading_space = ""  # white space before the text, as long as nothing was handed on
+        self.leading_space = ""  # leading white space, while nothing was emitted
 
     @property
     def tokens(self) -> list[int]:
         return self.decoder.tokens
 
     def step(self, token: int) -> str:
-        """The text that this token settles; often empty."""
+        """Add a token; return the text to emit, which is often empty."""
         text = self.decoder.step(token)
         self.ends.append(self.decoder.length)
         return self._settle(text)
 
     def end(self) -> str:
-        """The rest, when no token follows: what was held back, and replacement marks for half a character."""
+        """End the text; return the buffered rest, with replacement characters for an incomplete one."""
         text = self._settle(self.decoder.end())
         buffer, self.buffer = self.buffer, ""
         return text + self._emit(buffer, last=True)
 
     def split_at(self, length: int) -> tuple[list[int], str]:
-        """What the first `length` characters handed on are made of, for who goes on from there.
+        """Split the continuation after the first `length` emitted characters.
 
         Returns:
-            The tokens before the cut, and the text from there to the cut, where a token reaches across it.
+            The complete tokens before the split, and the text between their end and the split.
         """
         cut = length + self.dropped if length else 0
-        whole = max((end for end in self.ends if end <= cut), default=0)  # characters
-        count = self.ends.index(whole) + 1 if whole else 0
-        return self.tokens[:count], self.decoder.written[whole:cut]
+        complete = max((end for end in self.ends if end <= cut), default=0)  # characters
+        count = self.ends.index(complete) + 1 if complete else 0
+        return self.tokens[:count], self.decoder.written[complete:cut]
 
     def _settle(self, text: str) -> str:
         if self.stopped:
@@ -85,7 +85,7 @@ class Detokenizer:
         return self._emit(text[:settled], last=self.stopped)
 
     def _emit(self, text: str, last: bool = False) -> str:
-        """The text to hand on now; `last` says that no more follows, so that white space was all there is."""
+        """Return the text to emit; `last` means that no more follows, so that a text of white space is kept."""
         if self.strip and not self.emitted:
             text = self.leading_space + text
             stripped = text.lstrip()

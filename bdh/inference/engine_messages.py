@@ -246,6 +246,7 @@ def _dumps(message: Any, reduce: Callable[[Any], Any]) -> bytes:
 
 @cache
 def is_remote(kind: type) -> bool:
+    """Return whether instances stay in the engine's process."""
     return f"{kind.__module__}.{kind.__qualname__}" in REMOTE_TYPES
 
 
@@ -266,7 +267,7 @@ class ObjectTable:
         self._objects.pop(number, None)
 
     def _reduce(self, obj: Any) -> Any:
-        if not is_remote(type(obj)):
+        if not is_remote(obj.__class__):
             return NotImplemented
         number = next(self._numbers)
         self._objects[number] = obj

@@ -1,8 +1,11 @@
-"""Text requests on one engine: what `LLM` and `Session` drive, and `AsyncLLM` has driven in a thread."""
+"""Encodes text requests, runs them on the engine, and detokenizes the output; the base of `LLM`."""
 
 import logging
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 from transformers import PreTrainedTokenizerFast
@@ -11,7 +14,6 @@ from bdh.errors import BDHError
 from bdh.inference.beams import beam_search, plain_request
 from bdh.inference.constraint import Grammars
 from bdh.inference.engine import Engine
-from bdh.inference.interrupt import uninterrupted
 from bdh.inference.outputs import Completion, Delta, RequestOutput, TextRequest
 from bdh.inference.params import SamplingParams
 from bdh.inference.prompt_encoder import PromptEncoder
@@ -23,21 +25,21 @@ log = logging.getLogger(__name__)
 
 
 class LLMEngine(PromptEncoder):
-    """Makes requests of texts, gives them to an engine, drives it, and makes text of what comes. For one thread.
+    """Encodes prompts, steps the engine, and detokenizes its output. Not thread-safe.
 
-    Several requests may be in work, begun by different callers: whoever calls `step` lets all of them go on.
+    Several callers may have requests at the same time; each call of `step` advances all of them.
 
     Args:
         runner: The model and its slots.
-        tokenizer: Its tokenizer.
-        model: What beam search is done with, if there is such a model.
+        tokenizer: The model's tokenizer.
+        model: The model for beam search, or None.
         end_token_ids: Tokens that end a text.
-        prefix_cache_bytes: What kept states of prompts' beginnings may take.
+        prefix_cache_bytes: Size limit of the prefix cache.
         queue_size: Continuations that may wait for a slot.
 
     Attributes:
-        name: The model's, for messages to users.
-        notify: Called once with a line, when a model without decay has read past the block that it was trained on.
+        name: The model's name in messages to users.
+        notify: Called once with a line when a model without decay has read past its training block.
     """
 
     name = "MODEL"
@@ -59,14 +61,12 @@ class LLMEngine(PromptEncoder):
         self.notify: Callable[[str], None] = log.warning
         self._reliable_length = reliable_length(runner.config)
         self.engine = self._new_engine()
-        self.outputs: dict[str, RequestOutput] = {}  # of requests in work
+        self.outputs: dict[str, RequestOutput] = {}  # of unfinished requests, by id
         self._stepping = False
         self._dropped: deque[str] = deque()
 
-    # ------------------------------------------------------------------------------- work; for one thread at a time
-
     def check(self, text_request: TextRequest) -> None:
-        """Raises BDHError if the engine, or the beam search, would not take the request."""
+        """Raise BDHError if the engine, or beam search, would refuse the request."""
         request = text_request.request
         if request.params.num_beams > 1:
             request = plain_request(self.model, request)
@@ -75,9 +75,9 @@ class LLMEngine(PromptEncoder):
         self.engine.constraint(request)
 
     def start(self, text_request: TextRequest, wants_deltas: bool = False) -> RequestOutput:
-        """Gives a request to the engine. Raises BDHError (QueueFull among them) if it does not take it."""
+        """Queue a request in the engine. Raises BDHError, or QueueFull, if the engine refuses it."""
         self.prepare(text_request.request)
-        self.engine.check(text_request.request)  # first, as an answer takes memory for each of its continuations
+        self.engine.check(text_request.request)  # first: an output takes memory for each continuation
         output = RequestOutput(text_request, self.tokenizer, wants_deltas)
         try:
             with uninterrupted():
@@ -89,15 +89,15 @@ class LLMEngine(PromptEncoder):
         return output
 
     def step(self) -> None:
-        """One step of the engine; what comes of it goes to the answers. Ctrl-C waits for its end.
+        """Step the engine and add the tokens to the outputs. Ctrl-C waits for the end of the step.
 
-        An exception ends all requests: they get it too, and the engine begins anew.
+        After an exception, all requests end with it, and the engine is restarted.
         """
         with uninterrupted():
             self._stepping = True
             try:
                 for event in self.engine.step():
-                    self._hand_out(event)
+                    self._add_event(event)
             except Exception as error:
                 self.restart_engine(error)
                 raise
@@ -108,17 +108,17 @@ class LLMEngine(PromptEncoder):
             self.check_length(self.engine.longest_position)
 
     def drop(self, output: RequestOutput) -> None:
-        """Ends what is left of a request; nothing more comes of it."""
+        """End a request; its output no longer changes."""
         with uninterrupted():
             if self.outputs.pop(output.request.id, None) is None:
                 return
-            if self._stepping:  # an iterator that is closed by the garbage collector, in the middle of a step
+            if self._stepping:  # the garbage collector closed an iterator during a step
                 self._dropped.append(output.request.id)
             else:
                 self.engine.cancel(output.request.id)
 
     def finish(self, output: RequestOutput) -> None:
-        """As `drop`, and continuations that were going on get the states they left, if the request keeps them."""
+        """End a request as `drop` does, and store the states of its unfinished continuations if it keeps them."""
         with uninterrupted():
             if output.request.id in self.outputs and not self._stepping:
                 for continuation in output.continuations:
@@ -127,7 +127,7 @@ class LLMEngine(PromptEncoder):
         self.drop(output)
 
     def pieces(self, output: RequestOutput) -> Iterator[Delta]:
-        """The deltas of an answer as they come, driving the engine meanwhile."""
+        """Yield the deltas of a request, stepping the engine as needed."""
         while True:
             while output.deltas:
                 yield output.deltas.popleft()
@@ -137,23 +137,23 @@ class LLMEngine(PromptEncoder):
                 return
             self.step()
 
-    def run(self, text_request: Sequence[TextRequest]) -> Iterator[tuple[int, Completion]]:
-        """Completions as they get ready, with their numbers. Feeds the engine as its slots get free.
+    def run(self, text_requests: Sequence[TextRequest]) -> Iterator[tuple[int, Completion]]:
+        """Yield completions and their indices as they finish, queueing requests as slots become free.
 
-        One that cannot go on has an error in its completion, and the others do go on. Letting go of the iterator ends
-        the rest. Raises BDHError where the engine does not take one.
+        A request that fails has an error in its completion and does not affect the others. Closing the iterator ends
+        the remaining requests. Raises BDHError if the engine refuses a request.
         """
-        waiting = deque(enumerate(text_request))
+        waiting = deque(enumerate(text_requests))
         running: dict[int, RequestOutput] = {}
         try:
             while waiting or running:
                 while waiting and len(self.engine.waiting) < self.runner.n_slots:
-                    number, one = waiting.popleft()
-                    if one.request.params.num_beams > 1:
-                        yield number, self.beam_search(one)
+                    number, text_request = waiting.popleft()
+                    if text_request.request.params.num_beams > 1:
+                        yield number, self.beam_search(text_request)
                     else:
-                        running[number] = self.start(one)
-                if running or waiting:  # there may be no room because of others, who then go on
+                        running[number] = self.start(text_request)
+                if running or waiting:  # other callers' requests may fill the queue
                     self.step()
                 for number, output in list(running.items()):
                     if output.error is not None and not isinstance(output.error, BDHError):
@@ -165,7 +165,7 @@ class LLMEngine(PromptEncoder):
                 self.drop(output)
 
     def stream_of(self, text_request: TextRequest) -> Iterator[Delta]:
-        """Pieces of a request's text as they come, begun when the first is asked for. Raises BDHError as `check`."""
+        """Yield the text of a request piece by piece, starting with the first `next`. Raises BDHError as `check`."""
         self.check_streamable(text_request)
         self.check(text_request)
         return self._started(text_request)
@@ -178,7 +178,7 @@ class LLMEngine(PromptEncoder):
             self.drop(output)
 
     def beam_search(self, text_request: TextRequest) -> Completion:
-        """The likeliest continuations; nothing else goes on meanwhile. Raises BDHError as `check`."""
+        """Run a beam search, during which the engine does not step. Raises BDHError as `check`."""
         self.check(text_request)
         assert self.model is not None
         completion = beam_search(self.model, self.tokenizer, text_request)
@@ -187,7 +187,7 @@ class LLMEngine(PromptEncoder):
         return completion
 
     def check_length(self, position: int) -> None:
-        """Notifies, the first time that a sequence is longer than the model is reliable for."""
+        """Notify the first time that a sequence exceeds the reliable length of the model."""
         if self._reliable_length is not None and position > self._reliable_length:
             hint = ""
             if self.runner.config.write == "add":
@@ -203,43 +203,59 @@ class LLMEngine(PromptEncoder):
 
     @cached_property
     def grammars(self) -> Grammars:
-        """What compiles regular expressions and schemas for this tokenizer; for any thread."""
+        """Compiler of regular expressions and JSON schemas for this tokenizer. Thread-safe."""
         return Grammars(self.tokenizer, self.vocab_size)
 
     def prepare_grammar(self, params: SamplingParams) -> None:
-        """Compiles what constrains a request, so that `start` finds it ready; for any thread. Raises BDHError."""
+        """Compile the grammar of a request ahead of `start`. Thread-safe. Raises BDHError."""
         self.grammars.constraint(params)
 
     def prepare(self, request: Request) -> None:
-        """Gives the engine grammars when the first request needs them."""
+        """Give the engine its grammar compiler if the request needs it."""
         if request.params.regex is not None or request.params.json_schema is not None:
             self.engine.grammars = self.grammars
 
-    def _hand_out(self, event: Event) -> None:
+    def _add_event(self, event: Event) -> None:
         output = self.outputs.get(event.request_id)
         if output is None:
             return
         if event.error is not None:
             output.error = event.error
             self.engine.cancel(event.request_id)
-        elif output.take(event):  # a stop string, of which the engine knows nothing
+        elif output.take(event):  # at a stop string, which the engine does not see
             output.continuations[event.index].state = self.engine.finish(event.request_id, event.index)
         if output.error is not None or not output.unfinished:
             del self.outputs[event.request_id]
 
     def restart_engine(self, error: Exception) -> None:
-        """Ends all requests by an error, and takes a new engine."""
+        """End all requests with an error, and create a new engine."""
         for output in self.outputs.values():
             output.error = error
         self.outputs.clear()
         self._dropped.clear()
         old, self.engine = self.engine, self._new_engine()
-        old.prefixes.states.clear()  # the error's traceback keeps the old engine, but not its states
+        old.prefixes.states.clear()  # the traceback holds the old engine; free its states
         old.groups.clear()
         for sequences in (old.waiting, old.reading, old.writing):
             sequences.clear()
 
 
 def reliable_length(config: BDHConfig) -> int | None:
-    """Tokens up to which a model is reliable: its training block, if it has no decay; None for no limit, or unknown."""
+    """Return the length up to which a model without decay is reliable: its training block. Otherwise None."""
     return config.training_block_size if config.decay == "none" else None
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Delay Ctrl-C until the end of the block. Does nothing outside the main thread, which alone gets it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)

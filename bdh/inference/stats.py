@@ -1,11 +1,11 @@
-"""What an engine tells of itself: its model's sizes, its load, its counts."""
+"""Statistics of an engine, and sizes of its model."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class EngineStats:
-    """The present load, and counts since the engine was made."""
+    """Present load of an engine, and counters since its creation."""
 
     running: int = 0
     waiting: int = 0
@@ -15,25 +15,25 @@ class EngineStats:
     decode_tokens: int = 0
     prefix_hits: int = 0
     prefix_tokens_saved: int = 0
-    prefix_nbytes: int = 0  # bytes of the states kept of prompts' beginnings
+    prefix_nbytes: int = 0  # size of the prefix cache
     preempted: int = 0
-    preempted_nbytes: int = 0  # bytes of the states of those that gave up their slot and wait for another
-    slots_nbytes: int = 0  # bytes that the slots take, in use or not
-    waiting_of: dict[str | None, int] = field(default_factory=dict)  # by client, also of those that only run
+    preempted_nbytes: int = 0  # size of the states of preempted sequences
+    slots_nbytes: int = 0  # size of all slots, in use or not
+    waiting_of: dict[str | None, int] = field(default_factory=dict)  # by client; 0 for one whose sequences all run
 
 
 def queue_has_room(stats: EngineStats, client: str | None, count: int, queue_size: int, free: int) -> bool:
-    """Whether a client may have so many continuations more in the queue.
+    """Return whether a client may add `count` continuations to the queue.
 
-    A full queue still takes those of a client that has less than its share, which is the same for all clients at work:
-    nobody is locked out by another. So it holds, of n clients, 1 + 1/2 + … + 1/n times `queue_size` at most.
+    A full queue still accepts those of a client with less than its equal share, so that no client locks out another.
+    With n clients it therefore holds at most 1 + 1/2 + … + 1/n times `queue_size`.
 
     Args:
-        stats: The load.
-        client: Whose they are.
-        count: Of the continuations.
-        queue_size: How many may wait.
-        free: Slots that are free: who gets one does not wait.
+        stats: Present load.
+        client: The client.
+        count: Number of its new continuations.
+        queue_size: Capacity of the queue.
+        free: Number of free slots.
     """
     if stats.waiting + count <= queue_size + free:
         return True
@@ -44,16 +44,16 @@ def queue_has_room(stats: EngineStats, client: str | None, count: int, queue_siz
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model at work.
+    """Sizes of a loaded model.
 
     Attributes:
-        n_layer, n_embd, n_head, n_neurons, vocab_size: Of its configuration; `n_neurons` are those of all heads.
-        n_parameters: How many; 0 for a runner that keeps no model.
-        state_nbytes: Bytes of one sequence's state.
-        n_slots: Continuations that can be in work at once.
+        n_layer, n_embd, n_head, n_neurons, vocab_size: Values of its configuration; `n_neurons` counts all heads.
+        n_parameters: Number of parameters; 0 for a runner without a model.
+        state_nbytes: Size of the state of one sequence.
+        n_slots: Maximum number of running continuations.
         device: "cpu", "cuda" or "mps".
-        dtype: Of its weights, as "float32".
-        loaded_nbytes: Memory that the engine's own process had when the model was loaded; 0 if it has none.
+        dtype: Data type of its weights, such as "float32".
+        loaded_nbytes: Memory of the engine's own process after loading; 0 if it has none.
     """
 
     n_layer: int
