@@ -296,7 +296,7 @@ class AsyncModel(ABC):
         """
         async with self.background_lock():
             scorer = await self.call(engine_rpc.begin_scoring, list(tokens), top)
-            while not await self.call(engine_rpc.score_piece, scorer):
+            while not await self.call(engine_rpc.score_chunk, scorer):
                 pass
             return await self.call(engine_rpc.scores, scorer)
 
