@@ -19,8 +19,8 @@ from bdh.errors import BDHError
 from bdh.json_text import to_json
 
 if TYPE_CHECKING:
-    from bdh.inference.answer import Completion, TextRequest
     from bdh.inference.llm import LLM
+    from bdh.inference.outputs import Completion, TextRequest
     from bdh.inference.params import SamplingParams
     from bdh.training.processes import Processes
 

@@ -41,7 +41,7 @@ def alike(one: bytes, other: bytes) -> bool:
 # torchrun does, it ends the others where one has failed.
 LAUNCHER = """
 import json, os, signal, sys
-import bdh.inference.heads
+import bdh.inference.tensor_parallel
 import bdh.training.processes
 from bdh.cli.main import main
 

@@ -19,7 +19,7 @@ from bdh.data.tokenizer import byte_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
 from bdh.inference.llm import end_tokens
-from bdh.inference.texts import Texts
+from bdh.inference.prompt_encoder import PromptEncoder
 from bdh.model import BDHConfig
 from tests.conftest import TEXT
 
@@ -64,7 +64,7 @@ def learned(tokenizer: PreTrainedTokenizerFast, messages: Any) -> list[str]:
     "tokenizer", [SPECIAL, WORDS, BYTES, PLAIN], ids=["template", "words", "transcript", "no end of text"]
 )
 def test_each_answer_stands_behind_the_prompt_that_inference_makes(tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = Texts(tokenizer, len(tokenizer), end_tokens(tokenizer, None, BDHConfig()))
+    texts = PromptEncoder(tokenizer, len(tokenizer), end_tokens(tokenizer, None, BDHConfig()))
     ids, _ = ChatEncoder(tokenizer).conversation(TALK)
     for number in (2, 4):
         asked = texts.chat_request(TALK[:number])
