@@ -42,7 +42,7 @@ def alike(one: bytes, other: bytes) -> bool:
 LAUNCHER = """
 import json, os, signal, sys
 import bdh.inference.heads
-import bdh.training.processes
+import bdh.distributed.processes
 from bdh.cli.main import main
 
 for name, processes, port, stdin, argv in json.load(sys.stdin):
