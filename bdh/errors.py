@@ -13,8 +13,8 @@ class BDHError(Exception):
     """
 
 
-class ToldElsewhere(BDHError):  # noqa: N818
-    """Another process of the same run says what is wrong."""
+class ReportedByOtherRank(BDHError):  # noqa: N818
+    """An error that another rank of the same run reports to the user."""
 
 
 class QueueFull(BDHError):  # noqa: N818

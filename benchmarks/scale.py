@@ -42,12 +42,13 @@ def worker(args: argparse.Namespace) -> None:
     import torch
     import torch.nn.functional as F
 
+    from bdh.distributed.config import DistributedConfig
+    from bdh.distributed.parallel import ParallelModel
+    from bdh.distributed.processes import Processes
     from bdh.model import BDHConfig, BDHForCausalLM
-    from bdh.training.config import DistributedConfig, TrainingConfig
+    from bdh.training.config import TrainingConfig
     from bdh.training.device import recompute_layers
     from bdh.training.optimizer import build_optimizer, learning_rate_at
-    from bdh.training.processes import Processes
-    from bdh.training.spread import Spread
 
     given = json.loads(args.worker)
     distributed = DistributedConfig(**given["distributed"])
@@ -61,13 +62,13 @@ def worker(args: argparse.Namespace) -> None:
             model.double()
         in_bfloat16 = given["precision"] == "bfloat16"
         compiled = torch.compile if given["compile"] else None
-        spread = Spread(model, processes, in_bfloat16, compiled)
+        parallel_model = ParallelModel(model, processes, in_bfloat16, compiled)
         del model
         if given["recompute"]:
-            recompute_layers(spread.model)
+            recompute_layers(parallel_model.model)
         settings = TrainingConfig(**given["training"])
-        optimizer = build_optimizer(spread.model, settings)
-        spread.model.train()
+        optimizer = build_optimizer(parallel_model.model, settings)
+        parallel_model.model.train()
         autocast = torch.autocast(processes.device.type, torch.bfloat16) if in_bfloat16 else nullcontext()
         B, T = given["rows"], given["length"]
         losses, began, first = [], 0.0, given["warm"]
@@ -79,13 +80,13 @@ def worker(args: argparse.Namespace) -> None:
             draw = torch.Generator().manual_seed(1000 * step + processes.share.rank)
             # Bytes that depend on the one before, so that there is something to learn.
             tokens = torch.randint(0, 16, (B, T + 1), generator=draw).cumsum(1).remainder(256).to(processes.device)
-            with spread.piece(is_last=True):
+            with parallel_model.sync_gradients(is_last=True):
                 with autocast:
-                    logits = spread.forward(tokens[:, :-1], use_cache=False).logits  # (B, T, V)
+                    logits = parallel_model.forward(tokens[:, :-1], use_cache=False).logits  # (B, T, V)
                     logits = logits if logits.dtype == torch.float64 else logits.float()
                     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
                 loss.backward()
-            spread.clip(1.0)
+            parallel_model.clip(1.0)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, settings)
             optimizer.step()
@@ -98,11 +99,11 @@ def worker(args: argparse.Namespace) -> None:
             "tokens_per_second": round(B * T * processes.share.world * given["steps"] / seconds, 1),
             "losses": [loss.item() for loss in losses],
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-            "parameters": sum(p.numel() for p in spread.model.parameters()),
+            "parameters": sum(p.numel() for p in parallel_model.model.parameters()),
             "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         }
         if given.get("checkpoints"):
-            found["checkpoints"] = checkpoints(spread, optimizer, processes)
+            found["checkpoints"] = checkpoints(parallel_model, optimizer, processes)
         if processes.is_main:
             print("FOUND", json.dumps(found))
 
@@ -118,7 +119,7 @@ def reverse_heads(model: Any) -> None:
     layer.encoder_v = torch.nn.ModuleList(reversed(layer.encoder_v))
 
 
-def checkpoints(spread: Any, optimizer: Any, processes: Any) -> list[dict[str, float]]:
+def checkpoints(parallel_model: Any, optimizer: Any, processes: Any) -> list[dict[str, float]]:
     """How long some checkpoints hold up the training, and how long they take."""
     from bdh.data.tokenizer import byte_tokenizer
     from bdh.training.checkpoint import CheckpointStore, collect
@@ -131,7 +132,9 @@ def checkpoints(spread: Any, optimizer: Any, processes: Any) -> list[dict[str, f
     with tempfile.TemporaryDirectory() as folder:
         saver = Saver(CheckpointStore(Path(folder), keep=1), byte_tokenizer(), processes)
         for step in range(1, 5):
-            saver.save(step, collect(spread.model, optimizer, None, spread.names), {"random": {}}, failed)
+            saver.save(
+                step, collect(parallel_model.model, optimizer, None, parallel_model.names), {"random": {}}, failed
+            )
             saver.wait()
             found.append({"pause_seconds": saver.pause_seconds, "write_seconds": saver.write_seconds})
         saver.close()

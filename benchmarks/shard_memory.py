@@ -21,11 +21,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from bdh.distributed.config import DistributedConfig
+from bdh.distributed.parallel import ParallelModel
+from bdh.distributed.processes import Processes
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.training.config import DistributedConfig
 from bdh.training.device import recompute_layers
-from bdh.training.processes import Processes
-from bdh.training.spread import Spread
 from benchmarks.record import save
 from benchmarks.scale import LARGE
 
@@ -44,17 +44,17 @@ def peak(processes: int, rows: int, length: int) -> int:
     with FakeTensorMode():
         model = BDHForCausalLM(BDHConfig(**LARGE))
         model.to = lambda *to: model  # type: ignore[method-assign, assignment]  # it is there; fakes cannot be swapped
-        spread = Spread(model, cast(Processes, fleet), bfloat16=True)
-        recompute_layers(spread.model)
-        optimizer = torch.optim.AdamW(spread.model.parameters(), lr=1e-3, foreach=False)
-        tracker = FSDPMemTracker(spread.model, optimizer) if processes > 1 else MemTracker()
+        parallel_model = ParallelModel(model, cast(Processes, fleet), bfloat16=True)
+        recompute_layers(parallel_model.model)
+        optimizer = torch.optim.AdamW(parallel_model.model.parameters(), lr=1e-3, foreach=False)
+        tracker = FSDPMemTracker(parallel_model.model, optimizer) if processes > 1 else MemTracker()
         if not isinstance(tracker, FSDPMemTracker):
-            tracker.track_external(spread.model, optimizer)
+            tracker.track_external(parallel_model.model, optimizer)
         tokens = torch.randint(0, 256, (rows, length + 1))  # (B, T + 1)
         with tracker:
             for _ in range(2):  # the optimizer's memory is made by its first step
                 with torch.autocast("cpu", torch.bfloat16):
-                    logits = spread.forward(tokens[:, :-1], use_cache=False).logits.float()  # (B, T, V)
+                    logits = parallel_model.forward(tokens[:, :-1], use_cache=False).logits.float()  # (B, T, V)
                     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
                 loss.backward()
                 optimizer.step()

@@ -85,7 +85,7 @@ def main() -> None:
             seconds[arm].append(turn(run, config, arm, trackers))
         looks = {}
         for arm, logging, others in (("default", config.logging, None), ("all trackers", every, trackers)):
-            run.review.config = replace(run.config, logging=logging)
+            run.evaluator.config = replace(run.config, logging=logging)
             looks[arm] = look(run, others)
         trackers.close()
         run.data.close()
@@ -109,7 +109,7 @@ def look(run: Trainer, trackers: Trackers | None) -> float:
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        _, histograms = run.review.activity()
+        _, histograms = run.evaluator.activity()
         if histograms:
             run.tracker.histograms(run.state.step, histograms)
         times.append(time.perf_counter() - started)

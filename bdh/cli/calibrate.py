@@ -77,7 +77,7 @@ def run(argv: list[str]) -> int:
         result = calibrate(
             model,
             tokens,
-            size / max(tokens.predicted(), 1),
+            size / max(tokens.num_target_tokens(), 1),
             block_size=block_size,
             length=length,
             windows=args.windows,

@@ -87,7 +87,7 @@ def run(argv: list[str]) -> int:
         raise BDHError(f"{name} has {len(tokens)} tokens; at least 2 are needed to score one")
     settings = TrainConfig().training
     settings.precision = args.precision
-    bytes_per_token = size / max(tokens.predicted(), 1)
+    bytes_per_token = size / max(tokens.num_target_tokens(), 1)
     if args.by_position is not None:
         end_of_text = tokenizer.eos_token_id if apart else None
         return by_position(args, model, name, tokens, bytes_per_token, end_of_text, settings, console)

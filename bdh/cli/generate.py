@@ -14,9 +14,9 @@ from bdh.cli.together import first_speaks, open_shared, together
 from bdh.errors import BDHError
 
 if TYPE_CHECKING:
+    from bdh.distributed.processes import Processes
     from bdh.inference.llm import LLM, TokenLogprob
     from bdh.inference.params import SamplingParams
-    from bdh.training.processes import Processes
 
 PROMPTS_HELP = (
     'answer a file of prompts: .txt, one a line; or .jsonl, objects with "prompt" or "messages" and settings of their '

@@ -10,7 +10,7 @@ from contextlib import suppress
 from errno import EBADF
 
 from bdh import __version__
-from bdh.errors import BDHError, ToldElsewhere
+from bdh.errors import BDHError, ReportedByOtherRank
 
 COMMANDS = {
     "quickstart": "train a small model on text that is already here, and let it write (about 2 minutes)",
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
             raise BDHError(f"{name} is not a command; {hint}")
         return importlib.import_module(f"bdh.cli.{name}").run(argv[1:])
-    except ToldElsewhere:
+    except ReportedByOtherRank:
         return 2
     except BDHError as error:
         prog = f"bdh {name}" if name in COMMANDS else "bdh"

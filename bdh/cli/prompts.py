@@ -19,10 +19,10 @@ from bdh.errors import BDHError
 from bdh.json_text import to_json
 
 if TYPE_CHECKING:
-    from bdh.inference.answer import Completion, TextRequest
+    from bdh.distributed.processes import Processes
     from bdh.inference.llm import LLM
+    from bdh.inference.outputs import Completion, TextRequest
     from bdh.inference.params import SamplingParams
-    from bdh.training.processes import Processes
 
 SEED_STRIDE = 1 << 16  # prompt i has the seed S + i · this: its n continuations, S, S + 1 …, are not those of the next
 CHOICES, ERROR = '"choices": ', '"error": '  # what follows the head

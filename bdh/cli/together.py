@@ -17,8 +17,8 @@ from bdh.cli.settings import notify, open_model
 from bdh.errors import BDHError
 
 if TYPE_CHECKING:
+    from bdh.distributed.processes import Processes
     from bdh.inference.llm import LLM
-    from bdh.training.processes import Processes
 
 FIRST_SPEAKS = 2.0  # seconds: torchrun ends the others within them
 SILENCE = 3600.0  # seconds: whoever reads what is written may stop for a while, and all wait for the first process
@@ -45,9 +45,9 @@ def together(args: Any) -> Iterator["Processes"]:
     Raises:
         BDHError: The flags do not suit several processes, or the others cannot be found, or are lost.
     """
-    from bdh.inference.heads import check_shared
-    from bdh.training.config import DistributedConfig
-    from bdh.training.processes import Processes
+    from bdh.distributed.config import DistributedConfig
+    from bdh.distributed.processes import Processes
+    from bdh.inference.tensor_parallel import check_shared
 
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
@@ -66,7 +66,7 @@ def open_shared(args: Any, processes: "Processes") -> "LLM":
     """The model that `add_model`'s flags and `--batch_size` name, or this process's part of it. Raises BDHError."""
     if processes.mesh is None:
         return open_model(args, args.batch_size)
-    from bdh.inference.heads import load_shared
+    from bdh.inference.tensor_parallel import load_shared
 
     random.seed(processes.on_main(lambda: random.getrandbits(63)))  # requests without a seed draw one of these
     llm = load_shared(args.model, processes.mesh["heads"], processes.device, args.dtype, args.batch_size)

@@ -149,7 +149,7 @@ def info(argv: list[str]) -> int:
         "text": name,
         "text_bytes": size,
         "text_tokens": len(tokens),
-        "bytes_per_token": size / max(tokens.predicted(), 1),
+        "bytes_per_token": size / max(tokens.num_target_tokens(), 1),
     }
     if args.json:
         print(to_json(facts))

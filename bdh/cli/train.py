@@ -90,9 +90,9 @@ def started_again() -> bool:
 
 def find(what: str, search: Callable[[], Path | None]) -> Path | None:
     """What a search for a checkpoint finds, which reads all of it; of several processes one does, where it can."""
-    from bdh.training.processes import first_finds
+    from bdh.distributed.processes import broadcast_from_main
 
-    return first_finds(what, search)
+    return broadcast_from_main(what, search)
 
 
 def newest_in(run: Path) -> Path | None:

@@ -55,8 +55,8 @@ class Batch:
     fresh: Tensor
 
     @property
-    def predicted(self) -> int:
-        """How many tokens are to be predicted."""
+    def num_target_tokens(self) -> int:
+        """The number of target tokens."""
         return int((self.tokens[:, 1:] >= 0).sum())
 
 
@@ -151,7 +151,7 @@ def open_data(
         rows,
         batch_size // share.world,
         validation,
-        sum(part.validation_bytes for part in parts) / max(validation.predicted(), 1),
+        sum(part.validation_bytes for part in parts) / max(validation.num_target_tokens(), 1),
         None if config.streaming else sum(part.train_tokens or 0 for part in parts),
         parts[0].identity if len(parts) == 1 else {"mixture": [part.identity for part in parts]},
         [line for part in parts for line in part.remarks],
@@ -286,7 +286,7 @@ class _Opener:
     def corpus(self) -> _Part:
         if self.config.streaming:
             raise BDHError("data.streaming true needs data.path or data.mixture; a corpus by name is read at once")
-        return self._still(self.prepared_corpus(), None, self.config.corpus, 1, False)
+        return self._open_map_style(self.prepared_corpus(), None, self.config.corpus, 1, False)
 
     def encoder_of(self, source: SourceConfig) -> Encoder:
         return ChatEncoder(self.tokenizer) if source.chat else self.encoder
@@ -299,7 +299,7 @@ class _Opener:
             return self._streamed(source, stream)
         text = self.prepared(source, source.split)
         held_out = self.prepared(source, source.validation_split) if source.validation_split else None
-        part = self._still(text, held_out, source.path, stream, source.chat)
+        part = self._open_map_style(text, held_out, source.path, stream, source.chat)
         part.remarks = [*find(source.path).remarks, *part.remarks]
         return part
 
@@ -319,7 +319,7 @@ class _Opener:
         self.say(f"{source.path} ({split}): {', '.join(filter(None, sizes))}")
         return text
 
-    def _still(self, text: Prepared, held_out: Prepared | None, name: str, stream: int, chat: bool) -> _Part:
+    def _open_map_style(self, text: Prepared, held_out: Prepared | None, name: str, stream: int, chat: bool) -> _Part:
         """A source that lies still: all of it tokenized."""
         config = self.config
         remarks = text.counts.remarks(name)

@@ -28,8 +28,8 @@ class Tokens:
     def dtype(self) -> np.dtype:
         return self.arrays[0].dtype
 
-    def predicted(self) -> int:
-        """How many of the tokens are to be predicted."""
+    def num_target_tokens(self) -> int:
+        """The number of tokens that are targets."""
         return sum(len(array) if array.dtype.kind == "u" else int((array >= 0).sum()) for array in self.arrays)
 
     def read(self, start: int, count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One engine for many callers: the model works in a thread of its own, callers await what comes of their requests."""
+"""Asynchronous interface to an engine in a thread of this process, for many concurrent callers."""
 
 import asyncio
 import queue
@@ -8,17 +8,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from transformers import PreTrainedTokenizerFast
 
 from bdh.errors import ModelClosed
-from bdh.inference import errands
-from bdh.inference.answer import TextRequest
-from bdh.inference.async_model import SHORT_PROMPT, Aside, AsyncModel, Call, Result, closed, engine_failed
-from bdh.inference.figures import EngineStats, ModelFigures
-from bdh.inference.llm import LLM
+from bdh.inference import engine_rpc
+from bdh.inference.async_model import SHORT_PROMPT, AsyncModel, BoundedLock, Call, Result, engine_failed, model_closed
+from bdh.inference.llm import LLM, LLMOptions
+from bdh.inference.outputs import TextRequest
 from bdh.inference.runner import Runner
+from bdh.inference.stats import EngineStats, ModelInfo
 from bdh.model import BDHForCausalLM
 
 __all__ = ["SHORT_PROMPT", "AsyncLLM"]
@@ -26,79 +26,64 @@ __all__ = ["SHORT_PROMPT", "AsyncLLM"]
 T = TypeVar("T")
 
 
-class Mailbox:
-    """From the engine's thread into one event loop: what comes while the loop is busy comes there together."""
+class EventQueue:
+    """Passes results from the engine's thread to one event loop, batching those posted while the loop is busy."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
-        self.letters: deque[tuple[Call, Result]] = deque()
-        self.called = False  # the loop has been told, and has not looked yet
-        self.aside = Aside()
+        self.messages: deque[tuple[Call, Result]] = deque()
+        self.scheduled = False  # whether `drain` is scheduled in the loop
+        self.background_lock = BoundedLock()
         self.lock = threading.Lock()
 
     def post(self, call: Call, result: Result) -> None:
         with self.lock:
-            self.letters.append((call, result))
-            called, self.called = self.called, True
-        if not called:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self.loop.call_soon_threadsafe(self.empty)
+            self.messages.append((call, result))
+            scheduled, self.scheduled = self.scheduled, True
+        if not scheduled:
+            with suppress(RuntimeError):  # the loop is closed
+                self.loop.call_soon_threadsafe(self.drain)
 
-    def empty(self) -> None:
+    def drain(self) -> None:
         with self.lock:
-            letters, self.letters = self.letters, deque()
-            self.called = False
-        for call, result in letters:
+            messages, self.messages = self.messages, deque()
+            self.scheduled = False
+        for call, result in messages:
             call.put(result)
 
 
 class ThreadCall(Call):
-    """A call whose results come from the engine's thread, which alone has its answer until it has let go of it."""
+    """Request of a caller whose results come from the engine's thread, which alone changes its output."""
 
-    def __init__(self, model: "AsyncLLM", asked: TextRequest, wants_deltas: bool):
-        super().__init__(model, asked, wants_deltas)
-        self.mailbox = model._mailbox()
+    def __init__(self, model: "AsyncLLM", text_request: TextRequest, wants_deltas: bool):
+        super().__init__(model, text_request, wants_deltas)
+        self.events = model._event_queue()
 
-    def hand(self, result: Result) -> None:
-        self.mailbox.post(self, result)
+    def put_threadsafe(self, result: Result) -> None:
+        self.events.post(self, result)
 
 
 class AsyncLLM(AsyncModel):
-    """As `LLM`, for any number of callers in any number of event loops. All of it but `close` may be used at once.
+    """Asynchronous `LLM` for any number of concurrent callers in any number of event loops.
 
-    After a failure of the engine it begins anew with what comes next. Arguments and errors as for `LLM`.
+    The engine is restarted after a failure. Takes the arguments and raises the errors of `LLM`.
     """
 
     def __init__(
         self,
         model: str | Path | BDHForCausalLM | Runner,
         tokenizer: PreTrainedTokenizerFast | None = None,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        quantization: str | None = None,
-        max_batch_size: int | None = None,
-        prefix_cache_bytes: int = 1 << 30,
-        queue_size: int = 4096,
+        **options: Unpack[LLMOptions],
     ):
-        self.llm = LLM(  # its engine is for the thread alone; what makes requests of texts is for everybody
-            model,
-            tokenizer,
-            device=device,
-            dtype=dtype,
-            quantization=quantization,
-            max_batch_size=max_batch_size,
-            prefix_cache_bytes=prefix_cache_bytes,
-            queue_size=queue_size,
-        )
+        self.llm = LLM(model, tokenizer, **options)  # only the thread may use its engine; encoding is thread-safe
         super().__init__(self.llm)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._calls: dict[str, ThreadCall] = {}  # in work; the thread's own
-        self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
+        self._calls: dict[str, ThreadCall] = {}  # by request id; used by the thread alone
+        self._event_queues: dict[asyncio.AbstractEventLoop, EventQueue] = {}
         self._closing = False
         self._closed = False
-        self._lock = threading.Lock()  # of `_closed`: no command is left behind
-        self._thread = threading.Thread(target=self._work, name="bdh-engine", daemon=True)
+        self._lock = threading.Lock()  # for `_closed`, so that no command is lost
+        self._thread = threading.Thread(target=self._run, name="bdh-engine", daemon=True)
         self._thread.start()
 
     @property
@@ -106,41 +91,41 @@ class AsyncLLM(AsyncModel):
         return self.llm.engine.stats
 
     @cached_property
-    def figures(self) -> ModelFigures:
-        return errands.figures(self.llm)
+    def model_info(self) -> ModelInfo:
+        return engine_rpc.model_info(self.llm)
 
-    def aside(self) -> Aside:
-        return self._mailbox().aside
+    def background_lock(self) -> BoundedLock:
+        return self._event_queue().background_lock
 
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
         def settle(result: T | None, error: Exception | None) -> None:
-            if future.done():  # the caller has gone
+            if future.done():  # the caller was cancelled
                 return
             if error is None:
                 future.set_result(result)  # type: ignore[arg-type]
             else:
                 future.set_exception(error)
 
-        def work() -> None:
+        def run() -> None:
             result, error = None, None
             if future.cancelled():
                 return
             try:
                 if self._closing:
-                    raise closed()
+                    raise model_closed()
                 result = function(self.llm, *arguments)
             except Exception as caught:
                 error = caught
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(settle, result, error)
 
-        self._command(work)
+        self._command(run)
         return await future
 
-    async def call_beside(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def call_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.to_thread(function, self.llm, *arguments)
 
     async def close(self) -> None:
@@ -155,23 +140,23 @@ class AsyncLLM(AsyncModel):
 
     # -------------------------------------------------------------------------------------------- in the event loop
 
-    def _mailbox(self) -> Mailbox:
+    def _event_queue(self) -> EventQueue:
         loop = asyncio.get_running_loop()
         with self._lock:
-            for other in [other for other in self._mailboxes if other.is_closed()]:
-                del self._mailboxes[other]
-            return self._mailboxes.setdefault(loop, Mailbox(loop))
+            for other in [other for other in self._event_queues if other.is_closed()]:
+                del self._event_queues[other]
+            return self._event_queues.setdefault(loop, EventQueue(loop))
 
     def _command(self, command: Callable[[], None], at_end: bool = False) -> None:
-        """Has the thread do something. Raises BDHError if there is none any more, unless it is to end something."""
+        """Queue a command for the thread. Raises BDHError if this is closed, unless the command only ends a request."""
         with self._lock:
             if not self._closed:
                 self._commands.put(command)
             elif not at_end:
                 raise ModelClosed("this model is closed; make another AsyncLLM")
 
-    def _new_call(self, asked: TextRequest, wants_deltas: bool) -> ThreadCall:
-        return ThreadCall(self, asked, wants_deltas)
+    def _new_call(self, text_request: TextRequest, wants_deltas: bool) -> ThreadCall:
+        return ThreadCall(self, text_request, wants_deltas)
 
     def _begin(self, call: Call) -> None:
         assert isinstance(call, ThreadCall)
@@ -185,70 +170,70 @@ class AsyncLLM(AsyncModel):
 
     # ---------------------------------------------------------------------------------------- in the engine's thread
 
-    def _work(self) -> None:
-        """The thread: does what it is told, and lets the engine go on while there are requests."""
+    def _run(self) -> None:
+        """Run commands, and step the engine while there are requests."""
         try:
             while not self._closing:
-                self._obey(wait=not self._calls)
+                self._run_commands(wait=not self._calls)
                 if self._calls and not self._closing:
                     self._step()
-        finally:  # also where this code is wrong: nobody waits in vain
+        finally:  # after any error, so that no caller waits forever
             with self._lock:
                 self._closed = True
             self._closing = True
             for call in self._calls.values():
-                call.hand(closed())
-            self._obey(wait=False)
+                call.put_threadsafe(model_closed())
+            self._run_commands(wait=False)
 
-    def _obey(self, wait: bool) -> None:
-        """Does all that it was told so far; waits for the first if there is nothing else to do.
+    def _run_commands(self, wait: bool) -> None:
+        """Run the commands queued so far; `wait` waits for the first one.
 
-        What is told meanwhile waits for the next time, so that long work in many calls leaves steps in between.
+        Commands queued in the meantime run after the next step, so that many long ones do not stop the engine.
         """
         for _ in range(max(self._commands.qsize(), int(wait))):
             self._commands.get()()
 
     def _add(self, call: ThreadCall) -> None:
         if self._closing:
-            call.hand(closed())
+            call.put_threadsafe(model_closed())
             return
         try:
-            if call.asked.request.params.num_beams > 1:
-                completion = self.llm.beam_search(call.asked)
-                call.hand(None)
-                call.hand(completion)
+            if call.text_request.request.params.num_beams > 1:
+                completion = self.llm.beam_search(call.text_request)
+                call.put_threadsafe(None)
+                call.put_threadsafe(completion)
             else:
-                call.answer = self.llm.start(call.asked, call.wants_deltas)
-                self._calls[call.asked.request.id] = call
-                call.hand(None)
-        except Exception as error:  # of this request alone
-            call.hand(error)
+                call.output = self.llm.start(call.text_request, call.wants_deltas)
+                self._calls[call.text_request.request.id] = call
+                call.put_threadsafe(None)
+        except Exception as error:  # concerns this request alone
+            call.put_threadsafe(error)
 
     def _end(self, call: Call, keep: bool = False) -> None:
-        if self._calls.pop(call.asked.request.id, None) is not None and call.answer is not None:
+        if self._calls.pop(call.text_request.request.id, None) is not None and call.output is not None:
             if keep:
-                self.llm.finish(call.answer)
+                self.llm.finish(call.output)
             else:
-                self.llm.drop(call.answer)
+                self.llm.drop(call.output)
 
     def _step(self) -> None:
-        """One step of the engine, and what came of it to those who wait."""
+        """Step the engine and pass the results on to the callers."""
         try:
             self.llm.step()
-        except Exception as error:  # the LLM has made a new engine
+        except Exception as error:  # the LLM has restarted its engine
             for call in self._calls.values():
-                call.hand(engine_failed(error))
+                call.put_threadsafe(engine_failed(error))
             self._calls.clear()
             return
-        for name, call in list(self._calls.items()):
-            answer = call.answer
-            assert answer is not None
-            if answer.deltas:
-                call.hand(list(answer.deltas))
-                answer.deltas.clear()
-            if isinstance(answer.error, Exception):
-                call.hand(answer.error)
-            elif not answer.unfinished and not call.wants_deltas:
-                call.hand(answer.completion())
-            if answer.error is not None or not answer.unfinished:
-                del self._calls[name]
+        for request_id, call in list(self._calls.items()):
+            output = call.output
+            assert output is not None
+            if output.deltas:
+                call.put_threadsafe(list(output.deltas))
+                output.deltas.clear()
+            if isinstance(output.error, Exception):
+                call.put_threadsafe(output.error)
+            elif not output.unfinished and not call.wants_deltas:
+                call.put_threadsafe(output.completion())
+            if output.error is not None or not output.unfinished:
+                del self._calls[request_id]

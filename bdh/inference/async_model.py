@@ -1,6 +1,6 @@
-"""A model that many wait for: what callers await of it, wherever its engine works.
+"""Asynchronous interface to an engine that serves many concurrent callers.
 
-`AsyncLLM` has the engine in a thread, `ProcessLLM` in a process of its own. Nothing here needs torch.
+`AsyncLLM` runs the engine in a thread, `ProcessLLM` in its own process. Imports no torch.
 """
 
 import asyncio
@@ -14,35 +14,35 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from bdh.data.chat_format import Message
 from bdh.errors import ModelClosed, QueueFull
-from bdh.inference import errands
-from bdh.inference.answer import Answer, Completion, Delta, TextRequest, TokenLogprob
+from bdh.inference import engine_rpc
 from bdh.inference.fair_executor import ExecutorClosed, FairExecutor, PendingLimit
-from bdh.inference.figures import EngineStats, ModelFigures
+from bdh.inference.outputs import Completion, Delta, RequestOutput, TextRequest, TokenLogprob
 from bdh.inference.params import SamplingParams
-from bdh.inference.texts import Prompt, Texts
+from bdh.inference.prompt_encoder import Prompt, PromptEncoder
+from bdh.inference.stats import EngineStats, ModelInfo
 
 if TYPE_CHECKING:
     from bdh.inference.async_session import AsyncSession
 
 T = TypeVar("T")
 
-Result = list[Delta] | Completion | Exception | None  # None: the request is in the engine
+Result = list[Delta] | Completion | Exception | None  # None: the engine has queued the request
 
-SHORT_PROMPT = 4096  # characters, or tokens, that are made a request of sooner than a thread is asked to
-BESIDE = 2  # threads for longer ones, and as many for chats
-MOST_WAITING = 64  # long prompts for these threads, in equal shares for clients; texts to be scored
+SHORT_PROMPT = 4096  # characters, or tokens, up to which a prompt is encoded in the event loop
+THREADS = 2  # for encoding longer prompts, and as many for chats
+MAX_PENDING_CALLS = 64  # calls that wait for these threads, shared equally among clients; texts to be scored
 
 
-class Aside:
-    """Long work that is no request of the engine's: one at a time, so that requests go on; a few wait."""
+class BoundedLock:
+    """Lock with a bounded number of waiters, for long work between engine steps. Raises QueueFull on entering."""
 
     def __init__(self) -> None:
         self.turn = asyncio.Lock()
         self.waiting = 0
 
     async def __aenter__(self) -> None:
-        if self.waiting >= MOST_WAITING:
-            raise QueueFull(f"{self.waiting} texts wait to be scored or looked into already; try again later")
+        if self.waiting >= MAX_PENDING_CALLS:
+            raise QueueFull(f"{self.waiting} texts wait to be scored or studied already; try again later")
         self.waiting += 1
         try:
             await self.turn.acquire()
@@ -54,43 +54,42 @@ class Aside:
 
 
 class Call:
-    """A request, as its caller has it: begun, and to be waited for in the caller's event loop.
+    """A running request, whose results its caller awaits in one event loop.
 
     Attributes:
-        asked: The request.
-        cached_tokens: How many of the prompt's tokens were not read, as a kept state had read them; known with the
-            first result.
+        text_request: The request.
+        cached_tokens: Number of prompt tokens taken from the prefix cache; known with the first result.
     """
 
-    def __init__(self, model: "AsyncModel", asked: TextRequest, wants_deltas: bool):
-        self.asked = asked
+    def __init__(self, model: "AsyncModel", text_request: TextRequest, wants_deltas: bool):
+        self.text_request = text_request
         self.wants_deltas = wants_deltas
-        self.answer: Answer | None = None  # changes as long as the request is in work
+        self.output: RequestOutput | None = None  # changes until the request ends
         self.results: deque[Result] = deque()
-        self.came = asyncio.Event()
+        self.available = asyncio.Event()
         self._model = model
 
     @property
     def cached_tokens(self) -> int:
-        return 0 if self.answer is None else self.answer.cached_tokens
+        return 0 if self.output is None else self.output.cached_tokens
 
     def put(self, result: Result) -> None:
-        """Hands a result to who waits. Only in its event loop."""
+        """Add a result. To be called in the event loop of the caller."""
         self.results.append(result)
-        self.came.set()
+        self.available.set()
 
     async def result(self) -> list[Delta] | Completion | None:
         while not self.results:
-            self.came.clear()
-            await self.came.wait()
+            self.available.clear()
+            await self.available.wait()
         result = self.results.popleft()
         if isinstance(result, Exception):
             raise result
         return result
 
     async def deltas(self) -> AsyncGenerator[list[Delta]]:
-        """Pieces of the text, all that have come since the last ones; to the end. Raises as `AsyncModel.generate`."""
-        unfinished = self.asked.request.params.n
+        """Yield all new pieces of the text at once, until the end. Raises as `AsyncModel.generate`."""
+        unfinished = self.text_request.request.params.n
         while unfinished:
             deltas = await self.result()
             assert isinstance(deltas, list)
@@ -101,164 +100,166 @@ class Call:
             yield deltas
 
     async def completion(self) -> Completion:
-        """The whole. Raises as `AsyncModel.generate`."""
+        """Wait for the completion. Raises as `AsyncModel.generate`."""
         result = await self.result()
         assert isinstance(result, Completion)
         return result
 
-    async def finish(self) -> Answer:
-        """Ends what is left of the request at the last token that was reported; its answer, which nothing changes any
-        more, with the states that the continuations left, if the request keeps them."""
-        assert self.answer is not None
+    async def finish(self) -> RequestOutput:
+        """End the request after the last reported token; return its final output.
+
+        The output has the states of the continuations if the request keeps them.
+        """
+        assert self.output is not None
         await self._model._finish(self)
-        return self.answer
+        return self.output
 
     def drop(self) -> None:
-        """Ends what is left of the request: its slots are free before the next step."""
+        """End the request; its slots are free before the next step."""
         self._model._drop(self)
 
 
 class AsyncModel(ABC):
-    """Texts for any number of callers. A task that is cancelled, or an iterator that is closed, ends its request.
+    """Asynchronous text generation for many callers.
 
-    What is wrong with one request is raised where it was made; if the engine fails, all that wait get a RuntimeError.
-    Close it in the end: `async with …`, or `await model.close()`.
+    Cancelling a task or closing an iterator ends its request. Errors of a request are raised where it was made; if the
+    engine fails, all callers get a RuntimeError. Close it after use: `async with …`, or `await model.close()`.
 
     Attributes:
-        texts: Makes requests of texts.
+        prompt_encoder: Encodes prompts into requests.
     """
 
-    def __init__(self, texts: Texts):
-        self.texts = texts
-        self._pending = PendingLimit(MOST_WAITING)
-        self._beside = FairExecutor(BESIDE, "bdh-beside", self._pending)
-        self._chats = FairExecutor(BESIDE, "bdh-chat", self._pending)  # a slow template delays chats only
+    def __init__(self, prompt_encoder: PromptEncoder):
+        self.prompt_encoder = prompt_encoder
+        self._pending = PendingLimit(MAX_PENDING_CALLS)
+        self._executor = FairExecutor(THREADS, "bdh-executor", self._pending)
+        self._chat_executor = FairExecutor(THREADS, "bdh-chat", self._pending)  # a slow template delays chats only
 
     @property
     @abstractmethod
     def stats(self) -> EngineStats:
-        """The engine's figures as they are now."""
+        """Counters and present load of the engine."""
 
     @property
     @abstractmethod
-    def figures(self) -> ModelFigures:
-        """The model's."""
+    def model_info(self) -> ModelInfo:
+        """Sizes of the model."""
 
     @property
     def is_lost(self) -> bool:
-        """Whether the engine is gone, with all states it had, though nobody closed it."""
+        """Whether the engine, with all its states, is gone without having been closed."""
         return False
 
     @property
     def is_silent(self) -> bool:
-        """Whether the engine is there, and has not answered for long."""
+        """Whether the engine exists but does not answer."""
         return False
 
     @property
     def resident_nbytes(self) -> int:
-        """Memory of the process that the engine has for itself; 0 if it has none."""
+        """Resident memory of the engine's own process; 0 if it has none."""
         return 0
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
-        """Continues a prompt. With `num_beams`, nothing else goes on meanwhile.
+        """Generate a continuation of a prompt. With `num_beams`, all other requests wait.
 
         Raises:
-            QueueFull: Too many wait (a BDHError).
-            BDHError: The prompt or its params are wrong, or this is closed.
+            QueueFull: Too many requests wait (a BDHError).
+            BDHError: The prompt or its params are invalid, or this is closed.
             RuntimeError: The engine failed.
         """
         return await self._completion(await self.text_request(prompt, params))
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[Delta]:
-        """Continues a prompt; yields its text piece by piece. Raises as `generate`, when iterated."""
+        """Stream a continuation of a prompt piece by piece. Raises as `generate`, when iterated."""
         async with aclosing(self._deltas(await self.text_request(prompt, params))) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
-        """The assistant's answer to a conversation, as `LLM.chat`. Raises as `generate`."""
+        """Generate the assistant's reply to a conversation, as `LLM.chat`. Raises as `generate`."""
         return await self._completion(await self.chat_request(messages, params))
 
     async def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> AsyncGenerator[Delta]:
-        """As `chat`, piece by piece. Raises as `generate`, when iterated."""
+        """Stream the reply of `chat` piece by piece. Raises as `generate`, when iterated."""
         async with aclosing(self._deltas(await self.chat_request(messages, params))) as deltas:
             async for delta in deltas:
                 yield delta
 
     def session(self, system: str | None = None, params: SamplingParams | None = None) -> "AsyncSession":
-        """A conversation that keeps its synapses, as `LLM.session`."""
+        """Start a conversation that keeps its state, as `LLM.session`."""
         from bdh.inference.async_session import AsyncSession
 
         return AsyncSession(self, system, params)
 
     async def load_session(self, path: str | Path) -> "AsyncSession":
-        """A session that was saved, by an `LLM` or here, to go on as if it had never been put away. Raises BDHError."""
+        """Load a session saved by an `LLM` or an `AsyncModel`, and continue it exactly. Raises BDHError."""
         from bdh.inference.async_session import AsyncSession
 
         return await AsyncSession.load(self, path)
 
     async def fingerprint(self) -> str:
-        """As `LLM.fingerprint`; worked out once, beside the engine."""
-        return await self.call_beside(errands.fingerprint)
+        """Compute `LLM.fingerprint` once, in a thread of the engine's process."""
+        return await self.call_in_thread(engine_rpc.fingerprint)
 
-    # ----------------------------------------------------- for who wants to know more of a request than its text
+    # ---------------------------------------------------------------------------------------- requests and calls
 
     async def text_request(
         self, prompt: Prompt, params: SamplingParams | None = None, client: str | None = None
     ) -> TextRequest:
-        """As `LLM.text_request`; a long prompt is tokenized beside the event loop, as `beside` does it."""
+        """Encode a prompt, as `LLM.text_request`; a long one in a thread."""
         if isinstance(prompt, str | list) and len(prompt) <= SHORT_PROMPT:
-            return self.texts.text_request(prompt, params)
-        return await self.beside(lambda: self.texts.text_request(prompt, params), client)
+            return self.prompt_encoder.text_request(prompt, params)
+        return await self.run_in_thread(lambda: self.prompt_encoder.text_request(prompt, params), client)
 
     async def chat_request(
         self, messages: Sequence[Message], params: SamplingParams | None = None, client: str | None = None
     ) -> TextRequest:
-        """As `LLM.chat_request`, in a thread: the chat template is a program that may take any time."""
-        return await self.call_in_chat_thread(lambda: self.texts.chat_request(messages, params), client)
+        """Encode a conversation, as `LLM.chat_request`, in a thread: a chat template may run for any time."""
+        return await self.render_in_thread(lambda: self.prompt_encoder.chat_request(messages, params), client)
 
-    async def beside(self, function: Callable[[], T], client: str | None = None) -> T:
-        """Calls a function that takes long in one of a few threads, which clients share evenly.
+    async def run_in_thread(self, function: Callable[[], T], client: str | None = None) -> T:
+        """Call a long-running function in one of a few threads of this process, shared evenly among clients.
 
         Raises:
-            QueueFull: Many calls wait, and the client has its share of them.
-            Exception: As the function.
+            QueueFull: Too many calls wait, and the client has its share of them.
+            Exception: The exception of the function.
         """
-        return await self._call_in(self._beside, function, client)
+        return await self._call_in(self._executor, function, client)
 
-    async def call_in_chat_thread(self, function: Callable[[], T], client: str | None = None) -> T:
-        """As `beside`, for a function that renders the chat template. The event loop must never do that itself."""
-        return await self._call_in(self._chats, function, client)
+    async def render_in_thread(self, function: Callable[[], T], client: str | None = None) -> T:
+        """Call a function that renders the chat template in a thread, as `run_in_thread` does for others."""
+        return await self._call_in(self._chat_executor, function, client)
 
     async def _call_in(self, executor: FairExecutor, function: Callable[[], T], client: str | None) -> T:
         try:
             return await executor.call(function, client)
         except ExecutorClosed as error:
-            raise closed() from error
+            raise model_closed() from error
 
     @abstractmethod
-    def aside(self) -> Aside:
-        """To be entered by who does long work in pieces, by `call`. Raises QueueFull then, if many wait."""
+    def background_lock(self) -> BoundedLock:
+        """Return the lock to hold during long work that is done in several calls of `call`."""
 
-    async def start(self, asked: TextRequest, wants_deltas: bool) -> Call:
-        """Gives a request to the engine; returns when it is in the queue. Who does so ends it: `Call.drop` or `finish`.
+    async def start(self, text_request: TextRequest, wants_deltas: bool) -> Call:
+        """Queue a request in the engine. The caller must end it, by `Call.drop` or `Call.finish`.
 
         Args:
-            asked: The request.
+            text_request: The request.
             wants_deltas: Whether `Call.deltas` will be iterated, or else `Call.completion` awaited.
 
         Raises:
-            BDHError: As for `generate`; QueueFull among them.
+            BDHError: As for `generate`, including QueueFull.
         """
         if wants_deltas:
-            self.texts.check_streamable(asked)
-        params = asked.request.params
+            self.prompt_encoder.check_streamable(text_request)
+        params = text_request.request.params
         if params.regex is not None or params.json_schema is not None:
-            with self._pending.counted(asked.request.client):
-                await self.call_beside(errands.prepare_grammar, params)
-        call = self._new_call(asked, wants_deltas)
+            with self._pending.counted(text_request.request.client):
+                await self.call_in_thread(engine_rpc.prepare_grammar, params)
+        call = self._new_call(text_request, wants_deltas)
         self._begin(call)
         try:
             await call.result()
@@ -269,40 +270,39 @@ class AsyncModel(ABC):
 
     @abstractmethod
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Has a function called where the engine works, between two steps; returns, or raises, what it does.
+        """Call `function(llm, *arguments)` between two engine steps; return its result or raise its exception.
 
-        Its first argument is the `LLM` there, then come these. Meanwhile nobody's text goes on: give it pieces of long
-        work. It may be called in another process: then function, arguments and result go there and back by pickle, but
-        that states, and what reads a model, stay there and are passed on as what stands for them.
+        All requests wait meanwhile, so split long work. With an engine in another process, function, arguments and
+        result are pickled, except that states and objects that read a model stay there and are passed as handles.
 
         Raises:
-            BDHError: This is closed; or as the function.
-            RuntimeError: The engine failed for good.
+            BDHError: This is closed; or the function raised it.
+            RuntimeError: The engine failed permanently; or the function raised another exception.
         """
 
     @abstractmethod
-    async def call_beside(self, function: Callable[..., T], *arguments: Any) -> T:
-        """As `call`, in a thread beside the engine: for what does not use the model itself, and takes long."""
+    async def call_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function as `call` does, in a thread next to the engine: for long work that does not use the model."""
 
     async def score(self, tokens: Sequence[int], top: int = 0) -> list[TokenLogprob]:
-        """How likely each token of a text is after those before it, all but the first.
+        """Compute the log-probability of each token of a text but the first, given the tokens before it.
 
         Args:
             tokens: Token ids, at least one.
-            top: How many of the likeliest to tell in the place of each.
+            top: Number of the likeliest tokens to report at each position.
 
         Raises:
-            BDHError: A token is unknown, or the runner has no model.
+            BDHError: A token is not in the vocabulary, or the runner has no model.
         """
-        async with self.aside():
-            scorer = await self.call(errands.begin_scoring, list(tokens), top)
-            while not await self.call(errands.score_piece, scorer):
+        async with self.background_lock():
+            scorer = await self.call(engine_rpc.begin_scoring, list(tokens), top)
+            while not await self.call(engine_rpc.score_chunk, scorer):
                 pass
-            return await self.call(errands.scores, scorer)
+            return await self.call(engine_rpc.scores, scorer)
 
     @abstractmethod
     async def close(self) -> None:
-        """Ends all requests, whose callers get a BDHError, and the engine."""
+        """End the engine and all requests, whose callers get a BDHError."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -312,38 +312,38 @@ class AsyncModel(ABC):
     ) -> None:
         await self.close()
 
-    # ----------------------------------------------------------------------------------------------- for the engine
+    # ------------------------------------------------------------------------------------------ to be implemented
 
     def _shut_down_threads(self) -> None:
-        """Lets the threads end, without waiting for them."""
-        for executor in (self._beside, self._chats):
+        """Shut the executors down without waiting for their threads."""
+        for executor in (self._executor, self._chat_executor):
             executor.shut_down()
 
     @abstractmethod
-    def _new_call(self, asked: TextRequest, wants_deltas: bool) -> Call:
-        """A call for a caller in this event loop."""
+    def _new_call(self, text_request: TextRequest, wants_deltas: bool) -> Call:
+        """Create a call for a caller in the running event loop."""
 
     @abstractmethod
     def _begin(self, call: Call) -> None:
-        """Gives a request to the engine; the call's first result is None, or why it is not taken."""
+        """Queue a request in the engine; the call's first result is None, or the error if it was refused."""
 
     @abstractmethod
     def _drop(self, call: Call) -> None:
-        """Ends what is left of a request, soon."""
+        """End a request without waiting."""
 
     @abstractmethod
     def _finish(self, call: Call) -> Awaitable[None]:
-        """Ends what is left of a request, with the states of its continuations."""
+        """End a request, and store the states of its continuations."""
 
-    async def _completion(self, asked: TextRequest) -> Completion:
-        call = await self.start(asked, wants_deltas=False)
+    async def _completion(self, text_request: TextRequest) -> Completion:
+        call = await self.start(text_request, wants_deltas=False)
         try:
             return await call.completion()
         finally:
             call.drop()
 
-    async def _deltas(self, asked: TextRequest) -> AsyncGenerator[Delta]:
-        call = await self.start(asked, wants_deltas=True)
+    async def _deltas(self, text_request: TextRequest) -> AsyncGenerator[Delta]:
+        call = await self.start(text_request, wants_deltas=True)
         try:
             async for deltas in call.deltas():
                 for delta in deltas:
@@ -353,12 +353,12 @@ class AsyncModel(ABC):
 
 
 def engine_failed(error: BaseException) -> RuntimeError:
-    """What all get that wait for an engine which failed."""
-    words = " ".join(str(error).split())[:200]
-    failure = RuntimeError(f"the engine failed, with all it had in work: {type(error).__name__}: {words}")
+    """Return the error raised in all callers of an engine that failed."""
+    message = " ".join(str(error).split())[:200]
+    failure = RuntimeError(f"the engine failed, with all it had in work: {type(error).__name__}: {message}")
     failure.__cause__ = error
     return failure
 
 
-def closed() -> ModelClosed:
+def model_closed() -> ModelClosed:
     return ModelClosed("the model was closed before the text was complete")

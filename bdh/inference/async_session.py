@@ -1,4 +1,4 @@
-"""Sessions on an engine that many share: `Session` for who waits in an event loop."""
+"""Sessions on an `AsyncModel`."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from bdh.data.chat_format import check_messages
 from bdh.errors import BDHError
-from bdh.inference import errands
-from bdh.inference.answer import Answer, Completion, Delta, TextRequest
+from bdh.inference import engine_rpc
 from bdh.inference.async_model import SHORT_PROMPT, AsyncModel, Call
 from bdh.inference.conversation import Conversation, Plan
+from bdh.inference.outputs import Completion, Delta, RequestOutput, TextRequest
 from bdh.inference.params import SamplingParams
 
 CheckTokens = Callable[[Sequence[int]], None]
@@ -19,51 +19,51 @@ ReserveTokens = Callable[[int], Awaitable[None]]
 
 
 class TokensRead(NamedTuple):
-    """How many tokens were read, and how many of these a kept state had read before."""
+    """Number of tokens read, and number of these taken from the prefix cache."""
 
     tokens: int
     cached: int
 
 
 class Turn:
-    """Something that a session writes: begun, and to be waited for. Who has it ends it: `drop`, whatever came before.
+    """A running generation of a session. The caller must end it with `drop`.
 
-    The session goes on from what was handed on: the pieces that `deltas` gave, or what `completion` returned. It is
-    free for what comes next when the last piece comes.
+    The session continues from the output that the caller received: the pieces from `deltas`, or `completion`. It is
+    ready for the next operation when the last piece is received.
 
     Attributes:
-        asked: The request. Its prompt is what this turn reads anew.
+        text_request: The request. Its prompt has the tokens that this turn reads.
     """
 
     def __init__(self, session: "AsyncSession", plan: Plan, call: Call):
-        self.asked: TextRequest = plan.asked
+        self.text_request: TextRequest = plan.text_request
         self._session = session
         self._plan = plan
         self._call = call
-        self._text: list[str] = []  # that was handed on
-        self._whole = False  # all of it was
+        self._text: list[str] = []  # received by the caller
+        self._whole = False  # whether the caller received all of it
         self._settling: asyncio.Task[None] | None = None
 
     @property
     def prompt_tokens(self) -> int:
-        """How many tokens the turn reads."""
-        return len(self.asked.request.prompt)
+        """Number of tokens that the turn reads."""
+        return len(self.text_request.request.prompt)
 
     @property
-    def answer(self) -> Answer | None:
-        """As of the call: what was written so far, for figures."""
-        return self._call.answer
+    def output(self) -> RequestOutput | None:
+        """Output so far, for statistics."""
+        return self._call.output
 
     @property
     def cached_tokens(self) -> int:
-        """How many of these a kept state had read before; known with the first result."""
+        """Number of these taken from the prefix cache; known with the first result."""
         return self._call.cached_tokens
 
     async def deltas(self) -> AsyncGenerator[list[Delta]]:
-        """Pieces of the text, all that have come since the last ones; to the end.
+        """Yield all new pieces of the text at once, until the end.
 
         Raises:
-            BDHError: The text cannot go on, or the model is closed.
+            BDHError: The text cannot be continued, or the model is closed.
             RuntimeError: The engine failed.
         """
         async for deltas in self._call.deltas():
@@ -73,49 +73,49 @@ class Turn:
             yield deltas
 
     async def completion(self) -> Completion:
-        """The whole, if it was not begun with `wants_deltas`. Raises as `deltas`."""
+        """Wait for the completion, of a turn without `wants_deltas`. Raises as `deltas`."""
         completion = await self._call.completion()
         self._text = [completion.text]
         await self._end()
         return completion
 
     def drop(self) -> None:
-        """Ends what is left; what comes next in the session waits until that has come about, within a step."""
+        """End the turn. The next operation of the session waits until that is done, within a step."""
         if self._settling is None:
             self._settling = self._session._settling = asyncio.create_task(self._settle())
 
     async def _end(self) -> None:
-        """Settles the whole, before its end is handed on: who has that may go on at once."""
+        """Settle the complete turn before the caller receives its end, so that the session is ready then."""
         self._whole = True
         self.drop()
         assert self._settling is not None
         await asyncio.shield(self._settling)
 
     async def _settle(self) -> None:
-        session, answer = self._session, self._call.answer
-        assert answer is not None
+        session, output = self._session, self._call.output
+        assert output is not None
         try:
-            with suppress(BDHError, RuntimeError):  # the model is closed, or lost: nothing changes the answer any more
+            with suppress(BDHError, RuntimeError):  # closed or lost: the output is final
                 await self._call.finish()
-            session._settle(self._plan, answer, "".join(self._text), self._whole)
+            session._settle(self._plan, output, "".join(self._text), self._whole)
         finally:
             session._free()
 
 
 class AsyncSession(Conversation):
-    """As `Session`, on an `AsyncModel`: what is long is done beside the event loop, and all else goes on meanwhile.
+    """Asynchronous `Session` on an `AsyncModel`, for the tasks of one event loop.
 
-    For tasks of one event loop. One thing at a time: a second is refused with a BDHError.
+    It runs one operation at a time; a second one is refused with a BDHError.
 
     Attributes:
-        when_free: Is called when what made it busy is over.
+        when_free: Called when an operation ends.
     """
 
     def __init__(self, llm: AsyncModel, system: str | None = None, params: SamplingParams | None = None):
-        super().__init__(llm.texts, system, params)
+        super().__init__(llm.prompt_encoder, system, params)
         self.llm = llm
         self.when_free: Callable[[], None] = lambda: None
-        self._settling: asyncio.Task[None] | None = None  # of the last turn
+        self._settling: asyncio.Task[None] | None = None  # ends the last turn
 
     async def send(
         self,
@@ -126,14 +126,14 @@ class AsyncSession(Conversation):
         check: CheckTokens | None = None,
         reserve: ReserveTokens | None = None,
     ) -> Turn:
-        """Says something to the assistant, as `Session.send`; returns when the answer is in the engine's queue.
+        """Send a message to the assistant, as `Session.send`; return when the request is queued in the engine.
 
         Args:
-            text: What is said.
-            params: For the answer; the session's own if there are none.
-            wants_deltas: Whether `Turn.deltas` will be iterated, or else `Turn.completion` awaited.
-            check: Is called with the tokens of what is new, and may raise.
-            reserve: Is awaited with how many tokens will be read, before they are, and may raise.
+            text: The message.
+            params: Params of the reply; by default those of the session.
+            wants_deltas: Whether the caller iterates `Turn.deltas` instead of awaiting `Turn.completion`.
+            check: Called with the new tokens; may raise.
+            reserve: Awaited with the number of tokens to read before they are read; may raise.
 
         Raises:
             QueueFull: Too many requests wait (a BDHError).
@@ -153,7 +153,7 @@ class AsyncSession(Conversation):
         check: CheckTokens | None = None,
         reserve: ReserveTokens | None = None,
     ) -> Turn:
-        """Reads a text, if there is one, and writes on from there, as `Session.write`; both come about or neither.
+        """Read a text, if there is one, and continue it, as `Session.write`: both happen or neither.
 
         Args and errors as for `send`.
         """
@@ -163,66 +163,66 @@ class AsyncSession(Conversation):
     async def read(
         self, text: str, *, check: CheckTokens | None = None, reserve: ReserveTokens | None = None
     ) -> TokensRead:
-        """Reads a text that needs no answer; the last token waits for what follows. Errors as for `send`.
+        """Read a text without generating; its last token is read by the next operation. Errors as for `send`.
 
         Args:
-            text: What is read.
+            text: The text.
             check: As for `send`.
             reserve: As for `send`.
         """
         await self._take()
         try:
             if is_long(text):
-                reading = await self.llm.beside(lambda: self._plan_read(text), self.client)
+                reading = await self.llm.run_in_thread(lambda: self._plan_read(text), self.client)
             else:
                 reading = self._plan_read(text)
             if check is not None:
                 check(reading.new)
-            count = 0 if reading.asked is None else len(reading.asked.request.prompt)
+            count = 0 if reading.text_request is None else len(reading.text_request.request.prompt)
             if reserve is not None:
                 await reserve(count)
-            if reading.asked is None:
+            if reading.text_request is None:
                 self._settle_reading(reading, None)
                 return TokensRead(count, 0)
-            call = await self.llm.start(reading.asked, wants_deltas=False)
+            call = await self.llm.start(reading.text_request, wants_deltas=False)
             try:
                 await call.completion()
             finally:
                 call.drop()
-            assert call.answer is not None
-            self._settle_reading(reading, call.answer.continuations[0].state)
+            assert call.output is not None
+            self._settle_reading(reading, call.output.continuations[0].state)
             return TokensRead(count, call.cached_tokens)
         finally:
             self._free()
 
     def move(self, llm: AsyncModel) -> None:
-        """Goes on with another engine of the same model: only for a session that has no state yet."""
+        """Continue on another engine of the same model. The session must have no state yet."""
         assert self.state is None and self.ahead is None
-        self.llm, self.texts = llm, llm.texts
+        self.llm, self.prompt_encoder = llm, llm.prompt_encoder
 
     async def settled(self) -> None:
-        """Waits for a turn that was dropped to have ended."""
+        """Wait until a dropped turn has ended."""
         if self._settling is not None and not self._settling.done():
             await asyncio.wait({self._settling})
 
     async def save(self, path: str | Path, **more: str) -> None:
-        """Writes the session as it is now to a file, as `Session.save`; it can go on meanwhile.
+        """Save the session as it is now, as `Session.save`; it can be used meanwhile.
 
         Args:
             path: The file.
-            more: What else the file is to tell, for `bdh.inference.state_file.read_metadata`.
+            more: Additional metadata, for `bdh.inference.state_metadata.read_metadata`.
 
         Raises:
             BDHError: As for `Session.save`.
         """
         await self.settled()
-        await self.llm.call_beside(errands.write_session, self._snapshot(), Path(path).absolute(), more)
+        await self.llm.call_in_thread(engine_rpc.write_session, self._snapshot(), Path(path).absolute(), more)
 
     @classmethod
     async def load(cls, llm: AsyncModel, path: str | Path) -> "AsyncSession":
-        """Reads a session that was saved. Raises BDHError if it is not one, or is of another model."""
+        """Load a saved session. Raises BDHError if it is invalid, or of another model."""
         session = cls(llm)
-        session._restore(await llm.call_beside(errands.read_session, path))
+        session._restore(await llm.call_in_thread(engine_rpc.read_session, path))
         return session
 
     async def _begin(
@@ -230,18 +230,18 @@ class AsyncSession(Conversation):
     ) -> Turn:
         await self._take()
         try:
-            plan = await self.llm.call_in_chat_thread(make, self.client)
+            plan = await self.llm.render_in_thread(make, self.client)
             if check is not None:
                 check(plan.new)
             if reserve is not None:
-                await reserve(len(plan.asked.request.prompt))
-            return Turn(self, plan, await self.llm.start(plan.asked, wants_deltas))
+                await reserve(len(plan.text_request.request.prompt))
+            return Turn(self, plan, await self.llm.start(plan.text_request, wants_deltas))
         except BaseException:
             self._free()
             raise
 
     async def _take(self) -> None:
-        """Makes the session busy. Raises BDHError if it is."""
+        """Mark the session as busy. Raises BDHError if it is busy already."""
         await self.settled()
         self._check_idle()
         self.busy = True

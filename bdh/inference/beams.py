@@ -1,4 +1,4 @@
-"""Beam search, by the model's own `generate()`: outside the engine, one request at a time."""
+"""Beam search with the model's own `generate()`, outside the engine, one request at a time."""
 
 from dataclasses import replace
 
@@ -6,48 +6,48 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from bdh.errors import BDHError
-from bdh.inference.answer import Answer, Completion, TextRequest
+from bdh.inference.outputs import Completion, RequestOutput, TextRequest
 from bdh.inference.params import SamplingParams
 from bdh.inference.request import Event, FinishReason, Request
 from bdh.model import BDHForCausalLM
 
 
 def plain_request(model: BDHForCausalLM | None, request: Request) -> Request:
-    """The request without its beams, as the engine would check it. Raises BDHError where there can be none."""
+    """Return the request without beams, for the engine to check. Raises BDHError if beam search is impossible."""
     params = request.params
     if model is None:
         raise BDHError(f"num_beams is {params.num_beams}, which needs a model that is not quantized; leave it out")
     if params.presence_penalty or params.frequency_penalty:
         raise BDHError(
-            f"num_beams is {params.num_beams}, which knows no presence_penalty and no frequency_penalty; use "
+            f"num_beams is {params.num_beams}, which does not support presence_penalty and frequency_penalty; use "
             "repetition_penalty"
         )
     return replace(request, params=replace(params, num_beams=1, n=1, best_of=None))
 
 
 @torch.inference_mode()
-def beam_search(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: TextRequest) -> Completion:
-    """The `n` likeliest continuations that `num_beams` beams find, likeliest first. The request has been checked."""
-    request = asked.request
+def beam_search(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, text_request: TextRequest) -> Completion:
+    """Return the `n` likeliest continuations found by `num_beams` beams, likeliest first, of a checked request."""
+    request = text_request.request
     ids = torch.tensor([list(request.prompt)], device=model.device)  # (1, T)
-    output = model.generate(
+    generated = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=beam_config(request.params, sorted(request.ends) or [model.config.vocab_size]),
     )  # (n, T + new)
-    answer = Answer(asked, tokenizer)
-    for index, row in enumerate(output[:, ids.shape[1] :].tolist()):
+    output = RequestOutput(text_request, tokenizer)
+    for index, row in enumerate(generated[:, ids.shape[1] :].tolist()):
         for number, token in enumerate(row, 1):
             finish_reason: FinishReason | None = "length" if number == len(row) else None
-            if token in request.ends:  # what follows is padding
+            if token in request.ends:  # padding follows
                 finish_reason = "stop"
-            if answer.take(Event(request.id, index, token, finish_reason=finish_reason)) or finish_reason:
+            if output.take(Event(request.id, index, token, finish_reason=finish_reason)) or finish_reason:
                 break
-    return answer.completion()
+    return output.completion()
 
 
 def beam_config(params: SamplingParams, ends: list[int]) -> GenerationConfig:
-    """The library's settings; `ends` has a token that never comes if none is to end a text, or it takes the model's."""
+    """Return the generation config. `ends` must not be empty, or the model's own end token would be used."""
     return GenerationConfig(
         max_new_tokens=params.max_new_tokens,
         min_new_tokens=params.min_new_tokens or None,

@@ -1,8 +1,8 @@
-"""Output that fits a regular expression or a JSON schema: which tokens may come next.
+"""Constrained decoding: output that matches a regular expression or a JSON schema.
 
-The library compiles what is to be fitted to a grammar over bytes, and says which byte strings of a vocabulary can come
-next. What is done here is the vocabulary: the bytes that each token adds to the text when a tokenizer decodes it, and,
-for tokenizers that cannot write every text, what they can write.
+llguidance compiles the constraint to a grammar over bytes, and computes which byte strings of a vocabulary may come
+next. This module provides the vocabulary: the bytes that each token adds to the decoded text, and, for tokenizers that
+cannot encode every text, the texts that they can.
 """
 
 import json
@@ -46,7 +46,7 @@ UTF8_BYTES = frozenset(bytes([byte]) for byte in range(0xF5) if byte not in (0xC
 
 
 class Grammars:
-    """What the output with one tokenizer can be made to fit. Compiles it, and keeps what was compiled last.
+    """Compiler of constraints for one tokenizer, with a cache of the last grammars.
 
     The text that fits is the one that the tokenizer's decoder makes of the completion alone: with wordpiece there is no
     space before the first word, and a "##" piece that comes first keeps its "##"; with unigram a "▁" is a space there,
@@ -69,7 +69,7 @@ class Grammars:
         self._compiled = lru_cache(CACHED)(self._compile)
 
     def constraint(self, params: SamplingParams) -> "Constraint | None":
-        """What a request's `regex` or `json_schema` asks for, at the beginning of its text; None if it has neither.
+        """Return the constraint of a request at the beginning of its text; None if it has none.
 
         Raises:
             BDHError: The expression or schema is wrong or cannot be followed, this tokenizer can write no text that
@@ -120,13 +120,13 @@ class Grammars:
 
 
 def check_length(expression: str) -> None:
-    """Raises ValueError for an expression that is too long."""
+    """Raise ValueError for an expression that is too long."""
     if len(expression) > LONGEST:
         raise ValueError(f"it has {len(expression)} characters; an expression may have {LONGEST}")
 
 
 def objects(schema: object) -> Iterator[dict[str, object]]:
-    """All objects in a schema."""
+    """Yield all objects in a schema."""
     parts = [schema]
     while parts:
         part = parts.pop()
@@ -138,7 +138,7 @@ def objects(schema: object) -> Iterator[dict[str, object]]:
 
 
 def least_sizes(schema: object) -> Iterator[tuple[str, float]]:
-    """All smallest lengths in a schema, with their keywords."""
+    """Yield the keywords and values of all minimum sizes in a schema."""
     for part in objects(schema):
         for name in LEAST:
             if isinstance(number := part.get(name), int | float):
@@ -146,7 +146,7 @@ def least_sizes(schema: object) -> Iterator[tuple[str, float]]:
 
 
 def patterns(schema: object) -> Iterator[str]:
-    """All expressions in a schema."""
+    """Yield all regular expressions in a schema."""
     for part in objects(schema):
         if isinstance(pattern := part.get("pattern"), str):
             yield pattern
@@ -155,7 +155,7 @@ def patterns(schema: object) -> Iterator[str]:
 
 
 class Constraint:
-    """What the next token of one request may be, after those it has accepted.
+    """Constraint on the next token of one request, after the accepted ones.
 
     Without an end token in the tokenizer, a text that may end here but may also go on does go on, until `is_complete`
     or until something else ends it.
@@ -174,13 +174,13 @@ class Constraint:
         self._allowed: Tensor | None = None
 
     def copy(self) -> "Constraint":
-        """One that goes on from here by itself. Not after the end token."""
+        """Return an independent copy. Not after the end token."""
         copy = Constraint(self.vocabulary, self._matcher.deep_copy(), self.at_start)
         copy._allowed = self._allowed
         return copy
 
     def allowed(self) -> Tensor:
-        """(V,) bool on the CPU: which tokens may come next; the end token exactly if the text may end here.
+        """Return the mask of allowed next tokens, (V,) bool on the CPU; the end token only if the text may end here.
 
         No token is allowed after the end token and, in a vocabulary without one, when the text is complete. The result
         is not to be changed.
@@ -194,7 +194,7 @@ class Constraint:
         return self._allowed
 
     def accept(self, token: int) -> None:
-        """Appends a token to the text.
+        """Append a token to the text.
 
         Raises:
             ValueError: It is not allowed here.
@@ -237,7 +237,7 @@ class Constraint:
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """What the tokens of a tokenizer stand for, and the same in the library's form.
+    """Byte strings of the tokens of a tokenizer, and the vocabulary of the library.
 
     Attributes:
         first: The bytes of each token where it is the first of a text; none for one that is never allowed.
@@ -255,7 +255,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> "Vocabulary":
-        """Of a model with vocab_size tokens. Raises BDHError if the decoder is of an unknown kind."""
+        """Create the vocabulary of a model with vocab_size tokens. Raises BDHError for an unknown kind of decoder."""
         first, later = token_bytes(tokenizer, vocab_size)
         differ = [token for token in range(vocab_size) if first[token] != later[token]]
         first_ids = np.arange(vocab_size)
@@ -396,7 +396,7 @@ def _escaped(text: str) -> str:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """What went wrong in the library, in one line, without its excerpts; nothing if just no token fits."""
+    """Return the error of the library in one line, without excerpts; empty if only no token fits."""
     words = re.split(r"\n\s*\d+ \| |\n<", matcher.get_error())[0]
     words = words.rsplit("\nerror: ", 1)[-1]
     words = re.sub(r"(?s)^at \d+\(\d+\): (invalid regex .*\(in regex\): |failed to compile JSON schema: )?", "", words)

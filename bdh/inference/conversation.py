@@ -1,4 +1,4 @@
-"""What a session is, whoever drives the engine: what it has read, what is planned next, and what comes of it."""
+"""State and transcript of a session, independent of how its engine is driven."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,60 +8,60 @@ from typing import TYPE_CHECKING, Any
 
 from bdh.data.chat_format import check_messages
 from bdh.errors import BDHError
-from bdh.inference.answer import Answer, TextRequest
+from bdh.inference.outputs import RequestOutput, TextRequest
 from bdh.inference.params import SamplingParams
+from bdh.inference.prompt_encoder import PromptEncoder
 from bdh.inference.request import Request
 from bdh.inference.state_metadata import read_metadata
-from bdh.inference.texts import Texts
 
 if TYPE_CHECKING:
     from bdh.model import BDHState
 
-ONE_TOKEN = SamplingParams(max_new_tokens=1, temperature=0)  # as few as a request can write
+ONE_TOKEN = SamplingParams(max_new_tokens=1, temperature=0)  # the minimum of a request
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Something to be written.
+    """A planned generation.
 
     Attributes:
-        asked: The request for the engine.
-        new: The tokens of what was given to read. The request's prompt has those that waited to be read, too.
-        message: Whose answer it is to be, if it is one.
-        answering: Whether what is written is an answer, or goes on with one.
+        text_request: The request to the engine. Its prompt starts with tokens left unread before.
+        new: Tokens of the new input.
+        message: The message to reply to, if there is one.
+        answering: Whether the output is a reply, or continues one.
     """
 
-    asked: TextRequest
+    text_request: TextRequest
     new: Sequence[int]
     message: dict[str, str] | None
     answering: bool
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Something to be read, and nothing written.
+class ReadPlan:
+    """Input that is planned to be read without generating.
 
     Attributes:
-        asked: The request for the engine, whose state is to be kept; None if there is nothing for it to do.
-        new: The tokens of what was given to read.
-        before: The state to go on from.
-        waiting: The tokens that are left for later: to go on, there must be one to read.
+        text_request: The request to the engine, which keeps its state; None if nothing has to be read now.
+        new: Tokens of the new input.
+        before: State to start from.
+        unread: Tokens left for later: a request needs at least one token to read.
     """
 
-    asked: TextRequest | None
+    text_request: TextRequest | None
     new: Sequence[int]
     before: "BDHState | None"
-    waiting: list[int]
+    unread: list[int]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A session at a moment, for a file. Nothing that the session does later changes it.
+    """Immutable copy of a session, to be saved.
 
     Attributes:
-        state: As the session's.
-        ahead: The state further on, if there is one.
-        about: All else, as JSON.
+        state: State of the session.
+        ahead: State ahead of it, if there is one.
+        about: Everything else, as JSON.
     """
 
     state: "BDHState | None"
@@ -71,7 +71,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class SavedConversation:
-    """What a file holds of a session; it has been checked."""
+    """Validated contents of a session file."""
 
     state: "BDHState | None"
     ahead: "BDHState | None"
@@ -79,25 +79,25 @@ class SavedConversation:
 
 
 class Conversation:
-    """A conversation, or any text that goes on, with a state of its own. One thing at a time.
+    """A conversation, or any continued text, with its own state. It runs one operation at a time.
 
-    What it has said and heard is one sequence of tokens: those that `state` has read, then those in `unread`. Of an
-    answer that was cut, by a stop string or because its iterator was closed, the tokens up to the cut count (of one
-    that reaches across it, the text up to there), and a turn that was closed before its first piece has not happened.
+    Its content is one sequence of tokens: those that `state` has read, then those in `unread`. If a reply is cut, by a
+    stop string or by closing its iterator, its tokens count up to the cut; a token across the cut is replaced by its
+    text before the cut. A turn that is closed before its first piece has no effect.
 
-    Plans only look at the session, which changes when what came of one is settled.
+    Planning does not change the session; settling the result of a plan does.
 
     Attributes:
-        system: What the assistant is told before all else.
-        params: For answers whose `send` or `write` has none.
-        transcript: The messages of the conversation, without what `read` and `write` added in between.
-        busy: Whether something is being read or written.
-        owner: Whose kept beginnings of prompts it may use.
-        client: Who asks for what is read or written next: clients have equal shares of the engine.
+        system: System message.
+        params: Default params of `send` and `write`.
+        transcript: Messages of the conversation, without the texts of `read` and `write`.
+        busy: Whether an operation is running.
+        owner: Owner of the entries of the prefix cache that it may use.
+        client: Client that is charged for the next operation; clients have equal shares of the engine.
     """
 
-    def __init__(self, texts: Texts, system: str | None = None, params: SamplingParams | None = None):
-        self.texts = texts  # for what it can do in any thread
+    def __init__(self, prompt_encoder: PromptEncoder, system: str | None = None, params: SamplingParams | None = None):
+        self.prompt_encoder = prompt_encoder  # thread-safe
         self.system = system
         self.params = params or SamplingParams()
         self.busy = False
@@ -106,70 +106,70 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything but the system message. Raises BDHError while an answer is not finished."""
+        """Forget everything but the system message. Raises BDHError while a reply is not finished."""
         self._check_idle()
         self.transcript: list[dict[str, str]] = []
         if self.system is not None:
             self.transcript.append({"role": "system", "content": self.system})
-        self.state: BDHState | None = None  # None: before the first token
-        self.unread: list[int] = []  # what follows
-        # A state further on, and the tokens it has read after `state`. Some of them, of a stop string, do not count;
-        # but if what comes next turns out to begin with them all, nothing need be read again.
+        self.state: BDHState | None = None  # None: nothing was read
+        self.unread: list[int] = []  # tokens after `state`
+        # A later state, and the tokens it has read after `state`. Some of them, of a stop string, do not count; but if
+        # the next input begins with all of them, they need not be read again.
         self.ahead: tuple[BDHState, list[int]] | None = None
-        self.answering = False  # the last message is an answer that `write` can go on with
-        self.ended = False  # the last answer is complete
+        self.answering = False  # whether the last message is a reply that `write` can continue
+        self.ended = False  # whether the last reply is complete
 
     @property
     def position(self) -> int:
-        """Tokens said and heard so far."""
+        """Number of tokens so far."""
         return (0 if self.state is None else self.state.length) + len(self.unread)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that its states take in memory."""
+        """Size of its states in bytes."""
         ahead = None if self.ahead is None else self.ahead[0]
         return sum(state.nbytes for state in (self.state, ahead) if state is not None)
 
     # ------------------------------------------------------------------------------------------------------ plans
 
     def _plan_send(self, message: dict[str, str], params: SamplingParams) -> Plan:
-        chat, said = self.texts.chat_format, self.transcript
-        answered = bool(said) and said[-1]["role"] == "assistant"
+        chat, said = self.prompt_encoder.chat_format, self.transcript
+        follows_reply = bool(said) and said[-1]["role"] == "assistant"
         check_messages([*said, message])
-        (hidden,), found = self.texts.spelled.hide([message])
-        text = chat.following(said, hidden) if answered else None
+        (hidden,), found = self.prompt_encoder.spelled.hide([message])
+        text = chat.following(said, hidden) if follows_reply else None
         if text is None:
-            _, tokens = self.texts.chat_tokens([*said, message])
+            _, tokens = self.prompt_encoder.chat_tokens([*said, message])
         else:
-            tokens = self.texts.encode_rendered(text, found)
-        again = answered and text is None
+            tokens = self.prompt_encoder.encode_rendered(text, found)
+        again = follows_reply and text is None
         state, prompt = (None, tokens) if again else self._with(tokens)
-        return Plan(self.texts.as_answer(self._asked(state, prompt, params)), tokens, message, True)
+        return Plan(self.prompt_encoder.as_chat_request(self._request(state, prompt, params)), tokens, message, True)
 
     def _plan_write(self, text: str, params: SamplingParams) -> Plan:
-        """To read a text, if there is one, and to write on."""
-        tokens = self.texts.encode(text, "the text")
+        """Plan to read a text, if there is one, and to continue it."""
+        tokens = self.prompt_encoder.encode(text, "the text")
         if self.ended and not tokens:
             raise BDHError("the last answer is complete; send a message, or let the session read something, to go on")
         if not self.unread and not tokens:
             raise BDHError("there is nothing to write on from; send a message, or let the session read something")
-        asked, answering = self._asked(*self._with(tokens), params), self.answering and not tokens
+        text_request, answering = self._request(*self._with(tokens), params), self.answering and not tokens
         if answering:
-            asked = replace(self.texts.as_answer(asked), strip=False)
-        return Plan(asked, tokens, None, answering)
+            text_request = replace(self.prompt_encoder.as_chat_request(text_request), strip=False)
+        return Plan(text_request, tokens, None, answering)
 
-    def _plan_read(self, text: str) -> Reading:
-        tokens = self.texts.encode(text, "the text")
+    def _plan_read(self, text: str) -> ReadPlan:
+        tokens = self.prompt_encoder.encode(text, "the text")
         state, prompt = self._with(tokens)
         if not tokens or len(prompt) == 1:
-            return Reading(None, tokens, state, prompt)
+            return ReadPlan(None, tokens, state, prompt)
         request = Request(
             prompt[:-1], ONE_TOKEN, state=state, keep_state=True, prefix_owner=self.owner, client=self.client
         )
-        return Reading(TextRequest(request), tokens, state, prompt[-1:])
+        return ReadPlan(TextRequest(request), tokens, state, prompt[-1:])
 
-    def _asked(self, state: "BDHState | None", prompt: list[int], params: SamplingParams) -> TextRequest:
-        ends = self.texts.end_token_ids
+    def _request(self, state: "BDHState | None", prompt: list[int], params: SamplingParams) -> TextRequest:
+        ends = self.prompt_encoder.end_token_ids
         request = Request(
             prompt,
             params,
@@ -182,7 +182,7 @@ class Conversation:
         return TextRequest(request, stop=params.stop)
 
     def _with(self, tokens: list[int]) -> "tuple[BDHState | None, list[int]]":
-        """What goes on with these tokens: the state furthest on, and what follows it."""
+        """Return the latest usable state, and the tokens to read after it, ending with these."""
         unread = self.unread + tokens
         if self.ahead is not None:
             state, read = self.ahead
@@ -201,12 +201,12 @@ class Conversation:
                 raise BDHError(f"{name} is {value}; a session writes one answer at a time, so it must be 1")
         return params
 
-    # ---------------------------------------------------------------------------------------- what came of a plan
+    # ------------------------------------------------------------------------------------------------- results
 
-    def _settle(self, plan: Plan, answer: Answer, text: str, whole: bool) -> None:
-        """Takes what counts of an answer into the session: all of it, or the text that was handed on.
+    def _settle(self, plan: Plan, output: RequestOutput, text: str, whole: bool) -> None:
+        """Add an output to the session: all of it, or the text that the caller received.
 
-        Without either, as if it had not been planned.
+        Without any text, the session does not change.
         """
         if not whole and not text:
             return
@@ -215,30 +215,30 @@ class Conversation:
             self.transcript += [plan.message, {"role": "assistant", "content": ""}]
         if self.answering:
             self.transcript[-1]["content"] += text
-        continuation, prompt = answer.continuations[0], list(answer.request.prompt)
+        continuation, prompt = output.continuations[0], list(output.request.prompt)
         tokens = continuation.tokens
         if not whole or continuation.text.stopped:
-            counting, rest = continuation.text.kept(len(text))
-            counting = counting + self.texts.encode(rest)
-        elif self.answering and tokens[-1] in answer.request.ends:
-            counting = tokens[:-1]  # the template says how an answer ends
+            counted, rest = continuation.text.split_at(len(text))
+            counted = counted + self.prompt_encoder.encode(rest)
+        elif self.answering and tokens[-1] in output.request.ends:
+            counted = tokens[:-1]  # the chat template ends the reply
         else:
-            counting = tokens
+            counted = tokens
         self.ended = self.answering and whole and continuation.finish_reason == "stop"
-        said, read = prompt + counting, prompt + tokens[:-1]
+        content, read = prompt + counted, prompt + tokens[:-1]
         if continuation.state is None:
-            self._go_to(answer.request.state, said)
-        elif said[: len(read)] == read and (len(said) > len(read) or self.ended):
-            self._go_to(continuation.state, said[len(read) :])
+            self._go_to(output.request.state, content)
+        elif content[: len(read)] == read and (len(content) > len(read) or self.ended):
+            self._go_to(continuation.state, content[len(read) :])
         elif whole:
-            self._go_to(answer.request.state, said, ahead=(continuation.state, read))
-        else:  # what was written and not handed on will hardly come again
-            self._go_to(answer.request.state, said)
+            self._go_to(output.request.state, content, ahead=(continuation.state, read))
+        else:  # the rest was not received, and is unlikely to recur
+            self._go_to(output.request.state, content)
 
-    def _settle_reading(self, reading: Reading, after: "BDHState | None") -> None:
-        """Takes what was read into the session; `after` is the state that the request left, if there was one."""
+    def _settle_reading(self, reading: ReadPlan, after: "BDHState | None") -> None:
+        """Add read input to the session; `after` is the state after the request, if there was one."""
         if reading.new:
-            self._go_to(reading.before if reading.asked is None else after, reading.waiting)
+            self._go_to(reading.before if reading.text_request is None else after, reading.unread)
             self.answering = self.ended = False
 
     def _go_to(
@@ -249,7 +249,7 @@ class Conversation:
     # ------------------------------------------------------------------------------------------------------ on disk
 
     def _snapshot(self) -> Snapshot:
-        """The session as it is. Raises BDHError while an answer is not finished."""
+        """Return a copy of the session. Raises BDHError while a reply is not finished."""
         self._check_idle()
         about = {
             "system": self.system,
@@ -263,7 +263,7 @@ class Conversation:
         return Snapshot(self.state, None if self.ahead is None else self.ahead[0], json.dumps(about))
 
     def _restore(self, saved: SavedConversation) -> None:
-        """Becomes the session that a file holds."""
+        """Take over the contents of a session file."""
         about = saved.about
         self.system, self.params = about["system"], from_json(about["params"])
         self.transcript = about["transcript"]
@@ -272,7 +272,7 @@ class Conversation:
 
 
 def read_transcript(path: str | Path) -> list[dict[str, str]]:
-    """The messages of a saved session. Raises BDHError if the file holds none."""
+    """Return the messages of a saved session. Raises BDHError if the file has none."""
     try:
         transcript: list[dict[str, str]] = json.loads(read_metadata(path)["session"])["transcript"]
         return transcript
@@ -281,12 +281,12 @@ def read_transcript(path: str | Path) -> list[dict[str, str]]:
 
 
 def as_json(params: SamplingParams) -> dict[str, Any]:
-    """Sampling params as JSON has them."""
+    """Convert sampling params to JSON values."""
     values = {field.name: getattr(params, field.name) for field in fields(params)}
     return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
 def from_json(values: dict[str, Any]) -> SamplingParams:
-    """Sampling params that `as_json` made JSON of, where all keys are text."""
+    """Convert the result of `as_json`, whose keys are all strings in a file, back to sampling params."""
     bias = values["logit_bias"]
     return SamplingParams(**{**values, "logit_bias": bias and {int(token): value for token, value in bias.items()}})

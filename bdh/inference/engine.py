@@ -1,17 +1,17 @@
-"""The engine: many requests at once, token ids in, token ids out.
+"""The engine: continuous batching of requests, from token ids to token ids.
 
-What is notable about it, for a reader who knows engines for transformers:
+Differences from engines for transformers:
 
-* There are no pages and no blocks. A sequence's past is one state of constant size, so a *slot* is all it needs, and
-  who has a slot can go on for ever. Scheduling is: who gets the next free slot.
-* Slots are shared evenly among clients, not among requests: one that has more than its share gives up a slot to another
-  that waits, and goes on later from the state it had, which is all there is to put aside.
-* Requests join and leave between steps. A step reads `prefill_chunk` tokens of prompts, in turn, and writes one
-  token of every continuation whose prompt is read; so a long prompt delays the others by one chunk.
-* States are exact. The state after a prompt serves all `n` answers to it, and the state after a common beginning of
-  prompts is kept and copied instead of read again.
-* A request's tokens depend on its prompt, its settings and its seed, never on who is beside it: the rows of a batch
-  never meet in the model, and each draws with random numbers of its own.
+* There is no paged cache. A sequence's past is one state of constant size, so a sequence needs only a *slot*, in which
+  it can run forever. Scheduling decides which sequence gets the next free slot.
+* Slots are shared evenly among clients, not among requests: a client with more than its share gives up a slot to a
+  waiting one. The preempted sequence resumes later from its saved state.
+* Requests join and leave between steps. A step reads `prefill_chunk` tokens of prompts, round robin, and decodes one
+  token of every sequence whose prompt is read, so a long prompt delays the others by one chunk.
+* States are exact. All `n` continuations start from a copy of the state after the prompt, and the state after a common
+  prefix of prompts is cached and copied.
+* The tokens of a request depend on its prompt, settings and seed only, never on the rest of the batch: rows do not
+  interact in the model, and each has its own random numbers.
 """
 
 import heapq
@@ -24,26 +24,26 @@ from torch import Tensor
 
 from bdh.errors import BDHError, QueueFull
 from bdh.inference.constraint import Constraint, Grammars
-from bdh.inference.figures import EngineStats, queue_has_room
 from bdh.inference.prefix import PrefixCache
 from bdh.inference.request import Event, FinishReason, PromptLogprobs, Request
 from bdh.inference.runner import Runner
 from bdh.inference.sampling import Sampled, Sampler
-from bdh.inference.scheduling import Branch, Group, WaitingQueue, client_to_preempt
+from bdh.inference.scheduling import Sequence, SequenceGroup, WaitingQueue, client_to_preempt
 from bdh.inference.scoring import score_tokens
+from bdh.inference.stats import EngineStats, queue_has_room
 from bdh.model import BDHState
 
 
 class Engine:
-    """Runs requests on a runner's slots; call `step` while it is `busy`. Not for several threads at once.
+    """Runs requests on the slots of a runner. Call `step` while it is `busy`. Not thread-safe.
 
     Args:
         runner: The model and its slots.
-        grammars: What compiles regular expressions and schemas; without it, constrained requests are refused.
-        queue_size: Continuations that may wait for a slot; one more is refused.
-        prefill_chunk: Tokens of prompts read in one step, less than twice as many at times; a multiple of the runner's
-            grain. None: what the runner does best.
-        prefix_cache_bytes: What kept states may take; 0 keeps none.
+        grammars: Compiler of regular expressions and schemas; without it, constrained requests are refused.
+        queue_size: Continuations that may wait for a slot; more are refused.
+        prefill_chunk: Prompt tokens read in one step, at times up to twice as many; a multiple of the runner's
+            `prefill_alignment`. None: the runner's own chunk.
+        prefix_cache_bytes: Size limit of the prefix cache; 0 disables it.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Engine:
         self.prefill_chunk = prefill_chunk or runner.prefill_chunk
         self.prefixes = PrefixCache(prefix_cache_bytes)
         self.sampler = Sampler(runner.n_slots, runner.config.vocab_size, runner.device)
-        self.groups: dict[str, Group] = {}
+        self.groups: dict[str, SequenceGroup] = {}
         self.waiting = WaitingQueue()
-        self.reading: deque[Branch] = deque()  # have a slot, read their prompt
-        self.writing: list[Branch] = []  # have a slot and a last token to go on from
+        self.reading: deque[Sequence] = deque()  # sequences whose prompt is being read
+        self.writing: list[Sequence] = []  # sequences that are being decoded
         self.free = list(range(runner.n_slots))  # a heap
-        self.slots_of: Counter[str | None] = Counter()  # how many slots each client has, of those that have some
+        self.slots_of: Counter[str | None] = Counter()  # number of slots of each client that has any
         self.counts = EngineStats()
-        self.longest_position = 0  # tokens of the longest sequence that was read so far
+        self.longest_position = 0  # length of the longest sequence so far
 
     @property
     def busy(self) -> bool:
@@ -76,7 +76,7 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        """The counts and the load as they are now."""
+        """Counters and present load."""
         running = len(self.reading) + len(self.writing)
         return replace(
             self.counts,
@@ -90,18 +90,18 @@ class Engine:
         )
 
     def release(self) -> None:
-        """Gives memory that no request uses back to the system, but for the kept beginnings of prompts."""
+        """Release unused memory to the system, except for the prefix cache."""
         if not self.busy:
             self.runner.release()
 
     # ---------------------------------------------------------------------------------------- requests come and go
 
     def add(self, request: Request) -> str:
-        """Queues a request; returns its id.
+        """Queue a request; return its id.
 
         Raises:
-            QueueFull: Too many wait.
-            BDHError: The prompt is empty or has unknown tokens, or the settings do not fit the model.
+            QueueFull: The queue is full.
+            BDHError: The prompt is empty or has unknown tokens, or the params do not fit the model.
         """
         params, count = request.params, request.params.best_of or request.params.n
         self.check(request)
@@ -110,9 +110,11 @@ class Engine:
                 f"{len(self.waiting)} requests wait already, of {self.queue_size} that may; try again later"
             )
         seed = random.getrandbits(63) if params.seed is None else params.seed
-        branches = [Branch(request, index, (seed + index) % 2**63, self.constraint(request)) for index in range(count)]
-        self.groups[request.id] = Group(branches)
-        self.waiting.extend(branches)
+        sequences = [
+            Sequence(request, index, (seed + index) % 2**63, self.constraint(request)) for index in range(count)
+        ]
+        self.groups[request.id] = SequenceGroup(sequences)
+        self.waiting.extend(sequences)
         return request.id
 
     def check(self, request: Request) -> None:
@@ -151,34 +153,34 @@ class Engine:
         return constraint
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
-        """Ends a request, or one of its continuations, at once: its slot is free for others, no event of it follows."""
+        """End a request, or one of its continuations, at once. Its slots become free; no events follow."""
         group = self.groups.get(request_id)
-        for branch in list(group.branches) if group else []:
-            if index is None or branch.index == index:
+        for sequence in list(group.sequences) if group else []:
+            if index is None or sequence.index == index:
                 self.counts.cancelled += 1
-                self.leave(branch)
+                self.leave(sequence)
 
-    def leave(self, branch: Branch) -> None:
-        """Takes a continuation out of wherever it is."""
-        if branch.slot < 0:
-            self.waiting.remove(branch)
+    def leave(self, sequence: Sequence) -> None:
+        """Remove a sequence from its queue and its group, and free its slot."""
+        if sequence.slot < 0:
+            self.waiting.remove(sequence)
         else:
-            (self.writing if branch.prompt_is_read else self.reading).remove(branch)
-            self.free_slot(branch)
-        group = self.groups[branch.request.id]
-        group.branches.remove(branch)
-        if group.reader is branch:  # the next of the group reads the prompt
+            (self.writing if sequence.prompt_is_read else self.reading).remove(sequence)
+            self.free_slot(sequence)
+        group = self.groups[sequence.request.id]
+        group.sequences.remove(sequence)
+        if group.reader is sequence:  # another sequence of the group reads the prompt
             group.reader = None
-        if all(other.prompt_is_read for other in group.branches):
+        if all(other.prompt_is_read for other in group.sequences):
             group.after_prompt = None
-        if not group.branches:
-            del self.groups[branch.request.id]
+        if not group.sequences:
+            del self.groups[sequence.request.id]
 
-    def free_slot(self, branch: Branch) -> None:
-        self.sampler.remove(branch.slot)
-        heapq.heappush(self.free, branch.slot)
-        branch.slot = -1
-        client = branch.request.client
+    def free_slot(self, sequence: Sequence) -> None:
+        self.sampler.remove(sequence.slot)
+        heapq.heappush(self.free, sequence.slot)
+        sequence.slot = -1
+        client = sequence.request.client
         self.slots_of[client] -= 1
         if not self.slots_of[client]:
             del self.slots_of[client]
@@ -187,15 +189,15 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Lets waiting requests in, reads some of their prompts and writes one token of each that can; its tokens."""
+        """Admit waiting sequences, read chunks of prompts, and decode one token of each running sequence."""
         self.admit()
-        rows = sorted(self.writing, key=lambda branch: branch.slot)  # neighbours lie side by side in memory
+        rows = sorted(self.writing, key=lambda sequence: sequence.slot)  # in the order of the slots in memory
         logits = []
         if rows:
             logits.append(self.runner.decode([row.slot for row in rows], [row.output[-1] for row in rows]))  # (B, V)
             self.counts.decode_tokens += len(rows)
-        for branch, after in self.read_prompts():
-            rows.append(branch)
+        for sequence, after in self.read_prompts():
+            rows.append(sequence)
             logits.append(after[None])  # (1, V)
         if not rows:
             return []
@@ -208,42 +210,44 @@ class Engine:
         return events
 
     def admit(self) -> None:
-        """Gives slots to those whose turn it is; who can use what another reads, waits for that."""
+        """Assign free slots to waiting sequences. One sequence of a group reads the prompt for the others."""
         while self.waiting:
-            branch = self.waiting.next(self.slots_of, self.is_ready)
-            if branch is None or not (self.free or self.preempt_for(branch)):
+            sequence = self.waiting.next(self.slots_of, self.is_ready)
+            if sequence is None or not (self.free or self.preempt_for(sequence)):
                 return
-            self.waiting.take(branch)
-            branch.slot = heapq.heappop(self.free)
-            self.slots_of[branch.request.client] += 1
-            request, group = branch.request, self.groups[branch.request.id]
-            self.sampler.add(branch.slot, request.params, request.prompt, branch.seed, branch.output)
-            if branch.saved is not None:
-                self.runner.write_state(branch.slot, branch.saved)
-                branch.saved = None
+            self.waiting.take(sequence)
+            sequence.slot = heapq.heappop(self.free)
+            self.slots_of[sequence.request.client] += 1
+            request, group = sequence.request, self.groups[sequence.request.id]
+            self.sampler.add(sequence.slot, request.params, request.prompt, sequence.seed, sequence.output)
+            if sequence.saved is not None:
+                self.runner.write_state(sequence.slot, sequence.saved)
+                sequence.saved = None
             elif group.after_prompt is None:
-                group.reader = branch
-                self.begin(branch)
-            (self.writing if branch.prompt_is_read else self.reading).append(branch)
+                group.reader = sequence
+                self.begin(sequence)
+            (self.writing if sequence.prompt_is_read else self.reading).append(sequence)
 
-    def is_ready(self, branch: Branch) -> bool:
-        """Whether a continuation could use a slot now: not while another one reads its prompt."""
-        group = self.groups[branch.request.id]
-        return branch.saved is not None or group.reader is None or group.after_prompt is not None
+    def is_ready(self, sequence: Sequence) -> bool:
+        """Return whether a sequence could use a slot now: not while another one reads its prompt."""
+        group = self.groups[sequence.request.id]
+        return sequence.saved is not None or group.reader is None or group.after_prompt is not None
 
-    def preempt_for(self, waiting: Branch) -> bool:
-        """Frees a slot of a client that has more than its share, if there is one; the continuation in it goes on later.
+    def preempt_for(self, waiting: Sequence) -> bool:
+        """Preempt a sequence of a client with more than its share, if there is one; return whether a slot was freed.
 
-        Not more states are put aside than there are slots.
+        At most as many states are saved as there are slots.
         """
         unfair, client = client_to_preempt(waiting, self.slots_of)
         if not unfair or self.waiting.preempted >= self.runner.n_slots:
             return False
-        begun = [branch for branch in self.reading if branch.read > 0]  # others hold nothing, and get a turn soon
-        theirs = [branch for branch in (*begun, *self.writing) if branch.request.client == client]
+        begun = [
+            sequence for sequence in self.reading if sequence.read > 0
+        ]  # without progress, there is nothing to preempt
+        theirs = [sequence for sequence in (*begun, *self.writing) if sequence.request.client == client]
         if not theirs:
             return False
-        victim = theirs[-1]  # the last that got its slot
+        victim = theirs[-1]  # the last one that got its slot
         self.counts.preempted += 1
         victim.saved = self.runner.read_state(victim.slot).to("cpu", torch.float32)
         (self.writing if victim.prompt_is_read else self.reading).remove(victim)
@@ -251,84 +255,90 @@ class Engine:
         self.waiting.put_back(victim)
         return True
 
-    def begin(self, branch: Branch) -> None:
-        """Puts the state to start from into a branch's slot: the request's own, a kept beginning's, or none."""
-        request = branch.request
+    def begin(self, sequence: Sequence) -> None:
+        """Initialize the slot of a sequence: with the state of the request, from the prefix cache, or empty."""
+        request = sequence.request
         if request.state is not None:
-            self.runner.write_state(branch.slot, request.state)
+            self.runner.write_state(sequence.slot, request.state)
             return
-        # Of tokens that a kept state has read there are no logits.
+        # Cached tokens have no logits to score.
         scored = request.prompt_logprobs is not None
         hit = None if scored else self.prefixes.find(request.prompt, request.prefix_owner)
         if hit is None:
-            self.runner.clear(branch.slot)
+            self.runner.clear(sequence.slot)
         else:
-            self.runner.write_state(branch.slot, hit.state)
-            branch.read = branch.cached = hit.length
+            self.runner.write_state(sequence.slot, hit.state)
+            sequence.read = sequence.cached = hit.length
             self.counts.prefix_hits += 1
             self.counts.prefix_tokens_saved += hit.length
-        branch.keep_at = self.prefixes.worth_keeping(
-            request.prompt, self.runner.state_nbytes, self.runner.grain, request.prefix_owner
+        sequence.keep_at = self.prefixes.worth_keeping(
+            request.prompt, self.runner.state_nbytes, self.runner.prefill_alignment, request.prefix_owner
         )
 
-    def read_prompts(self) -> list[tuple[Branch, Tensor]]:
-        """Reads chunks of prompts, in turn, until they come to `prefill_chunk` tokens; which prompts are now read, with
-        the logits (V,) after them."""
+    def read_prompts(self) -> list[tuple[Sequence, Tensor]]:
+        """Read chunks of prompts, round robin, up to `prefill_chunk` tokens.
+
+        Returns:
+            The sequences whose prompts are complete now, with the logits (V,) after them.
+        """
         done = []
         left = self.prefill_chunk
         while self.reading and left > 0:
-            branch = self.reading[0]  # it stays there meanwhile: others look at the figures
-            group = self.groups[branch.request.id]
-            if branch is not group.reader and group.after_prompt is not None:
+            sequence = self.reading[0]  # stays in the queue meanwhile, for the statistics
+            group = self.groups[sequence.request.id]
+            if sequence is not group.reader and group.after_prompt is not None:
                 state, logits = group.after_prompt
-                self.runner.write_state(branch.slot, state)
-                branch.read = len(branch.request.prompt)
+                self.runner.write_state(sequence.slot, state)
+                sequence.read = len(sequence.request.prompt)
             else:
-                logits, count = self.read_chunk(branch)
+                logits, count = self.read_chunk(sequence)
                 left -= count
             self.reading.popleft()
-            if not branch.prompt_is_read:
-                self.reading.append(branch)
+            if not sequence.prompt_is_read:
+                self.reading.append(sequence)
                 continue
-            self.share(group, branch, logits)
-            done.append((branch, logits))
-            self.writing.append(branch)
+            self.share(group, sequence, logits)
+            done.append((sequence, logits))
+            self.writing.append(sequence)
         return done
 
-    def read_chunk(self, branch: Branch) -> tuple[Tensor, int]:
-        """Reads the next tokens of a branch's prompt; the logits (V,) after them, and how many they were."""
-        tokens = branch.unread(self.prefill_chunk)
-        if branch.request.prompt_logprobs is None:
-            logits = self.runner.prefill(branch.slot, tokens)  # (V,)
+    def read_chunk(self, sequence: Sequence) -> tuple[Tensor, int]:
+        """Read the next chunk of a prompt; return the logits (V,) after it and its length."""
+        tokens = sequence.unread(self.prefill_chunk)
+        if sequence.request.prompt_logprobs is None:
+            logits = self.runner.prefill(sequence.slot, tokens)  # (V,)
         else:
-            logits = self.score_chunk(branch, tokens)  # (V,)
-        branch.read += len(tokens)
+            logits = self.score_chunk(sequence, tokens)  # (V,)
+        sequence.read += len(tokens)
         self.counts.prefill_tokens += len(tokens)
-        if branch.read == branch.keep_at:
-            begun, state = branch.request.prompt[: branch.read], self.runner.read_state(branch.slot)
-            self.prefixes.keep(begun, state, branch.request.prefix_owner)
+        if sequence.read == sequence.keep_at:
+            prefix, state = sequence.request.prompt[: sequence.read], self.runner.read_state(sequence.slot)
+            self.prefixes.keep(prefix, state, sequence.request.prefix_owner)
         return logits, len(tokens)
 
-    def score_chunk(self, branch: Branch, tokens: list[int]) -> Tensor:
-        """Reads tokens and scores those of the prompt that follow each; the logits (V,) after the last."""
-        prompt, first, top = branch.request.prompt, branch.read + 1, branch.request.prompt_logprobs or 0
-        for logits in self.runner.prefill_logits(branch.slot, tokens):  # (T, V)
-            followers = list(prompt[first : first + len(logits)])  # T, or T - 1 at the prompt's end
-            branch.scores.append(score_tokens(logits[: len(followers)], followers, top))
+    def score_chunk(self, sequence: Sequence, tokens: list[int]) -> Tensor:
+        """Read prompt tokens and score the token after each; return the logits (V,) after the last."""
+        prompt, first, top = sequence.request.prompt, sequence.read + 1, sequence.request.prompt_logprobs or 0
+        for logits in self.runner.prefill_logits(sequence.slot, tokens):  # (T, V)
+            targets = list(prompt[first : first + len(logits)])  # T, or T - 1 at the prompt's end
+            sequence.scores.append(score_tokens(logits[: len(targets)], targets, top))
             first += len(logits)
         return logits[-1]
 
-    def share(self, group: Group, branch: Branch, logits: Tensor) -> None:
-        """Keeps the state after a prompt as long as others of its group wait for a slot or for this state."""
-        behind = [other for other in group.branches if not other.prompt_is_read]
+    def share(self, group: SequenceGroup, sequence: Sequence, logits: Tensor) -> None:
+        """Save the state after a prompt while other sequences of the group need it."""
+        behind = [other for other in group.sequences if not other.prompt_is_read]
         if not behind:
             group.after_prompt = None
         elif group.after_prompt is None:
-            group.after_prompt = (self.runner.read_state(branch.slot), logits.clone())
+            group.after_prompt = (self.runner.read_state(sequence.slot), logits.clone())
 
-    def choose(self, rows: list[Branch], logits: Tensor) -> tuple[Sampled, dict[int, BDHError]]:
-        """Samples one token a row from logits (B, V); and what keeps constrained rows from going on, by slot, whose
-        tokens then mean nothing."""
+    def choose(self, rows: list[Sequence], logits: Tensor) -> tuple[Sampled, dict[int, BDHError]]:
+        """Sample one token per row from logits (B, V).
+
+        Returns:
+            The tokens, and by slot the errors of constrained rows that cannot be continued; their tokens are invalid.
+        """
         allowed, errors = {}, {}
         for row in rows:
             if row.constraint is not None:
@@ -340,70 +350,72 @@ class Engine:
         slots = [row.slot for row in rows]
         return self.sampler.sample(logits, slots, allowed or None, forbidden or None), errors
 
-    def advance(self, branch: Branch, row: int, sampled: Sampled) -> Event:
-        """Takes a branch's new token; if it is the last, the slot is free again."""
-        request, token = branch.request, sampled.tokens[row]
-        branch.output.append(token)
+    def advance(self, sequence: Sequence, row: int, sampled: Sampled) -> Event:
+        """Append a sampled token to a sequence; end the sequence if it is the last one."""
+        request, token = sequence.request, sampled.tokens[row]
+        sequence.output.append(token)
         try:
-            if branch.constraint is not None:
-                branch.constraint.accept(token)
-            finish_reason = self.finish_reason(branch)
-        except BDHError as error:  # the grammar has come to the library's limits
-            return self.fail(branch, error)
+            if sequence.constraint is not None:
+                sequence.constraint.accept(token)
+            finish_reason = self.finish_reason(sequence)
+        except BDHError as error:  # the grammar exceeds the limits of the library
+            return self.fail(sequence, error)
         return Event(
             request.id,
-            branch.index,
+            sequence.index,
             token,
-            sampled.logprobs[row] if sampled.logprobs and branch.wants_logprob else None,
+            sampled.logprobs[row] if sampled.logprobs and sequence.wants_logprob else None,
             sampled.top[row] if sampled.top and request.params.logprobs else None,
             finish_reason,
-            None if finish_reason is None else self.end(branch),
-            branch.cached if len(branch.output) == 1 else 0,
-            prompt_logprobs=PromptLogprobs.join(branch.scores) if branch.scores and len(branch.output) == 1 else None,
+            None if finish_reason is None else self.end(sequence),
+            sequence.cached if len(sequence.output) == 1 else 0,
+            prompt_logprobs=PromptLogprobs.join(sequence.scores)
+            if sequence.scores and len(sequence.output) == 1
+            else None,
         )
 
-    def fail(self, branch: Branch, error: BDHError) -> Event:
-        """Takes out a continuation that cannot go on; the others are none the worse for it."""
-        self.leave(branch)
-        return Event(branch.request.id, branch.index, -1, error=error)
+    def fail(self, sequence: Sequence, error: BDHError) -> Event:
+        """End a sequence with an error."""
+        self.leave(sequence)
+        return Event(sequence.request.id, sequence.index, -1, error=error)
 
-    def end(self, branch: Branch) -> BDHState | None:
-        """Lets a continuation end at the last token reported; the state it leaves, if that is to be kept."""
-        request, state = branch.request, None
+    def end(self, sequence: Sequence) -> BDHState | None:
+        """End a sequence at its last token; return its state if the request keeps it."""
+        request, state = sequence.request, None
         keep_prefix = request.keep_prefix and request.state is None and self.prefixes.fits(self.runner.state_nbytes)
         if request.keep_state or keep_prefix:
-            state = self.runner.read_state(branch.slot) if branch.saved is None else branch.saved
+            state = self.runner.read_state(sequence.slot) if sequence.saved is None else sequence.saved
         if keep_prefix and state is not None:
-            self.prefixes.keep([*request.prompt, *branch.output[:-1]], state, request.prefix_owner)
+            self.prefixes.keep([*request.prompt, *sequence.output[:-1]], state, request.prefix_owner)
         self.counts.finished += 1
-        self.leave(branch)
+        self.leave(sequence)
         return state if request.keep_state else None
 
     def written(self, request_id: str, index: int) -> int:
-        """How many tokens of a continuation were reported; 0 if it is over."""
-        branch = self.branch(request_id, index)
-        return 0 if branch is None else len(branch.output)
+        """Return the number of tokens reported of a continuation; 0 if it has ended."""
+        sequence = self.sequence(request_id, index)
+        return 0 if sequence is None else len(sequence.output)
 
-    def branch(self, request_id: str, index: int) -> Branch | None:
+    def sequence(self, request_id: str, index: int) -> Sequence | None:
         group = self.groups.get(request_id)
-        return next((branch for branch in group.branches if branch.index == index), None) if group else None
+        return next((sequence for sequence in group.sequences if sequence.index == index), None) if group else None
 
     def finish(self, request_id: str, index: int) -> BDHState | None:
-        """Ends a continuation at the last token reported, as an end token would: when the caller has what it wants.
+        """End a continuation at its last reported token, as an end token would.
 
         Returns:
-            With `keep_state`, the state after the prompt and all tokens but the last one reported; None for a
-            continuation that is over, or of which no token was reported yet.
+            With `keep_state`, the state after the prompt and all reported tokens but the last; None if the continuation
+            has ended already or has no token yet.
         """
-        branch = self.branch(request_id, index)
-        if branch is None or not branch.output:
+        sequence = self.sequence(request_id, index)
+        if sequence is None or not sequence.output:
             self.cancel(request_id, index)
             return None
-        return self.end(branch)
+        return self.end(sequence)
 
-    def finish_reason(self, branch: Branch) -> FinishReason | None:
-        if branch.output[-1] in branch.request.ends or (
-            branch.constraint is not None and branch.constraint.is_complete
+    def finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        if sequence.output[-1] in sequence.request.ends or (
+            sequence.constraint is not None and sequence.constraint.is_complete
         ):
             return "stop"
-        return "length" if len(branch.output) >= branch.request.params.max_new_tokens else None
+        return "length" if len(sequence.output) >= sequence.request.params.max_new_tokens else None

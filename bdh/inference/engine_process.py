@@ -1,7 +1,7 @@
-"""The process that has an engine: `python -m bdh.inference.engine_process FD`, begun by `ProcessLLM` and for it alone.
+"""Process that runs an engine: `python -m bdh.inference.engine_process FD`, started by `ProcessLLM`.
 
-Its one thread does what it is told, lets the engine go on, and tells what came of each step. Tokens become text in the
-other process; here only where a request has stop strings, so that it ends at the very token that completes one.
+One thread alternates between handling messages and engine steps, and publishes the tokens of each step. The client
+detokenizes; this process does so only for requests with stop strings, so that they end at the token that completes one.
 """
 
 import importlib
@@ -17,35 +17,54 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdh.errors import BDHError
-from bdh.inference.wire import Frames, Things, frame
+from bdh.inference.engine_messages import (
+    AddRequest,
+    CallError,
+    CallFunction,
+    CallResult,
+    CancelCall,
+    CancelRequest,
+    EngineFailed,
+    EngineReady,
+    FinishRequest,
+    FrameDecoder,
+    LoadFailed,
+    ObjectTable,
+    ReleaseObject,
+    RequestAdded,
+    RequestRefused,
+    Shutdown,
+    StepOutput,
+    encode_frame,
+)
 
 if TYPE_CHECKING:
-    from bdh.inference.answer import TextRequest
+    from bdh.inference.detokenizer import Detokenizer
     from bdh.inference.llm import LLM
+    from bdh.inference.outputs import TextRequest
     from bdh.inference.request import Event
-    from bdh.inference.text import ContinuationText
 
-log = logging.getLogger("bdh.inference.engine_process")  # whatever it is called when it is run
+log = logging.getLogger("bdh.inference.engine_process")  # __name__ is "__main__" in the process
 
-BESIDE = 4  # threads for what is done beside the engine
-PIECE = 1 << 20  # bytes that are read at once
-ONE_THREAD_BELOW = 100_000  # multiplications of an encoder in all layers: threads would wait for each other for longer
-ENDS = (signal.SIGINT, signal.SIGTERM)
-IDLE_SECONDS = 10.0  # without a request, after which memory that is not in use is given back
-ENDING_SECONDS = 5.0  # for the process to end when it is told to
+THREADS = 4  # for calls in threads
+RECEIVE_BYTES = 1 << 20  # read from the socket at once
+ONE_THREAD_BELOW = 100_000  # multiplications of the encoders of all layers; several threads are slower below this
+HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+IDLE_SECONDS = 10.0  # without a request, after which unused memory is released
+EXIT_SECONDS = 5.0  # for the process to end by itself
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine's process is begun with: the arguments of `LLM`, and how it logs.
+    """Arguments of the `LLM` in an engine process, and its logging.
 
     Attributes:
-        log: Is called there first, to set up logging.
+        log: Called first in the process, to configure logging.
     """
 
     model: str
@@ -59,14 +78,14 @@ class EngineSettings:
 
 
 class EngineProcess:
-    """A process that loads what it is told and then works for `ProcessLLM`. It begins at once, and gets ready."""
+    """An engine process, seen from the client. It starts at once, and imports what it needs until it has settings."""
 
     def __init__(self) -> None:
         self.socket, theirs = socket.socketpair()
         with theirs:
-            # -P: files that lie in the working directory are no modules. A group of its own: Ctrl-C is not for it.
+            # -P: files in the working directory are no modules. Its own process group: Ctrl-C does not reach it.
             command = [sys.executable, "-P", "-m", "bdh.inference.engine_process", str(theirs.fileno())]
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # until it has said that it ignores them
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)  # until the process ignores them
             try:
                 self.process = subprocess.Popen(
                     command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0
@@ -75,274 +94,268 @@ class EngineProcess:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def end(self) -> str:
-        """Makes sure that it is over; how it ended, in words. Takes up to some seconds."""
+        """Wait some seconds for the process to end, kill it if it does not, and describe how it ended."""
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(ENDING_SECONDS)
+            self.process.wait(EXIT_SECONDS)
         self.process.kill()
         code = self.process.wait()
         return f"was ended by {signal_name(-code)}" if code < 0 else f"ended with code {code}"
 
     def abandon(self) -> None:
-        """Ends it at once: nobody has begun to use it."""
+        """Kill a process that nobody uses yet."""
         self.socket.close()
         self.process.kill()
         self.process.wait()
 
 
 def resident_nbytes(pid: int) -> int:
-    """Memory of a process; 0 where that cannot be found out."""
+    """Return the resident memory of a process, or 0 where it is unknown."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):  # it is gone, or there is no such file here
+    except (OSError, ValueError, IndexError):  # the process has ended, or the system has no /proc
         return 0
 
 
 def signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
-    except ValueError:  # one without a name
+    except ValueError:  # a real-time signal
         return f"signal {number}"
 
 
-class Line:
-    """The connection to the other process. Whatever is wrong with it, this process has nothing more to do."""
+class Connection:
+    """The socket to the client. Any error on it ends this process, which has no other client."""
 
     def __init__(self, connection: socket.socket):
         self.socket = connection
-        self.things = Things()
-        self._frames = Frames()
+        self.objects = ObjectTable()
+        self._frames = FrameDecoder()
         self._selector = selectors.DefaultSelector()
         self._selector.register(connection, selectors.EVENT_READ)
-        self._lock = threading.Lock()  # of sending
+        self._send_lock = threading.Lock()
 
-    def send(self, *message: Any) -> None:
-        """Sends a message. Raises whatever pickle does about what cannot be sent."""
-        data = frame(self.things.dumps(message))
+    def send(self, message: Any) -> None:
+        """Send a message. Raises the exception of pickle if it cannot be pickled."""
+        data = encode_frame(self.objects.dumps(message))
         try:
-            with self._lock:
+            with self._send_lock:
                 self.socket.sendall(data)
         except OSError:
-            leave()
+            exit_process()
 
     def messages(self, wait: bool, seconds: float | None = None) -> list[Any]:
-        """All that has come; waits for the first if need be, for so many seconds at most."""
-        found: list[Any] = []
+        """Return all received messages; `wait` waits for the first one, at most `seconds`."""
+        messages: list[Any] = []
         if wait and seconds is not None and not self._selector.select(seconds):
-            return found
-        while not found:
+            return messages
+        while not messages:
             try:
-                data = self.socket.recv(PIECE, 0 if wait else socket.MSG_DONTWAIT)
+                data = self.socket.recv(RECEIVE_BYTES, 0 if wait else socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
             except OSError:
                 data = b""
             if not data:
-                leave()
-            found += [self.things.loads(one) for one in self._frames.take(data)]
-        return found
+                exit_process()
+            messages += [self.objects.loads(payload) for payload in self._frames.feed(data)]
+        return messages
 
-    def leave_with_the_other(self, loaded: threading.Event) -> None:
-        """Ends this process with the other one as long as nobody reads here, as the model is being loaded."""
+    def exit_with_client(self, loaded: threading.Event) -> None:
+        """End this process when the client ends, while the main thread loads the model and does not read."""
         while not loaded.wait(0.2):
             try:
                 if self.socket.recv(1, socket.MSG_PEEK):
                     continue
-            except ConnectionError:  # the other process was killed
+            except ConnectionError:  # the client was killed
                 pass
-            leave()
+            exit_process()
 
 
-def leave() -> None:
-    """Ends this process at once, whatever its threads do: the one that it works for is gone, or wants it to."""
+def exit_process() -> None:
+    """End this process at once, whatever its threads do."""
     logging.shutdown()
     os._exit(0)
 
 
 class Worker:
-    """The engine at work.
+    """Main loop of the process: handles messages, steps the engine, and publishes its tokens.
 
     Args:
-        llm: Its engine is used; what it makes of tokens is not.
-        line: To who wants its work.
+        llm: Its engine is stepped here; its detokenization is not used.
+        connection: To the client.
     """
 
-    def __init__(self, llm: "LLM", line: Line):
+    def __init__(self, llm: "LLM", connection: Connection):
         self.llm = llm
-        self.line = line
-        self.beside = ThreadPoolExecutor(BESIDE, "bdh-beside")
-        self.stops: dict[str, list[ContinuationText]] = {}  # of requests with stop strings
-        self.errands: dict[int, Future[None]] = {}  # beside the engine
+        self.connection = connection
+        self.executor = ThreadPoolExecutor(THREADS, "bdh-rpc")
+        self.detokenizers: dict[str, list[Detokenizer]] = {}  # of requests with stop strings
+        self.futures: dict[int, Future[None]] = {}  # of calls in threads
 
     def run(self) -> None:
-        """Works until the other process is gone, or wants no more."""
-        told = False  # what the load is
-        release_at: float | None = None  # when memory that is not in use is given back, by the monotonic clock
+        """Run until the client is gone or sends `Shutdown`."""
+        published = False  # whether the client knows the present load
+        release_at: float | None = None  # when to release unused memory, by the monotonic clock
         while True:
             busy = self.llm.engine.busy
-            if not busy and not told:
-                self.tell([])
+            if not busy and not published:
+                self.publish([])
             left = None if release_at is None else max(0.0, release_at - time.monotonic())
-            for kind, *values in self.line.messages(wait=not busy, seconds=left):
-                getattr(self, f"on_{kind}")(*values)
-            told = False
+            for message in self.connection.messages(wait=not busy, seconds=left):
+                self.handle(message)
+            published = False
             if self.llm.engine.busy:
                 self.step()
-                told = not self.llm.engine.busy
+                published = not self.llm.engine.busy
                 release_at = time.monotonic() + IDLE_SECONDS
             elif release_at is not None and time.monotonic() >= release_at:
                 self.llm.engine.release()
                 release_at = None
 
-    # ------------------------------------------------------------------------------------------------ what it is told
+    # ---------------------------------------------------------------------------------------------------- messages
 
-    def on_add(self, asked: "TextRequest") -> None:
-        from bdh.inference.text import ContinuationText
+    def handle(self, message: Any) -> None:
+        match message:
+            case AddRequest(text_request):
+                self.add(text_request)
+            case CancelRequest(request_id):
+                self.llm.engine.cancel(request_id)
+                self.detokenizers.pop(request_id, None)
+            case FinishRequest(call_id, request_id, counts):
+                self.reply(call_id, self.finish, (request_id, counts))
+            case CallFunction(call_id, function, arguments, in_thread=False):
+                self.reply(call_id, function, arguments)
+            case CallFunction(call_id, function, arguments):
+                future = self.futures[call_id] = self.executor.submit(self.reply, call_id, function, arguments)
+                future.add_done_callback(lambda _: self.futures.pop(call_id, None))
+            case CancelCall(call_id):
+                if (waiting := self.futures.get(call_id)) is not None:
+                    waiting.cancel()
+            case ReleaseObject(number):
+                self.connection.objects.release(number)
+            case Shutdown():
+                exit_process()
 
-        request = asked.request
+    def add(self, text_request: "TextRequest") -> None:
+        from bdh.inference.detokenizer import Detokenizer
+
+        request = text_request.request
         try:
             self.llm.prepare(request)
             self.llm.engine.add(request)
-        except Exception as error:  # of this request alone
-            self.line.send("refused", request.id, error if isinstance(error, BDHError) else plain(error))
+        except Exception as error:  # concerns this request alone
+            self.connection.send(RequestRefused(request.id, portable_error(error)))
             return
-        if asked.stop:
-            count = request.params.best_of or request.params.n
-            tokenizer = self.llm.tokenizer
-            self.stops[request.id] = [ContinuationText(tokenizer, asked.stop, asked.strip) for _ in range(count)]
-        self.line.send("added", request.id)
+        if text_request.stop:
+            self.detokenizers[request.id] = [
+                Detokenizer(self.llm.tokenizer, text_request.stop, text_request.strip)
+                for _ in range(request.params.best_of or request.params.n)
+            ]
+        self.connection.send(RequestAdded(request.id))
 
-    def on_cancel(self, request_id: str) -> None:
-        self.llm.engine.cancel(request_id)
-        self.stops.pop(request_id, None)
+    def finish(self, llm: "LLM", request_id: str, counts: list[int]) -> list[Any]:
+        """End the continuations of a request, and return the state of each.
 
-    def on_finish(self, number: int, request_id: str, counts: list[int]) -> None:
-        """Ends continuations; answers with the state of each that has read all of as many tokens but the last.
-
-        One that is further on by now has read what the caller knows nothing of: of that there is no state.
+        A continuation that has written more than `counts` tokens has read some that the client does not know: it has
+        no usable state, and None is returned for it.
         """
+        self.detokenizers.pop(request_id, None)
+        exact = [count == llm.engine.written(request_id, index) for index, count in enumerate(counts)]
+        states = [llm.engine.finish(request_id, index) for index in range(len(counts))]
+        return [state if usable else None for state, usable in zip(states, exact, strict=True)]
 
-        def finish(llm: "LLM") -> list[Any]:
-            self.stops.pop(request_id, None)
-            exact = [count == llm.engine.written(request_id, index) for index, count in enumerate(counts)]
-            states = [llm.engine.finish(request_id, index) for index in range(len(counts))]
-            return [state if kept else None for state, kept in zip(states, exact, strict=True)]
-
-        self.answer(number, finish, ())
-
-    def on_call(self, number: int, beside: bool, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        if not beside:
-            self.answer(number, function, arguments)
-            return
-        errand = self.errands[number] = self.beside.submit(self.answer, number, function, arguments)
-        errand.add_done_callback(lambda _: self.errands.pop(number, None))
-
-    def on_forget(self, number: int) -> None:
-        """Nobody waits for an answer any more: what has not begun need not."""
-        if (errand := self.errands.get(number)) is not None:
-            errand.cancel()
-
-    def answer(self, number: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        """Sends what a function returns, or raises."""
+    def reply(self, call_id: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        """Call a function and send its result or exception."""
         try:
-            self.line.send("reply", number, function(self.llm, *arguments))
-        except BDHError as error:
-            self.line.send("error", number, error)
+            self.connection.send(CallResult(call_id, function(self.llm, *arguments)))
         except Exception as error:
-            self.line.send("error", number, plain(error))
+            self.connection.send(CallError(call_id, portable_error(error)))
 
-    def on_release(self, number: int) -> None:
-        self.line.things.release(number)
-
-    def on_close(self) -> None:
-        leave()
-
-    # ----------------------------------------------------------------------------------------------------- its work
+    # ------------------------------------------------------------------------------------------------------- steps
 
     def step(self) -> None:
-        """One step of the engine, and what came of it."""
+        """Step the engine and publish the tokens; after a failure, restart the engine."""
         try:
             events = self.llm.engine.step()
-            if self.stops:
-                events = [self.stopped(event) if event.request_id in self.stops else event for event in events]
+            if self.detokenizers:
+                events = [
+                    self.check_stop(event) if event.request_id in self.detokenizers else event for event in events
+                ]
         except Exception as error:
-            self.llm.begin_anew(error)
-            self.stops.clear()
-            log.error("the engine failed, and begins anew", exc_info=error)
-            self.line.send("failed", plain(error))
+            self.llm.restart_engine(error)
+            self.detokenizers.clear()
+            log.error("the engine failed and was restarted", exc_info=error)
+            self.connection.send(EngineFailed(described(error)))
             return
         self.llm.check_length(self.llm.engine.longest_position)
-        self.tell(events)
+        self.publish(events)
 
-    def stopped(self, event: "Event") -> "Event":
-        """The event, as the last one of its continuation if a stop string is complete with it."""
-        texts = self.stops[event.request_id]
-        text = texts[event.index]
+    def check_stop(self, event: "Event") -> "Event":
+        """Return the event, as the last one of its continuation if it completes a stop string."""
+        detokenizer = self.detokenizers[event.request_id][event.index]
         if event.error is None and event.finish_reason is None:
-            text.step(event.token)
-            if text.stopped:
+            detokenizer.step(event.token)
+            if detokenizer.stopped:
                 state = self.llm.engine.finish(event.request_id, event.index)
                 event = replace(event, finish_reason="stop", state=state)
         if event.request_id not in self.llm.engine.groups:
-            self.stops.pop(event.request_id)
+            self.detokenizers.pop(event.request_id)
         return event
 
-    def tell(self, events: "list[Event]") -> None:
-        """Tells what came of a step, and the load after it."""
-        self.line.send("events", [tuple(vars(event).values()) for event in events], vars(self.llm.engine.stats))
+    def publish(self, events: "list[Event]") -> None:
+        """Send the tokens of a step, and the load after it."""
+        self.connection.send(StepOutput(events, self.llm.engine.stats))
 
 
-def plain(error: BaseException) -> RuntimeError:
-    """An exception that the other process can read, whatever this one is."""
+def described(error: BaseException) -> RuntimeError:
+    """Return an error that any process can unpickle, with the type and message of this one."""
     return RuntimeError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
+def portable_error(error: Exception) -> Exception:
+    """Return a BDHError as it is, and any other error as one that any process can unpickle."""
+    return error if isinstance(error, BDHError) else described(error)
+
+
 def main() -> None:
-    for number in ENDS:  # the other process says when it is time
+    for number in HANDLED_SIGNALS:  # the client decides when to end
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
-    line = Line(socket.socket(fileno=int(sys.argv[1])))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
+    connection = Connection(socket.socket(fileno=int(sys.argv[1])))
     loaded = threading.Event()
-    threading.Thread(target=line.leave_with_the_other, args=(loaded,), daemon=True).start()
+    threading.Thread(target=connection.exit_with_client, args=(loaded,), daemon=True).start()
     from bdh.cli.main import quiet_libraries
 
     quiet_libraries()
-    importlib.import_module("bdh.inference.llm")  # takes seconds; meanwhile the other process finds out what to tell
-    from bdh.inference import errands
+    importlib.import_module("bdh.inference.llm")  # takes seconds, in which the client prepares the settings
+    from bdh.inference import engine_rpc
 
-    settings, *more = line.messages(wait=True)
-    if more:  # that it is no longer wanted
-        leave()
+    settings, *more = connection.messages(wait=True)
+    if more:  # Shutdown
+        exit_process()
     if settings.log is not None:
         settings.log()
     try:
         llm = load(settings)
     except BDHError as error:
-        line.send("unable", error)
+        connection.send(LoadFailed(error))
         return
     except Exception as error:
-        line.send("unable", BDHError(f"the model in {settings.model} cannot be loaded: {plain(error)}"))
+        connection.send(LoadFailed(BDHError(f"the model in {settings.model} cannot be loaded: {described(error)}")))
         return
-    figures = replace(errands.figures(llm), loaded_nbytes=resident_nbytes(os.getpid()))
-    line.send("ready", figures, llm.end_token_ids)
+    model_info = replace(engine_rpc.model_info(llm), loaded_nbytes=resident_nbytes(os.getpid()))
+    connection.send(EngineReady(model_info, llm.end_token_ids))
     loaded.set()
-    Worker(llm, line).run()
+    Worker(llm, connection).run()
 
 
 def load(settings: EngineSettings) -> "LLM":
-    """The model, and threads as are best for it. Raises BDHError."""
+    """Load the model and set the number of threads. Raises BDHError."""
     import torch
 
     from bdh.inference.llm import LLM
 
-    llm = LLM(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        quantization=settings.quantization,
-        max_batch_size=settings.max_batch_size,
-        prefix_cache_bytes=settings.prefix_cache_bytes,
-        queue_size=settings.queue_size,
-    )
+    llm = LLM(**{field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "log"})
     config = llm.runner.config
     if llm.runner.device.type == "cpu" and config.n_layer * config.n_neurons * config.n_embd < ONE_THREAD_BELOW:
         torch.set_num_threads(1)

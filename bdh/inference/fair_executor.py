@@ -1,4 +1,4 @@
-"""A bounded executor for work beside the engine, whose threads and queue clients share evenly."""
+"""Bounded thread executor, whose threads and queue are shared evenly among clients."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 from bdh.errors import QueueFull
-from bdh.inference.figures import EngineStats, queue_has_room
+from bdh.inference.stats import EngineStats, queue_has_room
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class PendingLimit:
 
     @contextmanager
     def counted(self, client: str | None) -> Iterator[None]:
-        """Counts one call of a client. Raises QueueFull if it has too many."""
+        """Count one call of a client. Raises QueueFull if it has too many."""
         with self._lock:
             total = self._calls.total()
             stats = EngineStats(waiting=total, waiting_of=dict(self._calls))
@@ -91,7 +91,7 @@ class FairExecutor:
                 self._remove(client, item)
 
     def shut_down(self) -> None:
-        """Lets the threads end, without waiting for them; what waits fails."""
+        """End the threads without waiting for them; waiting calls fail."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             futures = [future for queue in self._waiting.values() for future, _ in queue]
@@ -101,7 +101,7 @@ class FairExecutor:
                 future.set_exception(ExecutorClosed())
 
     def _call_next(self) -> None:
-        """Calls the next function, if one waits. In a thread."""
+        """Call the next waiting function, if there is one. Runs in a thread."""
         with self._lock:
             if not self._waiting:  # its caller was cancelled
                 return
@@ -131,7 +131,7 @@ class FairExecutor:
             future.set_result(result)
 
     def _remove(self, client: str | None, item: tuple[Future[Any], Callable[[], Any]]) -> None:
-        """Takes a call whose caller is gone out of the queue, if it is still there."""
+        """Remove a call whose caller was cancelled from the queue, if it is still there."""
         with self._lock:
             queue = self._waiting.get(client)
             if queue is not None and item in queue:

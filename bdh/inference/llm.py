@@ -1,11 +1,11 @@
-"""Text in, text out: one model, its tokenizer and an engine, for one thread. `AsyncLLM` is for many callers."""
+"""Offline text generation with one model, its tokenizer and an engine. `AsyncLLM` serves concurrent callers."""
 
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from rich.console import Console
@@ -15,12 +15,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from bdh.data.chat_format import Message
 from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
-from bdh.inference.answer import Choice, Completion, Delta, TextRequest, TokenLogprob
+from bdh.inference.llm_engine import LLMEngine
+from bdh.inference.outputs import Choice, Completion, Delta, TextRequest, TokenLogprob
 from bdh.inference.params import SamplingParams
+from bdh.inference.prompt_encoder import Prompt
 from bdh.inference.runner import ModelRunner, Runner, make_runner
 from bdh.inference.state_file import model_fingerprint
-from bdh.inference.text_engine import TextEngine
-from bdh.inference.texts import Prompt
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.device import choose_device
 from bdh.model.export import load_export, load_model_only
@@ -33,25 +33,37 @@ __all__ = ["LLM", "Choice", "Completion", "Delta", "Prompt", "TokenLogprob", "sa
 CPU_BATCH_SIZE, CUDA_BATCH_SIZE = 8, 64
 
 
-class LLM(TextEngine):
-    """A model that writes text. Not for several threads at once.
+class LLMOptions(TypedDict, total=False):
+    """Keyword arguments of `LLM`, which `AsyncLLM` takes too."""
 
-    An exception in the midst of the work, Ctrl-C included, ends the requests it touches and leaves the rest usable.
+    device: str
+    dtype: str
+    quantization: str | None
+    max_batch_size: int | None
+    prefix_cache_bytes: int
+    queue_size: int
+
+
+class LLM(LLMEngine):
+    """A language model for text generation. Not thread-safe.
+
+    An exception during generation, including Ctrl-C, ends the requests it concerns; the `LLM` stays usable.
 
     Args:
-        model: The folder of an export; or a model, which is moved and changed and not to be used otherwise from now on;
-            or a runner, used as it is (then `device`, `dtype`, `quantization` and `max_batch_size` say nothing).
-        tokenizer: Of a model or runner; an export has its own.
+        model: The folder of an export; or a model, which is moved and modified and must not be used elsewhere; or a
+            runner (`device`, `dtype`, `quantization` and `max_batch_size` are then ignored).
+        tokenizer: Tokenizer of a model or runner; an export has its own.
         device: "auto" (CUDA, then the CPU), "cpu", "cuda" or "mps".
-        dtype: Of weights and activity: "float32", "bfloat16", or "auto": what is fast on the device.
-        quantization: None, "int8" or "int4": of the weights, on the CPU.
-        max_batch_size: Continuations in work at once, each with a state of its own. None takes 8; on CUDA as many as
-            half of the free memory holds, up to 64.
-        prefix_cache_bytes: What kept states of prompts' beginnings may take; 0 keeps none.
-        queue_size: Continuations that may wait for others to end; more are refused with `QueueFull`.
+        dtype: "float32", "bfloat16", or "auto" (bfloat16 on CUDA and with quantization, float32 otherwise).
+        quantization: None, "int8" or "int4" weights, on the CPU.
+        max_batch_size: Continuations decoded at once, each with its own state. None: 8; on CUDA as many as fit in half
+            of the free memory, up to 64.
+        prefix_cache_bytes: Size limit of the prefix cache; 0 disables it.
+        queue_size: Continuations that may wait for a slot; more are refused with `QueueFull`.
 
     Raises:
-        BDHError: The export cannot be loaded, the tokenizer does not fit, or the device cannot do what is asked.
+        BDHError: The export cannot be loaded, the tokenizer does not fit the model, or the device does not support the
+            settings.
     """
 
     def __init__(
@@ -91,7 +103,7 @@ class LLM(TextEngine):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Which model this is, whatever its dtype. Raises BDHError for a runner that has no model."""
+        """Hash of the model, independent of its dtype. Raises BDHError for a runner without a model."""
         if self.model is None:
             raise BDHError("sessions cannot be saved here: the runner keeps no model to know them by")
         return model_fingerprint(self.model)
@@ -103,75 +115,75 @@ class LLM(TextEngine):
         *,
         progress: bool = False,
     ) -> list[Completion]:
-        """Continues prompts, any number of them, as many at once as there are slots.
+        """Generate continuations of one or several prompts, batched over the slots.
 
         Args:
             prompts: A text or a list of token ids, or several of them. No special tokens are added.
             params: For all prompts, or one for each.
-            progress: Whether to draw a bar on stderr.
+            progress: Whether to show a progress bar on stderr.
 
         Returns:
-            A completion for each prompt, in their order. Where a constrained text cannot go on, it has an `error`.
+            A completion for each prompt, in order. It has an `error` if its constrained text could not be continued.
 
         Raises:
-            BDHError: A prompt or its params are wrong; nothing is written then. Or the text for a prompt that was given
-                alone, not in a list, cannot go on.
+            BDHError: A prompt or its params are invalid, and nothing was generated; or the constrained text of a single
+                prompt, not given in a list, could not be continued.
         """
-        asked = self._checked(prompts, params)
+        text_requests = self._checked(prompts, params)
         done: dict[int, Completion] = {}
         console = Console(file=sys.stderr)
         with Progress(console=console, disable=not progress) as bar:
-            task = bar.add_task("prompts", total=len(asked))
-            for number, completion in self.run(asked):
+            task = bar.add_task("prompts", total=len(text_requests))
+            for number, completion in self.run(text_requests):
                 done[number] = completion
                 bar.advance(task)
         if is_alone(prompts):
-            done[0].answered()
-        return [done[number] for number in range(len(asked))]
+            done[0].raise_for_error()
+        return [done[number] for number in range(len(text_requests))]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Continues a prompt; yields its text piece by piece, of `n` continuations in turn.
+        """Stream a continuation of a prompt piece by piece; the pieces of `n` continuations are interleaved.
 
-        Closing the iterator, or letting go of it, ends the request.
+        Closing or dropping the iterator ends the request.
 
         Raises:
-            BDHError: The prompt or its params are wrong, or cannot be streamed (best_of, num_beams).
+            BDHError: The prompt or its params are invalid, or cannot be streamed (best_of, num_beams).
         """
         return self.stream_of(self.text_request(prompt, params))
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
-        """The assistant's answer to a conversation, by the tokenizer's chat template or as a plain transcript.
+        """Generate the assistant's reply to a conversation, using the chat template or a plain transcript.
 
-        The state it leaves is kept a while, so that the same conversation with one more message is not read again.
+        The state after the reply goes into the prefix cache, so that the next turn reads its new messages only.
 
         Args:
             messages: Each with a "role" ("system", "user", "assistant") and a "content".
             params: As for `generate`.
 
         Raises:
-            BDHError: As for `generate`, or the template does not take these messages.
+            BDHError: As for `generate`, or the chat template refuses these messages.
         """
-        asked = self.chat_request(messages, params)
-        self.check(asked)
-        return next(completion for _, completion in self.run([asked])).answered()
+        text_request = self.chat_request(messages, params)
+        self.check(text_request)
+        return next(completion for _, completion in self.run([text_request])).raise_for_error()
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Delta]:
-        """As `chat`, piece by piece. Raises BDHError as `chat` and `stream`."""
+        """Stream the reply of `chat` piece by piece. Raises BDHError as `chat` and `stream`."""
         return self.stream_of(self.chat_request(messages, params))
 
     def session(self, system: str | None = None, params: SamplingParams | None = None) -> "Session":
-        """A conversation that keeps its synapses, so that only new messages are read.
+        """Start a conversation that keeps its state, so that only new messages are read.
 
         Args:
-            system: What the assistant is told before all else.
-            params: For answers whose `send` has none.
+            system: System message.
+            params: Default params of `send` and `write`.
         """
         from bdh.inference.session import Session
 
         return Session(self, system, params)
 
     def load_session(self, path: str | Path) -> "Session":
-        """A session that was saved, to go on as if it had never been put away. Raises BDHError."""
+        """Load a saved session and continue it exactly. Raises BDHError."""
         from bdh.inference.session import Session
 
         return Session.load(self, path)
@@ -179,7 +191,7 @@ class LLM(TextEngine):
     def _checked(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[TextRequest]:
-        """A request for each prompt. Raises BDHError for the first that is wrong, with its number."""
+        """Return a request for each prompt. Raises BDHError for the first invalid one, with its number."""
         if not isinstance(prompts, Sequence):
             raise BDHError(
                 f"the prompts are a {type(prompts).__name__}; give a text, a list of token ids, or a list of these"
@@ -187,31 +199,31 @@ class LLM(TextEngine):
         several: list[Prompt] = [prompts] if is_alone(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(several)
-        if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+        if not isinstance(params, Sequence) or not all(isinstance(item, SamplingParams) for item in params):
             raise BDHError("the params are no SamplingParams; give one for all prompts, or a list of one for each")
         if len(params) != len(several):
             raise BDHError(
                 f"there are {len(several)} prompts and {len(params)} params; give one for all, or one for each"
             )
-        asked = []
+        text_requests = []
         for number, (prompt, its_params) in enumerate(zip(several, params, strict=True)):
             try:
-                asked.append(self.text_request(prompt, its_params))
-                self.check(asked[-1])
+                text_requests.append(self.text_request(prompt, its_params))
+                self.check(text_requests[-1])
             except BDHError as error:
                 raise error if len(several) == 1 else BDHError(f"prompt {number + 1}: {error}") from error
-        return asked
+        return text_requests
 
 
 def is_alone(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt and not several."""
+    """Return whether this is a single prompt."""
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
 
 
 def sample_texts(
     model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], params: SamplingParams
 ) -> list[str]:
-    """Continuations by a model as it is, say in the midst of training: not moved, not changed, its mode put back.
+    """Generate with a model in place, for example during training: it is not moved, and its mode is restored.
 
     Raises:
         BDHError: A prompt has no tokens, or cannot be encoded.
@@ -227,7 +239,7 @@ def sample_texts(
 def sample_answers(
     model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], params: SamplingParams
 ) -> list[str]:
-    """As `sample_texts`, answers to what a user says. Raises BDHError, also where the chat template does."""
+    """Generate replies to user messages, as `sample_texts` does. Raises BDHError, also if the chat template fails."""
     was_training = model.training
     try:
         llm = LLM(ModelRunner(model, 1), tokenizer, prefix_cache_bytes=0)
@@ -237,7 +249,7 @@ def sample_answers(
 
 
 def checked_tokenizer(tokenizer: PreTrainedTokenizerFast | None, config: BDHConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer, if it fits the model. Raises BDHError."""
+    """Return the tokenizer if it fits the model. Raises BDHError."""
     if tokenizer is None:
         raise BDHError("a model alone has no tokenizer; give one beside it")
     if (size := vocabulary_size(tokenizer)) > config.vocab_size:
@@ -246,7 +258,7 @@ def checked_tokenizer(tokenizer: PreTrainedTokenizerFast | None, config: BDHConf
 
 
 def default_batch_size(config: BDHConfig, device: torch.device) -> int:
-    """How many states to have room for."""
+    """Return the default number of slots on a device."""
     if device.type != "cuda":
         return CPU_BATCH_SIZE
     state = 4 * config.n_layer * config.n_neurons * config.n_embd  # bytes
@@ -257,7 +269,7 @@ def default_batch_size(config: BDHConfig, device: torch.device) -> int:
 def end_tokens(
     tokenizer: PreTrainedTokenizerFast, generation_config: GenerationConfig | None, config: BDHConfig
 ) -> tuple[int, ...]:
-    """Tokens that end a text: the tokenizer's, and those the model's generation config names."""
+    """Return the tokens that end a text, from the tokenizer and the model's generation config."""
     named = getattr(generation_config, "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])]
     if wrong := [end for end in ends if end is not None and (not isinstance(end, int) or isinstance(end, bool))]:

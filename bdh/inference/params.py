@@ -1,4 +1,4 @@
-"""The settings of one request: how its tokens are chosen, and when it ends."""
+"""Sampling parameters of a request."""
 
 import json
 import reprlib
@@ -41,7 +41,7 @@ OPTIONAL = frozenset({"logprobs", "best_of", "seed"})
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one request are chosen, and when it ends. Checked when made.
+    """Sampling parameters of a request. Validated on creation.
 
     Attributes:
         max_new_tokens: Tokens to write at most.
@@ -111,7 +111,7 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuses token ids that a model with `vocab_size` tokens does not have. Raises BDHError."""
+        """Raise BDHError for token ids that a model with `vocab_size` tokens does not have."""
         for name, ids in (("logit_bias", self.logit_bias or ()), ("stop_token_ids", self.stop_token_ids)):
             for token in ids:
                 if token >= vocab_size:
@@ -144,7 +144,7 @@ class SamplingParams:
         object.__setattr__(self, name, number)
 
     def _check_collections(self) -> None:
-        """Checks what holds several values, and keeps copies that nobody changes."""
+        """Validate the collections, and store immutable copies."""
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
             raise BDHError(f"stop is {_shown(stop)}; it must be a string or a list of strings")
@@ -167,7 +167,7 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", {int(token): float(bias) for token, bias in self.logit_bias.items()})
 
     def _check_constraints(self) -> None:
-        """Checks that a schema is one; whether tokens can be made to follow it is found out by who compiles it."""
+        """Check the types of the constraints; `Grammars` checks whether they can be compiled."""
         if self.regex is not None and not isinstance(self.regex, str):
             raise BDHError(f"regex is {_shown(self.regex)}; it must be a string")
         schema = self.json_schema
@@ -213,7 +213,7 @@ class SamplingParams:
 
 
 def check_depth(schema: object) -> None:
-    """Raises BDHError for a JSON schema that is nested too deep for the functions that read, send and compile it."""
+    """Raise BDHError for a JSON schema that is nested too deeply for the functions that process it."""
     level = [schema]
     for _ in range(MAX_SCHEMA_DEPTH + 1):
         holders = [part for part in level if isinstance(part, Mapping | list | tuple)]
@@ -224,7 +224,7 @@ def check_depth(schema: object) -> None:
 
 
 def _is(value: object, kind: type) -> bool:
-    """Whether a value is a number of this kind; true and false are none."""
+    """Return whether a value is a number of this kind; booleans are not."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 

@@ -1,8 +1,8 @@
-"""One engine for many callers, in a process of its own: the one that serves them has its own interpreter and core.
+"""Client of an engine in its own process, for many concurrent callers.
 
-What a server does for a token (text, JSON, sockets) takes about as long as a small model does, and Python would let
-only one of the two go on at a time. It also outlives the engine: where that process is killed or crashes, all that wait
-get an error at once, and the server can begin another.
+A server's work per token (text, JSON, sockets) takes about as long as a small model's, and the interpreter lock would
+let only one of the two run at a time. The client also survives the engine: if its process crashes or is killed, all
+callers get an error at once, and the server can start another.
 """
 
 import asyncio
@@ -17,46 +17,65 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.data.tokenizer import load_export_tokenizer
 from bdh.errors import BDHError, ModelClosed
-from bdh.inference import errands
-from bdh.inference.answer import Answer, TextRequest
-from bdh.inference.async_model import Aside, AsyncModel, Call, closed
+from bdh.inference import engine_rpc
+from bdh.inference.async_model import AsyncModel, BoundedLock, Call, model_closed
+from bdh.inference.engine_messages import (
+    AddRequest,
+    CallError,
+    CallFunction,
+    CallResult,
+    CancelCall,
+    CancelRequest,
+    EngineFailed,
+    EngineReady,
+    FinishRequest,
+    FrameDecoder,
+    HandleTable,
+    LoadFailed,
+    ReleaseObject,
+    RequestAdded,
+    RequestRefused,
+    Shutdown,
+    StepOutput,
+    encode_frame,
+)
 from bdh.inference.engine_process import EngineProcess, EngineSettings, resident_nbytes
-from bdh.inference.figures import EngineStats, ModelFigures
+from bdh.inference.outputs import RequestOutput, TextRequest
+from bdh.inference.prompt_encoder import PromptEncoder
 from bdh.inference.request import Event
+from bdh.inference.stats import EngineStats, ModelInfo
 from bdh.inference.template_process import TemplateProcess
-from bdh.inference.texts import Texts
-from bdh.inference.wire import Frames, Stands, frame
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-PING_SECONDS = 2.0  # between two questions whether the engine goes on
-SILENT_SECONDS = 10.0  # without an answer, after which it counts as stopped: a step takes far less
+PING_SECONDS = 2.0  # between pings of the engine
+SILENT_SECONDS = 10.0  # without an answer to a ping, after which the engine counts as silent; a step takes far less
 
 
-class Connection(asyncio.Protocol):
-    """The socket, in the event loop."""
+class EngineProtocol(asyncio.Protocol):
+    """Receives messages from the engine's process in the event loop."""
 
-    def __init__(self, told: Callable[[bytes], None], lost: Callable[[], None]):
-        self.frames = Frames()
-        self.told = told
-        self.lost = lost
+    def __init__(self, on_message: Callable[[bytes], None], on_lost: Callable[[], None]):
+        self.frames = FrameDecoder()
+        self.on_message = on_message
+        self.on_lost = on_lost
 
     def data_received(self, data: bytes) -> None:
-        for message in self.frames.take(data):
-            self.told(message)
+        for payload in self.frames.feed(data):
+            self.on_message(payload)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.lost()
+        self.on_lost()
 
 
 class ProcessLLM(AsyncModel):
-    """As `AsyncLLM`, with the engine in another process. For one event loop; `open` makes one.
+    """`AsyncModel` with the engine in its own process, for one event loop. Create it with `open`.
 
     Attributes:
-        lost: Is set when the process has ended, and nobody wanted it to.
-        pid: Of the process.
+        lost: Set when the process has ended without being closed.
+        pid: Id of the process.
     """
 
     def __init__(self, process: EngineProcess, settings: EngineSettings):
@@ -65,22 +84,22 @@ class ProcessLLM(AsyncModel):
         self._process = process
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._stands = Stands(self._release)
+        self._handles = HandleTable(self._release)
         self._transport: asyncio.Transport | None = None
         self._stats = EngineStats()
-        self._calls: dict[str, Call] = {}  # in work
-        self._numbers = count()
+        self._calls: dict[str, Call] = {}  # by request id
+        self._call_ids = count()
         self._replies: dict[int, asyncio.Future[Any]] = {}
-        self._ready: asyncio.Future[tuple[ModelFigures, tuple[int, ...]]] = self._loop.create_future()
-        self._aside = Aside()
+        self._ready: asyncio.Future[EngineReady] = self._loop.create_future()
+        self._background_lock = BoundedLock()
         self._template: TemplateProcess | None = None
         self._pinging: asyncio.Task[None] | None = None
-        self._pinged_at: float | None = None  # when the question was asked that is not answered yet
+        self._pinged_at: float | None = None  # time of a ping without an answer
         self._closed = False
 
     @classmethod
     async def open(cls, process: EngineProcess, settings: EngineSettings) -> "ProcessLLM":
-        """Has a process load a model; returns when it is ready. Raises BDHError if it cannot, and ends the process."""
+        """Let a process load a model, and wait until it is ready. If it fails, ends the process and raises BDHError."""
         self = cls(process, settings)
         try:
             await self._open()
@@ -91,21 +110,22 @@ class ProcessLLM(AsyncModel):
 
     async def _open(self) -> None:
         transport, _ = await self._loop.create_connection(
-            lambda: Connection(self._told, self._gone), sock=self._process.socket
+            lambda: EngineProtocol(self._on_message, self._on_lost), sock=self._process.socket
         )
         self._transport = transport
-        transport.write(frame(self._stands.dumps(self._settings)))
+        transport.write(encode_frame(self._handles.dumps(self._settings)))
         tokenizer = asyncio.ensure_future(self._load_tokenizer())
         try:
-            figures, ends = await self._ready  # its error is the one to tell
-            super().__init__(Texts(await tokenizer, figures.vocab_size, ends, self._template))
-            self._figures = figures
+            ready = await self._ready  # its error takes precedence over the tokenizer's
+            encoder = PromptEncoder(await tokenizer, ready.model_info.vocab_size, ready.end_token_ids, self._template)
+            super().__init__(encoder)
+            self._model_info = ready.model_info
             self._pinging = self._loop.create_task(self._ping())
         finally:
             tokenizer.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _load_tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer, here; a chat template that came with it gets a process. Raises BDHError."""
+        """Load the tokenizer, and start a process for its chat template. Raises BDHError."""
         tokenizer = await asyncio.to_thread(load_export_tokenizer, Path(self._settings.model))
         if tokenizer.chat_template is not None and not self._closed:
             with suppress(ValueError):  # several templates and no default: the tokenizer says so with each chat
@@ -117,8 +137,8 @@ class ProcessLLM(AsyncModel):
         return self._stats
 
     @property
-    def figures(self) -> ModelFigures:
-        return self._figures
+    def model_info(self) -> ModelInfo:
+        return self._model_info
 
     @property
     def is_lost(self) -> bool:
@@ -128,29 +148,29 @@ class ProcessLLM(AsyncModel):
     def resident_nbytes(self) -> int:
         return resident_nbytes(self.pid)
 
-    def aside(self) -> Aside:
-        return self._aside
+    def background_lock(self) -> BoundedLock:
+        return self._background_lock
 
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await self._ask("call", False, function, arguments)
+        return await self._call(lambda call_id: CallFunction(call_id, function, arguments, in_thread=False))
 
-    async def call_beside(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await self._ask("call", True, function, arguments)
+    async def call_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await self._call(lambda call_id: CallFunction(call_id, function, arguments, in_thread=True))
 
     @property
     def is_silent(self) -> bool:
-        """Whether the process is there and does not answer: it is stopped, or hangs."""
+        """Whether the process exists but does not answer pings: it is stopped, or hangs."""
         return self._pinged_at is not None and self._loop.time() - self._pinged_at > SILENT_SECONDS
 
     async def _ping(self) -> None:
-        """Asks the engine again and again whether it goes on, until it is closed or lost."""
+        """Ping the engine periodically until it is closed or lost."""
         while not self._closed:
             self._pinged_at = self._loop.time()
             try:
-                await self.call(errands.ping)
+                await self.call(engine_rpc.ping)
             except Exception as error:
                 if not self._closed:  # an error is an answer too
-                    log.warning("the engine answers whether it goes on with an error: %s", error)
+                    log.warning("the engine answered a ping with an error: %s", error)
             self._pinged_at = None
             await asyncio.sleep(PING_SECONDS)
 
@@ -160,11 +180,11 @@ class ProcessLLM(AsyncModel):
         if not self._closed:
             self._closed = True
             is_loaded = self._ready.done() and not self._ready.exception()
-            self._fail(closed())
+            self._fail(model_closed())
             if not is_loaded or self._transport is None:
-                self._process.process.kill()  # it would load to the end first
+                self._process.process.kill()  # it reads no messages while it loads
             else:
-                self._send("close")
+                self._send(Shutdown())
             if self._transport is not None:
                 self._transport.close()
         await asyncio.to_thread(self._process.end)
@@ -173,115 +193,103 @@ class ProcessLLM(AsyncModel):
         if self._template is not None:
             await asyncio.to_thread(self._template.close)
 
-    def how_it_ended(self) -> str:
-        """How the process ended, in words. May take some seconds."""
+    def exit_reason(self) -> str:
+        """Describe how the process ended. May take some seconds."""
         return self._process.end()
 
     # ----------------------------------------------------------------------------------------------------- requests
 
-    def _new_call(self, asked: TextRequest, wants_deltas: bool) -> Call:
-        return Call(self, asked, wants_deltas)
+    def _new_call(self, text_request: TextRequest, wants_deltas: bool) -> Call:
+        return Call(self, text_request, wants_deltas)
 
     def _begin(self, call: Call) -> None:
         self._check_open()
-        if call.asked.request.params.num_beams > 1:
-            searching = asyncio.ensure_future(self.call(errands.beam_search, call.asked))
-            searching.add_done_callback(lambda task: self._found(call, task))
+        if call.text_request.request.params.num_beams > 1:
+            searching = asyncio.ensure_future(self.call(engine_rpc.beam_search, call.text_request))
+            searching.add_done_callback(lambda task: self._on_beam_search_done(call, task))
             return
-        self._calls[call.asked.request.id] = call
-        self._send("add", call.asked)
+        self._calls[call.text_request.request.id] = call
+        self._send(AddRequest(call.text_request))
 
-    def _found(self, call: Call, task: "asyncio.Future[Any]") -> None:
-        """A beam search is over."""
+    def _on_beam_search_done(self, call: Call, task: "asyncio.Future[Any]") -> None:
         if task.cancelled():
-            call.put(closed())
+            call.put(model_closed())
         elif error := task.exception():
-            call.put(error if isinstance(error, Exception) else closed())
+            call.put(error if isinstance(error, Exception) else model_closed())
         else:
             call.put(None)
             call.put(task.result())
 
     def _drop(self, call: Call) -> None:
-        if self._calls.pop(call.asked.request.id, None) is not None and not self._closed:
-            self._send("cancel", call.asked.request.id)
+        if self._calls.pop(call.text_request.request.id, None) is not None and not self._closed:
+            self._send(CancelRequest(call.text_request.request.id))
 
     async def _finish(self, call: Call) -> None:
         self._check_open()
-        answer = call.answer
-        if self._calls.pop(call.asked.request.id, None) is None or answer is None:
+        output = call.output
+        if self._calls.pop(call.text_request.request.id, None) is None or output is None:
             return
-        parts = answer.continuations
+        parts = output.continuations
         counts = [len(part.tokens) if part.finish_reason is None else -1 for part in parts]
-        states = await self._ask("finish", call.asked.request.id, counts)
+        request_id = call.text_request.request.id
+        states = await self._call(lambda call_id: FinishRequest(call_id, request_id, counts))
         for part, state in zip(parts, states, strict=True):
             if part.finish_reason is None:
                 part.state = state
 
-    # ----------------------------------------------------------------------------------------------- what comes back
+    # ---------------------------------------------------------------------------------------------- messages
 
-    def _told(self, data: bytes) -> None:
-        kind, *values = self._stands.loads(data)
-        getattr(self, f"_on_{kind}")(*values)
+    def _on_message(self, data: bytes) -> None:
+        match self._handles.loads(data):
+            case StepOutput(events, stats):
+                self._stats = stats
+                for event in events:
+                    if (call := self._calls.get(event.request_id)) is not None:  # else it was dropped
+                        self._on_event(call, event)
+            case RequestAdded(request_id):
+                if (call := self._calls.get(request_id)) is not None:
+                    call.output = RequestOutput(call.text_request, self.prompt_encoder.tokenizer, call.wants_deltas)
+                    call.put(None)
+            case RequestRefused(request_id, error):
+                if (call := self._calls.pop(request_id, None)) is not None:
+                    call.put(error)
+            case CallResult(call_id, value):
+                if not (future := self._replies.pop(call_id)).done():
+                    future.set_result(value)
+            case CallError(call_id, error):
+                if not (future := self._replies.pop(call_id)).done():
+                    future.set_exception(error)
+            case EngineFailed(error):
+                calls, self._calls = self._calls, {}
+                for call in calls.values():
+                    call.put(RuntimeError(f"the engine failed, with all it had in work: {error}"))
+            case EngineReady() as ready:
+                if not self._ready.done():
+                    self._ready.set_result(ready)
+            case LoadFailed(error):
+                if not self._ready.done():
+                    self._ready.set_exception(error)
 
-    def _on_ready(self, figures: ModelFigures, ends: tuple[int, ...]) -> None:
-        if not self._ready.done():
-            self._ready.set_result((figures, ends))
-
-    def _on_unable(self, error: BDHError) -> None:
-        if not self._ready.done():
-            self._ready.set_exception(error)
-
-    def _on_added(self, request_id: str) -> None:
-        if (call := self._calls.get(request_id)) is not None:
-            call.answer = Answer(call.asked, self.texts.tokenizer, call.wants_deltas)
-            call.put(None)
-
-    def _on_refused(self, request_id: str, error: Exception) -> None:
-        if (call := self._calls.pop(request_id, None)) is not None:
-            call.put(error)
-
-    def _on_events(self, events: list[tuple[Any, ...]], stats: dict[str, Any]) -> None:
-        self._stats = EngineStats(**stats)
-        for values in events:
-            event = Event(*values)
-            call = self._calls.get(event.request_id)
-            if call is not None:  # else it was dropped meanwhile
-                self._take(call, event)
-
-    def _take(self, call: Call, event: Event) -> None:
-        """Hands on what comes of a token."""
-        answer = call.answer
-        assert answer is not None
+    def _on_event(self, call: Call, event: Event) -> None:
+        """Add a token to its request, and pass the result on to the caller."""
+        output = call.output
+        assert output is not None
         if event.error is not None:
-            answer.error = event.error
+            output.error = event.error
             self._drop(call)
             call.put(event.error)
             return
-        answer.take(event)
-        if answer.deltas:
-            call.put(list(answer.deltas))
-            answer.deltas.clear()
-        if not answer.unfinished:
+        output.take(event)
+        if output.deltas:
+            call.put(list(output.deltas))
+            output.deltas.clear()
+        if not output.unfinished:
             del self._calls[event.request_id]
             if not call.wants_deltas:
-                call.put(answer.completion())
+                call.put(output.completion())
 
-    def _on_failed(self, error: Exception) -> None:
-        """The engine failed, and has begun anew."""
-        calls, self._calls = self._calls, {}
-        for call in calls.values():
-            call.put(RuntimeError(f"the engine failed, with all it had in work: {error}"))
-
-    def _on_reply(self, number: int, result: Any) -> None:
-        if not (future := self._replies.pop(number)).done():
-            future.set_result(result)
-
-    def _on_error(self, number: int, error: Exception) -> None:
-        if not (future := self._replies.pop(number)).done():
-            future.set_exception(error)
-
-    def _gone(self) -> None:
-        """The process is no more."""
+    def _on_lost(self) -> None:
+        """Handle the end of the process."""
         if self._closed:
             return
         self._closed = True
@@ -290,7 +298,7 @@ class ProcessLLM(AsyncModel):
         self.lost.set()
 
     def _fail(self, error: Exception) -> None:
-        """Tells all that wait."""
+        """Raise an error in all callers."""
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.put(error)
@@ -300,35 +308,34 @@ class ProcessLLM(AsyncModel):
                 future.set_exception(error)
         if not self._ready.done():
             self._ready.set_exception(BDHError("the process that loads the model has ended; its log tells more"))
-            self._ready.exception()  # though nobody may wait for it
+            self._ready.exception()  # there may be nobody to retrieve it
 
-    # ------------------------------------------------------------------------------------------------- what is sent
-
-    async def _ask(self, kind: str, *values: Any) -> Any:
-        """Sends a message that is answered. Raises as the answer, BDHError if this is closed."""
+    async def _call(self, message: Callable[[int], CallFunction | FinishRequest]) -> Any:
+        """Send a message and return its answer. Raises the exception in the answer, and BDHError if this is closed."""
         self._check_open()
-        number = next(self._numbers)
-        future = self._replies[number] = self._loop.create_future()
-        self._send(kind, number, *values)
+        call_id = next(self._call_ids)
+        future = self._replies[call_id] = self._loop.create_future()
+        self._send(message(call_id))
         try:
             return await future
         except asyncio.CancelledError:
             if not self._closed:
-                self._send("forget", number)
+                self._send(CancelCall(call_id))
             raise
 
-    def _send(self, *message: Any) -> None:
+    def _send(self, message: Any) -> None:
         assert self._transport is not None
-        self._transport.write(frame(self._stands.dumps(message)))
+        self._transport.write(encode_frame(self._handles.dumps(message)))
 
     def _release(self, number: int) -> None:
-        """Nothing here stands for a thing there any more."""
-        with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._let_go, number)
+        """Release an object in the engine's process. Called in any thread."""
 
-    def _let_go(self, number: int) -> None:
-        if not self._closed:
-            self._send("release", number)
+        def send() -> None:
+            if not self._closed:
+                self._send(ReleaseObject(number))
+
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(send)
 
     def _check_open(self) -> None:
         if self.lost.is_set():

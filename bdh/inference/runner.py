@@ -1,7 +1,7 @@
-"""Runners: a model and a pool of state slots. Tokens in, logits out; they know nothing of requests.
+"""Model runners: a model and a pool of state slots, from tokens to logits, without requests.
 
-`ModelRunner` is the plain form, through the model's own forward; `CPURunner` and `CUDARunner` are the fast ones, and
-tests hold them to it.
+`ModelRunner` is the reference implementation with the model's own forward pass; `CPURunner` and `CUDARunner` are fast,
+and tested against it.
 """
 
 import copy
@@ -17,72 +17,74 @@ from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUANTIZATIONS = ("int8", "int4")
-GRAIN = 64  # tokens that runners on a CPU read at once
+PREFILL_ALIGNMENT = 64  # prompt tokens that runners on a CPU read at once
 
 
 class Runner(Protocol):
-    """What the engine asks of a runner. A slot holds the synapses and the position of one sequence.
+    """Interface of model runners. A slot holds the synapses and the position of one sequence.
 
     Attributes:
-        config: Of the model.
-        device: Where logits come out.
-        n_slots: Slots of the pool, numbered from 0.
-        state_nbytes: Bytes of one slot's state as `read_state` returns it.
-        grain: A prompt cut at positions that this divides is read as if it had not been cut. On a CPU that is so to the
-            last bit, so that a kept beginning of a prompt gives the very numbers that reading it again would. (What was
-            written and not read, as the turns of a chat are, is equal to rounding.)
-        prefill_chunk: Tokens of a prompt that are best read at once: more would keep others waiting and gain nothing.
-            A multiple of the grain.
+        config: Configuration of the model.
+        device: Device of the logits.
+        n_slots: Number of slots, numbered from 0.
+        state_nbytes: Size of the state of one slot as `read_state` returns it.
+        prefill_alignment: Splitting a prompt at multiples of this position does not change its results. On a CPU they
+            are bit-identical, so a cached prefix gives exactly the numbers of a second prefill. (Generated tokens that
+            were never prefilled, such as the turns of a chat, are equal up to rounding.)
+        prefill_chunk: Tokens of a prompt to read in one step; a multiple of `prefill_alignment`. A larger chunk delays
+            other sequences without being faster.
     """
 
     config: BDHConfig
     device: torch.device
     n_slots: int
     state_nbytes: int
-    grain: int
+    prefill_alignment: int
     prefill_chunk: int
 
     @property
     def slots_nbytes(self) -> int:
-        """Bytes of memory that the slots take now, whether they are in use or not."""
+        """Memory that the slots take now, in use or not, in bytes."""
 
     def release(self) -> None:
-        """Gives the memory of the slots back to the system, if it can be. None of them is in use."""
+        """Release the memory of the slots to the system if possible. No slot may be in use."""
 
     def clear(self, slot: int) -> None:
-        """Puts a slot back before the first token."""
+        """Reset a slot to the empty state."""
 
     def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        """Reads some tokens (at least one) into a slot; returns the logits after the last, (V,) float32."""
+        """Read tokens, at least one, into a slot; return the logits after the last, (V,) float32."""
 
     def prefill_logits(self, slot: int, tokens: Sequence[int]) -> Iterator[Tensor]:
-        """Reads tokens as `prefill` does; yields the logits after each, in order, some at a time: (T, V) float32.
+        """Read tokens as `prefill` does; yield the logits after each in chunks, (T, V) float32.
 
-        The tokens are read when the iterator has come to its end.
+        All tokens are read when the iterator is exhausted.
         """
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Reads one token into each of some slots, all different; returns their logits, (B, V) float32, a tensor that
-        later calls leave alone."""
+        """Read one token into each of several different slots; return their logits, (B, V) float32.
+
+        Later calls do not overwrite the returned tensor.
+        """
 
     def read_state(self, slot: int) -> BDHState:
-        """A copy of a slot's state, a batch of one."""
+        """Return a copy of the state of a slot, a batch of one."""
 
     def write_state(self, slot: int, state: BDHState) -> None:
-        """Replaces a slot's state by a copy of this one, a batch of one."""
+        """Replace the state of a slot with a copy of this one, a batch of one."""
 
 
 def pieces(tokens: Sequence[int], position: int) -> Iterator[Sequence[int]]:
-    """Tokens that come at a position, cut where `GRAIN` divides the position: the same pieces however they arrive."""
+    """Split tokens at absolute positions divisible by `PREFILL_ALIGNMENT`, however they arrive."""
     start = 0
     while start < len(tokens):
-        end = start + GRAIN - (position + start) % GRAIN
+        end = start + PREFILL_ALIGNMENT - (position + start) % PREFILL_ALIGNMENT
         yield tokens[start:end]
         start = end
 
 
 class ModelRunner:
-    """The plain runner, sequence by sequence through `BDHForCausalLM.forward`: any device, the reference for others."""
+    """Reference runner: one sequence at a time through `BDHForCausalLM.forward`, on any device."""
 
     def __init__(self, model: BDHForCausalLM, n_slots: int):
         self.model = model.eval()
@@ -90,7 +92,7 @@ class ModelRunner:
         self.device = model.device
         self.n_slots = n_slots
         self.states: dict[int, BDHState] = {}  # made when first used
-        self.grain = self.prefill_chunk = GRAIN
+        self.prefill_alignment = self.prefill_chunk = PREFILL_ALIGNMENT
         self.state_nbytes = 4 * self.config.n_layer * self.config.n_neurons * self.config.n_embd
 
     def zeros(self) -> BDHState:
@@ -134,7 +136,7 @@ class ModelRunner:
 
 
 def choose_dtype(dtype: str, device: str, quantization: str | None = None) -> str:
-    """The name of a dtype; of "auto", what is fast on a kind of device. Raises BDHError if there is no such dtype."""
+    """Resolve "auto" to a dtype that is fast on the device. Raises BDHError for an unknown dtype."""
     if dtype == "auto":
         return "bfloat16" if device == "cuda" or quantization else "float32"
     if dtype not in DTYPES:
@@ -143,7 +145,7 @@ def choose_dtype(dtype: str, device: str, quantization: str | None = None) -> st
 
 
 def cast(model: BDHForCausalLM, dtype: torch.dtype) -> BDHForCausalLM:
-    """The model in another dtype, in place, but for its gates: few numbers, which bfloat16 would round too much."""
+    """Convert a model to another dtype in place, except for its gates, which need float32."""
     layer = model.model.layer
     gates = copy.deepcopy(layer.gates)
     model.to(dtype)
@@ -152,16 +154,16 @@ def cast(model: BDHForCausalLM, dtype: torch.dtype) -> BDHForCausalLM:
 
 
 def make_runner(model: BDHForCausalLM, n_slots: int, dtype: str = "auto", quantization: str | None = None) -> Runner:
-    """The fastest runner for the device the model is on.
+    """Create the fastest runner for the device of a model.
 
     Args:
-        model: Moved to its dtype; not to be used for anything else from now on.
-        n_slots: Sequences that can be in work at once.
-        dtype: Of weights and activity: "float32", "bfloat16", or "auto": bfloat16 on CUDA, else float32.
-        quantization: None, "int8" or "int4": of the weights, on the CPU only.
+        model: The model, which is converted to the dtype and must not be used elsewhere.
+        n_slots: Maximum number of running sequences.
+        dtype: "float32", "bfloat16", or "auto" (see `choose_dtype`).
+        quantization: None, "int8" or "int4" weights, on the CPU only.
 
     Raises:
-        BDHError: The device cannot do what is asked.
+        BDHError: The device does not support the settings.
     """
     device = model.device.type
     dtype = choose_dtype(dtype, device, quantization)

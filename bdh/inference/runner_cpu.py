@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bdh.errors import BDHError
-from bdh.inference.runner import GRAIN, pieces
+from bdh.inference.runner import PREFILL_ALIGNMENT, pieces
 from bdh.kernels.cpu import (
     INT4_GROUP,
     Decays,
@@ -36,34 +36,34 @@ FEW_ROWS = 4  # at the activity of a trained model; from about 8 all of the deco
 
 
 @dataclass(frozen=True)
-class Step:
-    """What all layers of a decoding step share.
+class DecodeStep:
+    """Values of a decoding step that all layers share.
 
     Attributes:
-        phases: Of the rows' positions, (B, 1, N/2) complex64.
+        phases: Rotary phases of the rows' positions, (B, 1, N/2) complex64.
         runs: The rows by their slots.
         starts: The first row of each sequence's synapses in the table (slots * n, D) of a layer; B numbers.
-        places: Where R and x are kept while they are pending: rows of a layer's tables (slots * h * W, N) and
-            (slots * W, D); (B * h) and (B), int64. U, of a model with gates, has the same rows as R.
+        pending_rows: Rows of the pending R and x in a layer's tables (slots * h * W, N) and (slots * W, D); (B * h) and
+            (B), int64. U, of a model with gates, has the same rows as R.
         decays: How the synapses and the pending tokens decay; None if they do not.
     """
 
     phases: Tensor
     runs: list[Run]
     starts: list[int]
-    places: tuple[Tensor, Tensor]
+    pending_rows: tuple[Tensor, Tensor]
     decays: DecayStep | None
 
 
 class CPURunner:
-    """See `bdh.inference.runner.Runner`. What shares a batch with a sequence changes its logits by rounding at most.
+    """Runner for CPUs, see `bdh.inference.runner.Runner`. The rest of a batch changes logits by rounding at most.
 
     Args:
-        model: On the CPU; put into `dtype` and into evaluation mode. Its weights are copied into the kernels' layout.
-        n_slots: Slots of the pool; each takes `state_nbytes` once used, and 16 / `n_embd` more for pending tokens.
-        dtype: float32 or bfloat16: of weights and activity. Synapses and what is read from them are float32 in either.
-        quantization: None, "int8" or "int4": of `encoder` and `encoder_v` while decoding; longer prompts are read with
-            the weights as they are.
+        model: Model on the CPU, converted to `dtype` and evaluation mode. Its weights are copied for the kernels.
+        n_slots: Number of slots; each takes `state_nbytes` once used, and 16 / `n_embd` more for pending tokens.
+        dtype: float32 or bfloat16, of weights and activity. Synapses and values read from them are always float32.
+        quantization: None, "int8" or "int4" weights of `encoder` and `encoder_v` for decoding; longer prompts are read
+            with the original weights.
 
     Raises:
         BDHError: The model's sizes do not allow this quantization.
@@ -80,7 +80,7 @@ class CPURunner:
         self.config = config = model.config
         self.device = torch.device("cpu")
         self.n_slots = n_slots
-        self.grain = self.prefill_chunk = GRAIN
+        self.prefill_alignment = self.prefill_chunk = PREFILL_ALIGNMENT
         self.state_nbytes = 4 * config.n_layer * config.n_neurons * config.n_embd
         # These are read at every layer of every token, and a config answers slowly.
         self.h, self.N, self.D = h, N, D = config.n_head, config.neurons_per_head, config.n_embd
@@ -106,7 +106,7 @@ class CPURunner:
     # -------------------------------------------------------------------------------------------- memory of the slots
 
     def allocate(self) -> None:
-        """Makes the tables of all slots, whose memory is taken when first written."""
+        """Allocate the tables of all slots; their memory is committed when first written."""
         n_slots, h, N, D = self.n_slots, self.h, self.N, self.D
         layers = range(self.config.n_layer)
         with torch.inference_mode():  # only so does the model write them in place
@@ -142,11 +142,11 @@ class CPURunner:
             yield self.read_short(slot, piece) if len(piece) <= SHORT else self.read_long(slot, piece, len(piece))
 
     def read_short(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        """Reads tokens one by one; the logits (T, V) after each."""
+        """Read tokens one by one; return the logits (T, V) after each."""
         return torch.cat([self.decode([slot], [token]) for token in tokens])
 
     def read_long(self, slot: int, tokens: Sequence[int], count: int) -> Tensor:
-        """Reads tokens by the model; the logits (count, V) after the last ones."""
+        """Read tokens with the model's forward pass; return the logits (count, V) after the last ones."""
         self.flush(slot)
         self.clean[slot] = False  # also if this fails halfway
         synapses = [S[slot : slot + 1] for S in self.synapses]  # L x (1, h, N, D), which the model writes in place
@@ -170,8 +170,8 @@ class CPURunner:
                 self.flush(slot)
         return self.lm_head(x[:, None]).float()  # (B, V)
 
-    def begin(self, slots: Sequence[int]) -> Step:
-        """Plans a step of a token in each of these slots."""
+    def begin(self, slots: Sequence[int]) -> DecodeStep:
+        """Prepare a step of one token in each of these slots."""
         counts = [self.position[slot] - self.flushed[slot] for slot in slots]
         first = [slot * MAX_PENDING + count for slot, count in zip(slots, counts, strict=True)]
         heads = [
@@ -179,26 +179,26 @@ class CPURunner:
             for slot, count in zip(slots, counts, strict=True)
             for k in range(self.h)
         ]
-        return Step(
+        return DecodeStep(
             phases=self.phases.at(slots, [self.position[slot] for slot in slots]),
             runs=runs_of(slots, counts),
             starts=[slot * self.h * self.N for slot in slots],
-            places=(torch.tensor(heads), torch.tensor(first)),
+            pending_rows=(torch.tensor(heads), torch.tensor(first)),
             decays=None if self.decays is None else self.decays.begin(slots, counts),
         )
 
-    def layer(self, x: Tensor, i: int, step: Step) -> Tensor:
-        """Layer i: x (B, D) float32 -> the next x. The tokens are left pending."""
+    def layer(self, x: Tensor, i: int, step: DecodeStep) -> Tensor:
+        """Compute layer i: x (B, D) float32 -> the next x. The tokens become pending."""
         B, h, N, D = x.shape[0], self.h, self.N, self.D
         X = self.encoder(x[:, None])  # (B, n)
         R = rotate_pairs(X.float().view(B, h, N), step.phases)  # (B, h, N) float32
         A = sum_rows(R, self.synapses[i].view(-1, D), step.starts)  # (B, h, D) float32
         if self.gates is None:
             read_pending(R, A, self.pending_R[i], self.pending_x[i], step.runs)
-            self.pending_x[i].view(-1, D).index_copy_(0, step.places[1], x)
+            self.pending_x[i].view(-1, D).index_copy_(0, step.pending_rows[1], x)
         else:
             self.attend_gated(R, x, A, i, step)
-        self.pending_R[i].view(-1, N).index_copy_(0, step.places[0], R.view(-1, N))
+        self.pending_R[i].view(-1, N).index_copy_(0, step.pending_rows[0], R.view(-1, N))
         Z = self.encoder_v(self.norm(A)).mul_(X)  # (B, n)
         if B <= self.few_rows:
             out = sum_rows(Z.view(B, h, N), self.decoder_rows, [0] * B).sum(1)  # (B, D)
@@ -206,8 +206,8 @@ class CPURunner:
             out = self.decoder(Z[:, None])  # (B, D)
         return self.norm(x + self.norm(out.float()))  # (B, D)
 
-    def attend_gated(self, R: Tensor, x: Tensor, A: Tensor, i: int, step: Step) -> None:
-        """Makes attention with decay and the delta rule out of A = R S, (B, h, D), and leaves U pending."""
+    def attend_gated(self, R: Tensor, x: Tensor, A: Tensor, i: int, step: DecodeStep) -> None:
+        """Turn A = R S, (B, h, D), into attention with decay and the delta rule, in place; U becomes pending."""
         assert self.gates is not None
         log_decay, beta = self.gates(x)  # (B, h)
         since = None
@@ -220,7 +220,7 @@ class CPURunner:
             scale = 1 / (torch.linalg.vector_norm(R, dim=-1).numpy() + np.float32(KEY_EPS))  # (B, h)
             A.mul_(torch.from_numpy(scale)[..., None])  # (B, h, D)
             U = (x[:, None] - A).mul_(torch.from_numpy(scale * beta)[..., None]).view(-1, self.D)  # (B * h, D)
-        self.pending_U[i].view(-1, self.D).index_copy_(0, step.places[0], U)
+        self.pending_U[i].view(-1, self.D).index_copy_(0, step.pending_rows[0], U)
 
     def norm(self, x: Tensor) -> Tensor:
         return torch.layer_norm(x, (self.D,), eps=self.eps)
@@ -236,13 +236,13 @@ class CPURunner:
         self.position[slot] = self.flushed[slot] = 0
 
     def flush(self, slot: int) -> None:
-        """Writes a slot's pending tokens into its synapses."""
+        """Write the pending tokens of a slot into its synapses."""
         self.clean[slot] = self.clean[slot] and self.position[slot] == self.flushed[slot]
         self.flush_into([S[slot] for S in self.synapses], slot)
         self.flushed[slot] = self.position[slot]
 
     def flush_into(self, synapses: Sequence[Tensor], slot: int) -> None:
-        """Writes a slot's pending tokens into synapses, L x (h, N, D), its own or a copy."""
+        """Write the pending tokens of a slot into synapses, L x (h, N, D): its own or a copy."""
         count = self.position[slot] - self.flushed[slot]
         if count and self.gates is not None:
             since = None if self.decays is None else self.decays.since(slot, count)  # (L, h, 1 + count)
@@ -268,7 +268,7 @@ class CPURunner:
 
 
 def check_sizes(config: BDHConfig, quantization: str | None) -> None:
-    """Refuses a quantization whose kernels do not take the model's matrices."""
+    """Raise BDHError if the kernels of a quantization do not support the model's sizes."""
     D, N = config.n_embd, config.neurons_per_head
     if quantization == "int8" and D % 16:
         raise BDHError(f"int8 needs an n_embd divisible by 16, and this model's is {D}; leave quantization out")

@@ -15,7 +15,7 @@ from bdh.kernels.prefill import attend_chunks, attend_delta, gate_tokens, rotate
 from bdh.model import BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import BDHGates
 
-WAITING = 16  # tokens whose synapses wait to be folded; the smallest a matrix unit takes
+MAX_PENDING = 16  # pending tokens of a slot before they are flushed; the smallest tile of the tensor cores
 CHUNK = 256  # tokens of a prompt between two synapses
 LONGEST = 8192  # tokens of a prompt read at once; more would only take more memory
 MATRIX_BATCH = 8  # rows from which on products with the weights are matrix products
@@ -23,8 +23,8 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sizes for which a graph is recor
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """How the kernels of a step cut up their work.
+class DecodeTiles:
+    """Tile sizes of the kernels of a decoding step.
 
     Attributes:
         split: Programs that share a head of a sequence in `fire_and_read`: enough to keep the GPU busy, few enough to
@@ -43,8 +43,8 @@ class Tiles:
     read_warps: int
     answer_warps: int = 2
 
-    def fitted(self, N: int) -> "Tiles":
-        """The same for heads of N neurons, which may be few."""
+    def fitted(self, N: int) -> "DecodeTiles":
+        """Limit the tiles to heads of N neurons."""
         pairs, rows = min(self.pairs, block(N // 2)), min(self.rows, block(N))
         split = min(self.split, triton.next_power_of_2(triton.cdiv(N // 2, pairs)))
         parts = min(self.parts, triton.next_power_of_2(triton.cdiv(N, rows)))
@@ -52,13 +52,13 @@ class Tiles:
 
 
 # What measured best on an H200 for one sequence and for 64: with many, small programs of one warp hide more latency.
-FEW = Tiles(split=128, parts=128, pairs=16, rows=32, read_warps=2)
-MANY = Tiles(split=32, parts=128, pairs=8, rows=32, read_warps=1)
+FEW = DecodeTiles(split=128, parts=128, pairs=16, rows=32, read_warps=2)
+MANY = DecodeTiles(split=32, parts=128, pairs=8, rows=32, read_warps=1)
 
 
 @dataclass
-class Step:
-    """The buffers of a step of B rows and its recorded graph. Shapes as the kernels say."""
+class DecodeBuffers:
+    """Buffers of a decoding step of B rows, and its CUDA graph."""
 
     staged: Tensor  # (4, B) int64, on the host
     inputs: Tensor  # (4, B) int64
@@ -77,11 +77,13 @@ class Step:
 
 
 class CUDARunner:
-    """See `bdh.inference.runner.Runner`. Weights and activity in the model's dtype, synapses and sums in float32.
+    """Runner for NVIDIA GPUs, see `bdh.inference.runner.Runner`.
+
+    Weights and activity have the model's dtype; synapses and sums are float32.
 
     Args:
-        model: On the GPU, in the dtype to run in. Its weights are copied into the kernels' layout.
-        n_slots: Slots of the pool; each takes `state_nbytes`, and 3 % more for tokens that wait.
+        model: Model on the GPU, in the dtype to run in. Its weights are copied into the layout of the kernels.
+        n_slots: Number of slots; each takes `state_nbytes`, and 3 % more for pending tokens.
     """
 
     def __init__(self, model: BDHForCausalLM, n_slots: int):
@@ -109,17 +111,17 @@ class CUDARunner:
 
         shape = (config.n_layer, n_slots)
         self.S = torch.empty(*shape, self.n, self.D, device=self.device)  # (L, slots, n, D) float32
-        self.waiting_R = torch.empty(*shape, WAITING, self.n, device=self.device, dtype=self.dtype)
-        values = (h, WAITING, self.D) if self.delta else (WAITING, self.D)
-        self.waiting_x = torch.empty(*shape, *values, device=self.device, dtype=self.dtype)
-        self.waiting_c = torch.empty(*shape, h, WAITING, device=self.device) if self.decays else None  # float32
-        tables = (self.S, self.waiting_R, self.waiting_x, self.waiting_c)
+        self.pending_R = torch.empty(*shape, MAX_PENDING, self.n, device=self.device, dtype=self.dtype)
+        values = (h, MAX_PENDING, self.D) if self.delta else (MAX_PENDING, self.D)
+        self.pending_x = torch.empty(*shape, *values, device=self.device, dtype=self.dtype)
+        self.pending_c = torch.empty(*shape, h, MAX_PENDING, device=self.device) if self.decays else None  # float32
+        tables = (self.S, self.pending_R, self.pending_x, self.pending_c)
         self.all_slots_nbytes = sum(table.nbytes for table in tables if table is not None)
         self.state_nbytes = self.S.nbytes // n_slots
-        self.grain, self.prefill_chunk = CHUNK, 4096
+        self.prefill_alignment, self.prefill_chunk = CHUNK, 4096
         self.position = [0] * n_slots
-        self.waiting = [0] * n_slots
-        self.steps: dict[int, Step] = {}
+        self.n_pending = [0] * n_slots
+        self.steps: dict[int, DecodeBuffers] = {}
         self.few, self.many = FEW.fitted(self.N), MANY.fitted(self.N)
 
     # ------------------------------------------------------------------------------------------------- the slots
@@ -133,11 +135,11 @@ class CUDARunner:
 
     def clear(self, slot: int) -> None:
         self.S[:, slot] = 0
-        self.position[slot] = self.waiting[slot] = 0
+        self.position[slot] = self.n_pending[slot] = 0
 
     @torch.inference_mode()
     def read_state(self, slot: int) -> BDHState:
-        self.fold([slot])
+        self.flush([slot])
         h = self.config.n_head
         synapses = [interleaved(S[slot], h).reshape(1, h, self.N, self.D).clone() for S in self.S]  # (1, h, N, D)
         position = torch.tensor([self.position[slot]], device=self.device)
@@ -148,30 +150,30 @@ class CUDARunner:
         for S, given in zip(self.S, state.synapses, strict=True):
             S[slot] = halved(given.to(self.device).reshape(self.n, self.D), self.config.n_head)
         self.position[slot] = int(state.position)
-        self.waiting[slot] = 0
+        self.n_pending[slot] = 0
 
-    def fold(self, slots: Sequence[int]) -> None:
-        """Adds what waits in some slots to their synapses."""
-        slots = [slot for slot in slots if self.waiting[slot]]
+    def flush(self, slots: Sequence[int]) -> None:
+        """Write the pending tokens of these slots into their synapses."""
+        slots = [slot for slot in slots if self.n_pending[slot]]
         if not slots:
             return
-        folding = torch.tensor([slots, [self.waiting[slot] for slot in slots]], device=self.device)  # (2, F)
+        pending = torch.tensor([slots, [self.n_pending[slot] for slot in slots]], device=self.device)  # (2, F)
         rows, by_head = 32, self.gates is not None
         blocks = self.config.n_head * triton.cdiv(self.N, rows) if by_head else triton.cdiv(self.n, rows)
         fold[(blocks, len(slots), self.config.n_layer)](
-            folding, self.S, self.waiting_R, self.waiting_x, self.waiting_c, len(slots), self.n_slots, self.n, self.D,
-            self.N, BY_HEAD=by_head, DELTA=self.delta, ROWS=rows, W=WAITING, BLOCK_D=block(self.D), num_warps=8,
+            pending, self.S, self.pending_R, self.pending_x, self.pending_c, len(slots), self.n_slots, self.n, self.D,
+            self.N, BY_HEAD=by_head, DELTA=self.delta, ROWS=rows, W=MAX_PENDING, BLOCK_D=block(self.D), num_warps=8,
         )  # fmt: skip
         for slot in slots:
-            self.waiting[slot] = 0
+            self.n_pending[slot] = 0
 
     # ------------------------------------------------------------------------------------------------- one token
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        full = [slot for slot in slots if self.waiting[slot] == WAITING]
+        full = [slot for slot in slots if self.n_pending[slot] == MAX_PENDING]
         if full:
-            self.fold(full)
+            self.flush(full)
         rows = len(slots)
         B = next((size for size in BATCHES if size >= rows), triton.cdiv(rows, BATCHES[-1]) * BATCHES[-1])
         step = self.steps.get(B) or self.record(B)
@@ -180,7 +182,7 @@ class CUDARunner:
         staged = step.staged.numpy()  # (4, B)
         staged[0, :rows], staged[1, :rows] = tokens, slots
         staged[1, rows:] = -1
-        staged[2, :rows], staged[3, :rows] = [self.position[s] for s in slots], [self.waiting[s] for s in slots]
+        staged[2, :rows], staged[3, :rows] = [self.position[s] for s in slots], [self.n_pending[s] for s in slots]
         step.inputs.copy_(step.staged, non_blocking=True)
         if step.graph is None or step.copied is None:
             self.launch(step)
@@ -189,18 +191,18 @@ class CUDARunner:
             step.graph.replay()
         for slot in slots:
             self.position[slot] += 1
-            self.waiting[slot] += 1
+            self.n_pending[slot] += 1
         return step.logits[:rows].clone()  # (rows, V); the next step overwrites its own
 
     @torch.inference_mode()
-    def record(self, B: int) -> Step:
+    def record(self, B: int) -> DecodeBuffers:
         """Buffers for B rows, and on a GPU the graph of their step. What runs while recording touches no slot."""
         h, tiles, on_gpu = self.config.n_head, self.tiles(B), self.device.type == "cuda"
 
         def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(*shape, device=self.device, dtype=dtype)
 
-        step = Step(
+        step = DecodeBuffers(
             staged=torch.zeros(4, B, dtype=torch.int64, pin_memory=on_gpu),
             inputs=numbers(4, B, dtype=torch.int64),
             x=numbers(B, self.D),
@@ -225,10 +227,10 @@ class CUDARunner:
         self.steps[B] = step
         return step
 
-    def tiles(self, B: int) -> Tiles:
+    def tiles(self, B: int) -> DecodeTiles:
         return self.few if B < MATRIX_BATCH else self.many
 
-    def launch(self, step: Step) -> None:
+    def launch(self, step: DecodeBuffers) -> None:
         """All kernels of a step."""
         config, B = self.config, step.inputs.shape[1]
         tiles = self.tiles(B)
@@ -243,20 +245,20 @@ class CUDARunner:
             if not fused:
                 torch.mm(step.v, self.encoder.T, out=step.X)
             fire_and_read[(config.n_head * tiles.split, B)](
-                step.inputs, step.v, cos, sin, self.encoder, self.S[i], self.waiting_R[i], self.waiting_x[i],
-                None if self.waiting_c is None else self.waiting_c[i], step.x if gated else None,
+                step.inputs, step.v, cos, sin, self.encoder, self.S[i], self.pending_R[i], self.pending_x[i],
+                None if self.pending_c is None else self.pending_c[i], step.x if gated else None,
                 self.gate_weights, self.gate_constants, step.squares if self.delta else None,
                 step.X, step.parts, step.tickets, step.A, B, self.n, D, half, eps, FIRE=fused, DECAY=config.decay,
                 DELTA=self.delta, SPLIT=tiles.split, TILES=triton.cdiv(half, tiles.split * tiles.pairs),
-                PAIRS=tiles.pairs, W=WAITING, BLOCK_P=8, BLOCK_D=wide, num_warps=tiles.read_warps,
+                PAIRS=tiles.pairs, W=MAX_PENDING, BLOCK_P=8, BLOCK_D=wide, num_warps=tiles.read_warps,
             )  # fmt: skip
             (self.answer_rows if fused else self.answer_batch)(step)
         head[(triton.cdiv(config.vocab_size, 32), B)](
             step.v, self.lm_head, step.logits, config.vocab_size, D, ROWS=32, BLOCK_D=wide
         )
 
-    def answer_rows(self, step: Step) -> None:
-        """The second half of a layer for few sequences: rows of silent neurons are not loaded."""
+    def answer_rows(self, step: DecodeBuffers) -> None:
+        """Compute the second half of a layer for few sequences, without loading rows of silent neurons."""
         B, h = step.inputs.shape[1], self.config.n_head
         tiles = self.tiles(B)
         answer[(h * tiles.parts, B)](
@@ -266,8 +268,8 @@ class CUDARunner:
             BLOCK_P=8, BLOCK_D=block(self.D), num_warps=tiles.answer_warps,
         )  # fmt: skip
 
-    def answer_batch(self, step: Step) -> None:
-        """The second half of a layer for many sequences: between them, few neurons are silent."""
+    def answer_batch(self, step: DecodeBuffers) -> None:
+        """Compute the second half of a layer for many sequences, among which few neurons are silent."""
         B = step.inputs.shape[1]
         Y = torch.bmm(step.A, self.encoder_v.view(self.config.n_head, self.N, self.D).mT)  # (h, B, N)
         Z = torch.empty_like(step.X)  # (B, n)
@@ -295,8 +297,8 @@ class CUDARunner:
                 yield (rows @ self.lm_head.T).float()  # (rows, V): of all tokens at once they could take gigabytes
 
     def read_parts(self, slot: int, tokens: Sequence[int]) -> Iterator[Tensor]:
-        """Reads tokens into a slot; yields x after the last layer, (T, D), of some at a time."""
-        self.fold([slot])
+        """Read tokens into a slot; yield x after the last layer, (T, D), in parts."""
+        self.flush([slot])
         for start in range(0, len(tokens), LONGEST):
             part = tokens[start : start + LONGEST]
             v = self.read(slot, torch.from_numpy(np.array(part, dtype=np.int64)).to(self.device))  # (T, D)
@@ -304,7 +306,7 @@ class CUDARunner:
             yield v
 
     def read(self, slot: int, tokens: Tensor) -> Tensor:
-        """Reads tokens (T,) into a slot that nothing waits in; x after the last layer, (T, D)."""
+        """Read tokens (T,) into a slot without pending tokens; return x after the last layer, (T, D)."""
         config, D, T = self.config, self.D, len(tokens)
         h, half, eps = config.n_head, self.N // 2, config.layer_norm_eps
         inputs = torch.zeros(4, T, dtype=torch.int64, device=self.device)
@@ -356,7 +358,7 @@ class CUDARunner:
         return v[:T]
 
     def gates_of_chunks(self, x: Tensor, chunks: int, C: int) -> tuple[Tensor | None, Tensor | None]:
-        """The gates of tokens x (T, D), padded to whole chunks with tokens that neither decay nor write.
+        """Compute the gates of tokens x (T, D), padded to whole chunks with tokens that neither decay nor write.
 
         Returns:
             The cumulative log-decay since the beginning of each chunk and the write strength, both (h, chunks, C)
@@ -372,7 +374,7 @@ class CUDARunner:
 
 
 def gate_constants(gates: BDHGates, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The parameters of the gates as `fire_and_read` takes them, 0 where the model has none.
+    """Return the parameters of the gates for `fire_and_read`, 0 where the model has none.
 
     Returns:
         The weights of the decay and of the write strength, (2, h, D), and the rate of the decay and the two biases,
@@ -389,5 +391,5 @@ def gate_constants(gates: BDHGates, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def block(size: int) -> int:
-    """The power of two that holds `size`, 16 at least: what a kernel's block is measured in."""
+    """Return the smallest power of two that is at least `size` and 16, for the block of a kernel."""
     return max(16, triton.next_power_of_2(size))

@@ -1,8 +1,8 @@
-"""How the next token of a request is chosen: the draw for all rows of a batch at once.
+"""Batched sampling of the next tokens.
 
-What a row gets depends on its own logits, settings, seed and step, never on the rows beside it. Elementwise arithmetic
-is in float64, and wherever probabilities are summed they are whole numbers (see `weights_of`), whose sum is the same in
-any order; so a kernel that takes another path for another batch size changes nothing.
+The token of a row depends on its own logits, settings, seed and step only, never on other rows. Elementwise arithmetic
+is in float64, and probabilities are summed as integers (see `weights_of`), whose sum does not depend on the order; so
+kernels that differ by batch size do not change the result.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from bdh.inference.params import SamplingParams
 
 UNIT = 2.0**40  # the weight of a row's likeliest token; 2^22 tokens of it still fit a signed 64-bit integer
 
-# what a slot's request asks for, in bits; a batch pays for what one of its rows asks for
+# Features used by the request of a slot, as bits; a batch computes those that any of its rows uses.
 SAMPLED, BIAS, REPETITION, COUNTED, TYPICAL, TOP_K, TOP_P, MIN_P, LOGPROBS = (1 << bit for bit in range(9))
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: steps of it visit all numbers, neighbours far apart
 
 
 def mix(numbers: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit numbers that leaves no pattern: the finalizer of SplitMix64 (Steele et al. 2014).
+    """Mix 64-bit numbers bijectively, with the finalizer of SplitMix64 (Steele et al. 2014).
 
     Takes and returns uint64 of any shape but ().
     """
@@ -32,28 +32,28 @@ def mix(numbers: np.ndarray) -> np.ndarray:
 
 
 def uniforms(streams: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """A random number for each stream (its seed, mixed) and step, both uint64 (B,): float64 (B,) in [0, 1)."""
+    """Return a random number for each stream (its mixed seed) and step, both uint64 (B,): float64 (B,) in [0, 1)."""
     bits = mix(streams + (steps + np.uint64(1)) * GOLDEN)  # (B,) uint64
     return (bits >> np.uint64(11)) * 2.0**-53  # (B,): every multiple of 2^-53, equally often
 
 
 def column(values: np.ndarray, like: Tensor) -> Tensor:
-    """Numbers (R,) of the host as (R, 1) beside `like`, without waiting for the device."""
+    """Copy numbers (R,) to the device and dtype of `like`, as (R, 1), without synchronizing."""
     return torch.from_numpy(values[:, None]).to(like.device, like.dtype, non_blocking=like.is_cuda)
 
 
 def weights_of(scores: Tensor) -> Tensor:
-    """What tokens weigh in a draw: int64 (R, V), in units of 2^-40 of the likeliest. `scores`: (R, V), -inf or finite.
+    """Convert scores (R, V), -inf or finite, to integer weights (R, V), in units of 2^-40 of the likeliest token.
 
-    Rounded, so that rounding errors before them do not part what is equal; tokens less than half a unit as likely as
-    the likeliest are never drawn.
+    Rounding makes tokens equal that differ by rounding errors only; tokens less than half a unit as likely as the
+    likeliest are never sampled.
     """
     above = scores - scores.amax(-1, keepdim=True)  # (R, V) at most 0
     return above.exp_().mul_(UNIT).round_().to(torch.int64)  # (R, V)
 
 
 def keep_typical(scores: Tensor, mass: np.ndarray) -> Tensor:
-    """The tokens whose surprisal is nearest the expected one, until they hold `mass` (R,): bool (R, V)."""
+    """Select the tokens whose surprisal is nearest to the expected one, up to `mass` (R,): bool (R, V)."""
     weights = weights_of(scores)  # (R, V)
     probabilities = weights.to(scores.dtype) / weights.sum(-1, keepdim=True)  # (R, V)
     parts = (torch.special.entr(probabilities) * UNIT).to(torch.int64)  # (R, V)
@@ -65,7 +65,7 @@ def keep_typical(scores: Tensor, mass: np.ndarray) -> Tensor:
 
 
 def keep_top_k(scores: Tensor, k: np.ndarray) -> Tensor:
-    """The k (R,) likeliest tokens, exactly as many, of equals those with smaller ids: bool (R, V). 1 <= k <= V."""
+    """Select exactly the k (R,) likeliest tokens, among equals those with smaller ids: bool (R, V). 1 <= k <= V."""
     k_th = scores.topk(int(k.max())).values.gather(-1, column(k, scores).long() - 1)  # (R, 1)
     above, equal = scores > k_th, scores == k_th  # (R, V)
     room = column(k, scores) - above.sum(-1, keepdim=True)  # (R, 1) for equals of the k-th
@@ -73,19 +73,19 @@ def keep_top_k(scores: Tensor, k: np.ndarray) -> Tensor:
 
 
 def keep_top_p(scores: Tensor, mass: np.ndarray) -> Tensor:
-    """The fewest likeliest tokens that hold `mass` (R,), of equals those with smaller ids: bool (R, V)."""
+    """Select the fewest likeliest tokens with `mass` (R,), among equals those with smaller ids: bool (R, V)."""
     ordered, likeliest = scores.sort(dim=-1, descending=True, stable=True)  # (R, V)
     kept = _until(weights_of(ordered), mass, scores)  # (R, V) in that order
     return torch.empty_like(kept).scatter_(-1, likeliest, kept)  # (R, V)
 
 
 def keep_min_p(scores: Tensor, share: np.ndarray) -> Tensor:
-    """The tokens at least `share` (R,), above 0, times as likely as the likeliest: bool (R, V)."""
+    """Select the tokens at least `share` (R,), above 0, times as likely as the likeliest: bool (R, V)."""
     return scores >= scores.amax(-1, keepdim=True) + column(np.log(share), scores)  # (R, V)
 
 
 def _until(weights: Tensor, mass: np.ndarray, like: Tensor) -> Tensor:
-    """The first tokens of each row (R, V) that hold `mass` (R,) of its weight: bool (R, V), one a row at least."""
+    """Select the first tokens of each row (R, V) with `mass` (R,) of its weight, at least one: bool (R, V)."""
     reached = weights.cumsum(-1)  # (R, V)
     return reached - weights < column(mass, like) * reached[:, -1:]  # (R, V)
 
@@ -95,10 +95,10 @@ FILTERS = {TYPICAL: keep_typical, TOP_K: keep_top_k, TOP_P: keep_top_p, MIN_P: k
 
 @dataclass
 class Sampled:
-    """What was chosen, by row of the batch.
+    """Sampled tokens, by row of the batch.
 
     Attributes:
-        tokens: The chosen tokens.
+        tokens: The sampled tokens.
         logprobs: Their log-probabilities by the model's raw logits, in nats: of all rows if one asked for them, or
             draws more continuations than it returns; else None.
         top: For each row the likeliest tokens it asked for with their log-probabilities, likeliest first, of equals
@@ -111,16 +111,16 @@ class Sampled:
 
 
 class Sampler:
-    """Settings and counts of the requests in a batch's slots; chooses the next token of all of them at once.
+    """Samples the next tokens of a batch; holds the settings and token counts of the slots.
 
-    Settings stay on the host and go to the device as they are needed, in copies of a number a row that nothing waits
-    for. Only what has a value for each token is kept there: biases and counts, (n_slots, V), made when the first
-    request asks for them.
+    Settings stay on the host and are copied to the device when needed, one number per row and without synchronizing.
+    Only tables with a value for each token, biases and counts (n_slots, V), are on the device, from the first request
+    that needs them.
     """
 
     def __init__(self, n_slots: int, vocab_size: int, device: torch.device):
         self.n_slots, self.vocab_size, self.device = n_slots, vocab_size, device
-        self.real = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs know no float64
+        self.real = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.features = np.zeros(n_slots, np.int64)
         self.streams = np.zeros(n_slots, np.uint64)
         self.steps = np.zeros(n_slots, np.uint64)
@@ -134,14 +134,14 @@ class Sampler:
     def add(
         self, slot: int, params: SamplingParams, prompt: Sequence[int], seed: int, output: Sequence[int] = ()
     ) -> None:
-        """A request begins in a slot, or goes on there.
+        """Assign a slot to a new or resumed request.
 
         Args:
             slot: The slot.
-            params: How its tokens are chosen.
-            prompt: Its token ids.
-            seed: Of its draws, 0 to 2^64 - 1.
-            output: The tokens that were chosen in another slot; the next draw is the one after theirs.
+            params: Sampling params.
+            prompt: Token ids of the prompt.
+            seed: Random seed, 0 to 2^64 - 1.
+            output: Tokens sampled before, in another slot; sampling continues after them.
 
         Raises:
             BDHError: `params` has a token id that the model does not have.
@@ -158,8 +158,8 @@ class Sampler:
         self.features[slot] = features = self._features(params)
         if features & BIAS:
             bias = self._table(BIAS, torch.float32)[slot].zero_()  # (V,)
-            given = params.logit_bias or {}
-            bias[self._index(np.array(list(given)))] = self._index(np.array(list(given.values()), np.float32))
+            biases = params.logit_bias or {}
+            bias[self._index(np.array(list(biases)))] = self._index(np.array(list(biases.values()), np.float32))
         if features & REPETITION:
             seen = self._table(REPETITION, torch.bool)[slot].zero_()  # (V,)
             seen[torch.tensor([*prompt, *output], dtype=torch.int64, device=self.device)] = True
@@ -169,7 +169,7 @@ class Sampler:
                 counts += self._index(np.bincount(output, minlength=self.vocab_size).astype(np.int32))
 
     def remove(self, slot: int) -> None:
-        """A slot's request has ended: left in a batch, the slot takes the likeliest token and costs nothing."""
+        """Reset the slot of a request that has ended."""
         self.features[slot] = 0
 
     @torch.inference_mode()
@@ -180,7 +180,7 @@ class Sampler:
         allowed: Mapping[int, Tensor] | None = None,
         forbidden: Mapping[int, Sequence[int]] | None = None,
     ) -> Sampled:
-        """Chooses a token for each row, and goes a step on in each of the slots.
+        """Sample a token for each row, and advance its slot by a step.
 
         A token whose logit is -inf is never chosen while there is another; one that is no number counts as -inf.
 
@@ -223,16 +223,16 @@ class Sampler:
         return torch.where(column(self.features[here] & SAMPLED, drawn) > 0, drawn, greedy)  # (B, V)
 
     def _features(self, params: SamplingParams) -> int:
-        asked = {
+        used = {
             BIAS: bool(params.logit_bias),
             REPETITION: params.repetition_penalty != 1,
             COUNTED: params.presence_penalty != 0 or params.frequency_penalty != 0,
             LOGPROBS: params.logprobs is not None or (params.best_of or params.n) > params.n,
         }
         if not params.greedy:
-            asked |= {SAMPLED: True, TYPICAL: params.typical_p < 1, TOP_K: 0 < params.top_k < self.vocab_size}
-            asked |= {TOP_P: params.top_p < 1, MIN_P: params.min_p > 0}
-        return sum(feature for feature, is_asked in asked.items() if is_asked)
+            used |= {SAMPLED: True, TYPICAL: params.typical_p < 1, TOP_K: 0 < params.top_k < self.vocab_size}
+            used |= {TOP_P: params.top_p < 1, MIN_P: params.min_p > 0}
+        return sum(feature for feature, is_used in used.items() if is_used)
 
     def _table(self, feature: int, dtype: torch.dtype) -> Tensor:
         if feature not in self.tables:

@@ -13,25 +13,25 @@ from bdh.model import BDHState
 
 
 @dataclass(eq=False)
-class Branch:
-    """One continuation of a request."""
+class Sequence:
+    """One continuation of a request in the engine."""
 
     request: Request
     index: int
     seed: int
     constraint: Constraint | None
     slot: int = -1
-    read: int = 0  # tokens of the prompt that are in the slot
-    cached: int = 0  # how many of these the prefix cache had
-    keep_at: int | None = None  # after this many, the state goes into the prefix cache
+    read: int = 0  # number of prompt tokens read
+    cached: int = 0  # number of these from the prefix cache
+    keep_at: int | None = None  # number of tokens after which to cache the state
     output: list[int] = field(default_factory=list)
-    scores: list[PromptLogprobs] = field(default_factory=list)  # of the prompt's tokens read so far, if asked for
-    saved: BDHState | None = None  # its state, if it was preempted
+    scores: list[PromptLogprobs] = field(default_factory=list)  # of the prompt tokens read so far, if requested
+    saved: BDHState | None = None  # its state while it is preempted
 
     def unread(self, chunk: int) -> list[int]:
-        """The next tokens of the prompt to read: up to the chunk's end, and up to where the state is to be kept.
+        """Return the next prompt tokens to read, up to the end of the chunk or `keep_at`.
 
-        Where chunks end does not depend on other sequences, or rounding would.
+        Chunk boundaries do not depend on other sequences, so rounding does not either.
         """
         stop = min(self.read + chunk - self.read % chunk, len(self.request.prompt))
         if self.keep_at is not None and self.read < self.keep_at < stop:
@@ -40,7 +40,7 @@ class Branch:
 
     @property
     def position(self) -> int:
-        """Tokens that the slot has read, those of the request's state included, once the last written one is read."""
+        """Length of the sequence, including the tokens read by the state of the request."""
         before = 0 if self.request.state is None else self.request.state.length
         return before + self.read + len(self.output)
 
@@ -49,7 +49,7 @@ class Branch:
         return self.read == len(self.request.prompt)
 
     def forbidden(self) -> list[int] | None:
-        """Tokens that may not come now: ends, while the text is too short."""
+        """Return the end tokens while the text has fewer than `min_new_tokens`."""
         ends = self.request.ends
         return sorted(ends) if ends and len(self.output) < self.request.params.min_new_tokens else None
 
@@ -60,88 +60,89 @@ class Branch:
 
 
 @dataclass(eq=False)
-class Group:
-    """The continuations of one request. The first to get a slot reads the prompt for all."""
+class SequenceGroup:
+    """The continuations of one request. The first to get a slot reads the prompt for all of them."""
 
-    branches: list[Branch]
-    reader: Branch | None = None
-    after_prompt: tuple[BDHState, Tensor] | None = None  # for those still waiting: the state, and the logits (V,)
+    sequences: list[Sequence]
+    reader: Sequence | None = None
+    after_prompt: tuple[BDHState, Tensor] | None = None  # state and logits (V,), while others need them
 
 
 class WaitingQueue:
     """Sequences that wait for a slot, in a queue for each client.
 
     Attributes:
-        queues: None of them is empty.
-        preempted: How many of the sequences had a slot before.
+        queues: The sequences by client; no queue is empty.
+        preempted: Number of preempted sequences.
     """
 
     def __init__(self) -> None:
-        self.queues: dict[str | None, deque[Branch]] = {}
+        self.queues: dict[str | None, deque[Sequence]] = {}
         self.preempted = 0
-        self._last_turns: dict[str | None, int] = {}  # the turn in which each waiting client got its last slot
+        self._last_turns: dict[str | None, int] = {}  # the turn in which a waiting client got its last slot
         self._turns = count(1)
 
     def __len__(self) -> int:
         return sum(map(len, self.queues.values()))
 
-    def __iter__(self) -> Iterator[Branch]:
-        return (branch for queue in self.queues.values() for branch in queue)
+    def __iter__(self) -> Iterator[Sequence]:
+        return (sequence for queue in self.queues.values() for sequence in queue)
 
-    def extend(self, branches: Iterable[Branch]) -> None:
-        for branch in branches:
-            self._queue_of(branch).append(branch)
+    def extend(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            self._queue_of(sequence).append(sequence)
 
-    def put_back(self, branch: Branch) -> None:
-        """Puts a preempted sequence at the head of its client's queue."""
-        self._queue_of(branch).appendleft(branch)
+    def put_back(self, sequence: Sequence) -> None:
+        """Put a preempted sequence at the head of its client's queue."""
+        self._queue_of(sequence).appendleft(sequence)
         self.preempted += 1
 
-    def remove(self, branch: Branch) -> None:
-        client = branch.request.client
-        self.preempted -= branch.saved is not None
-        self.queues[client].remove(branch)
+    def remove(self, sequence: Sequence) -> None:
+        client = sequence.request.client
+        self.preempted -= sequence.saved is not None
+        self.queues[client].remove(sequence)
         if not self.queues[client]:
             del self.queues[client]
             self._last_turns.pop(client, None)
 
-    def take(self, branch: Branch) -> None:
-        """Removes a sequence that gets a slot."""
-        self._last_turns[branch.request.client] = next(self._turns)
-        self.remove(branch)
+    def take(self, sequence: Sequence) -> None:
+        """Remove a sequence that gets a slot."""
+        self._last_turns[sequence.request.client] = next(self._turns)
+        self.remove(sequence)
 
     def clear(self) -> None:
         self.queues.clear()
         self.preempted = 0
         self._last_turns.clear()
 
-    def next(self, running: Mapping[str | None, int], is_ready: Callable[[Branch], bool]) -> Branch | None:
-        """The sequence to get the next slot: of the client with the fewest slots, among equals of the one whose last
-        turn is the longest ago, the one that has waited longest. None if none is ready.
+    def next(self, running: Mapping[str | None, int], is_ready: Callable[[Sequence], bool]) -> Sequence | None:
+        """Return the sequence that gets the next slot, or None if none is ready.
+
+        It is the first one of the client with the fewest slots, among equals the one whose last turn is longest ago.
 
         Args:
-            running: How many slots each client has.
-            is_ready: Whether a sequence could use a slot now.
+            running: Number of slots of each client.
+            is_ready: Returns whether a sequence could use a slot now.
         """
         clients = sorted(self.queues, key=lambda client: (running.get(client, 0), self._last_turns.get(client, 0)))
         for client in clients:
-            branch = next((branch for branch in self.queues[client] if is_ready(branch)), None)
-            if branch is not None:
-                return branch
+            sequence = next((sequence for sequence in self.queues[client] if is_ready(sequence)), None)
+            if sequence is not None:
+                return sequence
         return None
 
-    def _queue_of(self, branch: Branch) -> deque[Branch]:
-        return self.queues.setdefault(branch.request.client, deque())
+    def _queue_of(self, sequence: Sequence) -> deque[Sequence]:
+        return self.queues.setdefault(sequence.request.client, deque())
 
 
-def client_to_preempt(waiting: Branch, slots: Mapping[str | None, int]) -> tuple[bool, str | None]:
-    """Whether a client has to give up a slot, so that clients share the slots more evenly, and which client.
+def client_to_preempt(waiting: Sequence, slots: Mapping[str | None, int]) -> tuple[bool, str | None]:
+    """Return whether a client must give up a slot to share the slots more evenly, and which one.
 
-    It has at least two slots more than the client of the waiting sequence, or slots would go to and fro.
+    It must have at least two slots more than the client of the waiting sequence, or slots would be exchanged forever.
 
     Args:
-        waiting: The sequence that is next.
-        slots: How many each client has.
+        waiting: The next sequence.
+        slots: Number of slots of each client.
     """
     if len(slots) < 2 and waiting.request.client in slots:
         return False, None

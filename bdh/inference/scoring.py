@@ -1,4 +1,4 @@
-"""How likely a text is, token by token, with the model's own forward."""
+"""Log-probabilities of the tokens of a text, with the model's own forward pass."""
 
 from collections.abc import Sequence
 
@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 from bdh.errors import BDHError
-from bdh.inference.answer import TokenLogprob, token_logprobs
+from bdh.inference.outputs import TokenLogprob, token_logprobs
 from bdh.inference.request import PromptLogprobs
 from bdh.model import BDHForCausalLM, BDHState
 
-PIECE = 64  # tokens read at once: others may go on in between
+CHUNK = 64  # tokens read at once, between which the engine may step
 
 
 class Scorer:
-    """Reads a text piece by piece, in float32 logits; `scores` has each token's but the first's when it is `done`.
+    """Scores a text chunk by chunk; `scores` has an entry for each token but the first when it is `done`.
 
     Args:
-        model: What says how likely a token is.
-        tokens: Of the text, at least one.
-        top: How many of the likeliest tokens to tell in the place of each.
+        model: The model.
+        tokens: Token ids of the text, at least one.
+        top: Number of the likeliest tokens to report at each position.
 
     Raises:
-        BDHError: There is no model, no token, or an unknown one.
+        BDHError: There is no model or no token, or a token is not in the vocabulary.
     """
 
     def __init__(self, model: BDHForCausalLM | None, tokens: Sequence[int], top: int = 0):
@@ -43,19 +43,19 @@ class Scorer:
         return len(self.scores) == len(self.tokens) - 1
 
     @torch.inference_mode()
-    def read_piece(self) -> None:
-        """Reads the next tokens and scores those that follow them."""
-        ids = torch.tensor([self.tokens[self.read : self.read + PIECE]], device=self.model.device)  # (1, T)
-        followers = self.tokens[self.read + 1 : self.read + 1 + ids.shape[1]]  # T, or T - 1 at the end
-        logits = self.model(ids, past_key_values=self.state, use_cache=True).logits[0, : len(followers)]  # (T, V)
+    def read_chunk(self) -> None:
+        """Read the next tokens and score the token after each."""
+        ids = torch.tensor([self.tokens[self.read : self.read + CHUNK]], device=self.model.device)  # (1, T)
+        targets = self.tokens[self.read + 1 : self.read + 1 + ids.shape[1]]  # T, or T - 1 at the end
+        logits = self.model(ids, past_key_values=self.state, use_cache=True).logits[0, : len(targets)]  # (T, V)
         self.read += ids.shape[1]
-        self.scores += token_logprobs(followers, score_tokens(logits, followers, self.top))
+        self.scores += token_logprobs(targets, score_tokens(logits, targets, self.top))
 
 
-def score_tokens(logits: Tensor, followers: Sequence[int], top: int) -> PromptLogprobs:
-    """The log-probabilities of tokens by the logits (T, V) before each, and of the `top` likeliest in their places."""
+def score_tokens(logits: Tensor, targets: Sequence[int], top: int) -> PromptLogprobs:
+    """Return the log-probabilities of tokens from the logits (T, V) before each, and of the `top` likeliest ones."""
     logprobs = logits.float().log_softmax(-1)  # (T, V)
     best = logprobs.topk(min(top, logits.shape[-1]), dim=-1)  # 2 x (T, k)
-    ids = torch.tensor(followers, dtype=torch.int64, device=logits.device)  # (T)
+    ids = torch.tensor(targets, dtype=torch.int64, device=logits.device)  # (T)
     chosen = logprobs.gather(1, ids[:, None])[:, 0]  # (T)
     return PromptLogprobs(chosen.cpu().numpy(), best.indices.int().cpu().numpy(), best.values.cpu().numpy())

@@ -1,4 +1,4 @@
-"""Sessions on disk: their states, and in the metadata what else they are."""
+"""Session files: states, with everything else in the metadata."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from bdh.model import BDHConfig, BDHState
 def write_session(
     path: str | Path, snapshot: Snapshot, config: BDHConfig, fingerprint: str, more: Mapping[str, str]
 ) -> None:
-    """Writes a session to a file, whole or not at all.
+    """Write a session to a file atomically.
 
     Args:
         path: The file; its folder must exist.
@@ -31,11 +31,11 @@ def write_session(
     """
     first = snapshot.state or BDHState.zeros(config, 1)
     states = [first] if snapshot.ahead is None else [first, snapshot.ahead]
-    save_state(path, joined(states), fingerprint, {**more, "session": snapshot.about})
+    save_state(path, concatenate_states(states), fingerprint, {**more, "session": snapshot.about})
 
 
 def read_session(path: str | Path, config: BDHConfig, fingerprint: str) -> SavedConversation:
-    """Reads a session that was written. Raises BDHError if the file holds none, or one of another model."""
+    """Read a session file. Raises BDHError if it is invalid, or of another model."""
     states, metadata = load_state(path, config, fingerprint)
     try:
         about = json.loads(metadata["session"])
@@ -50,7 +50,7 @@ def read_session(path: str | Path, config: BDHConfig, fingerprint: str) -> Saved
 
 
 def check_about(about: Mapping[str, Any], n_states: int, vocab_size: int) -> None:
-    """Raises BDHError unless a session could have written this, beside as many states, about itself."""
+    """Raise BDHError if the metadata is not that of a session with `n_states` states."""
     transcript, ahead = about["transcript"], about["ahead"]
     if not isinstance(about["system"], str | None):
         raise BDHError("the system message is no text")
@@ -69,8 +69,8 @@ def check_about(about: Mapping[str, Any], n_states: int, vocab_size: int) -> Non
         raise BDHError("there is no answer to go on with")
 
 
-def joined(states: Sequence[BDHState]) -> BDHState:
-    """States of one sequence each as one of them all, on the CPU; of a single one, no copy but for that."""
+def concatenate_states(states: Sequence[BDHState]) -> BDHState:
+    """Concatenate states of one sequence each on the CPU; a single state is not copied there."""
     states = [state.to("cpu") for state in states]
     if len(states) == 1:
         return states[0]
@@ -81,6 +81,6 @@ def joined(states: Sequence[BDHState]) -> BDHState:
 
 
 def row(states: BDHState, index: int) -> BDHState:
-    """One sequence's state, a batch of one; of a batch of one, no copy."""
+    """Return the state of one sequence, a batch of one; a batch of one is not copied."""
     state = states.select(torch.tensor([index])) if states.batch_size > 1 else states
     return BDHState(state.synapses, state.position, int(state.position[0]))

@@ -1,4 +1,4 @@
-"""States on disk: safetensors, with the fingerprint of the model they are of."""
+"""State files: safetensors, with the fingerprint of their model."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ SIZES = ("vocab_size", "n_embd", "n_head", "n_layer", "n_neurons", "rope_theta",
 
 
 def model_fingerprint(model: BDHForCausalLM) -> str:
-    """SHA-256 of a model's sizes and its weights rounded to bfloat16: the same in whichever dtype it is loaded.
+    """Return the SHA-256 of a model's sizes and of its weights rounded to bfloat16, independent of its dtype.
 
     It covers how synapses decay and are written, where they do so in another way than the published one.
     """
@@ -36,12 +36,12 @@ def model_fingerprint(model: BDHForCausalLM) -> str:
 
 
 def bits_of(tensor: Tensor) -> Any:
-    """A tensor's numbers as bytes, a buffer that is not copied."""
+    """Return the data of a tensor as bytes, without a copy on the CPU."""
     return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of all that a file holds."""
+    """Return the SHA-256 of the contents of a file."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -50,9 +50,9 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def save_state(path: str | Path, state: BDHState, fingerprint: str, metadata: Mapping[str, str]) -> None:
-    """Writes a state to a file, whole or not at all; one that is there already is replaced.
+    """Write a state to a file atomically, replacing an existing one.
 
-    The file can be read by its owner only, because a state tells what was said.
+    The file is readable by its owner only, because a state reveals the text it has read.
 
     Args:
         path: The file; its folder must exist.
@@ -77,7 +77,7 @@ def save_state(path: str | Path, state: BDHState, fingerprint: str, metadata: Ma
 
 
 def load_state(path: str | Path, config: BDHConfig, fingerprint: str) -> tuple[BDHState, dict[str, str]]:
-    """Reads a state that `save_state` wrote; returns it, on the CPU, and its metadata.
+    """Read a state written by `save_state`; return it, on the CPU, and its metadata.
 
     Raises:
         BDHError: There is no such file, it is damaged or something else, or the state is of another model.
@@ -105,7 +105,7 @@ def load_state(path: str | Path, config: BDHConfig, fingerprint: str) -> tuple[B
 
 
 def check_state(state: BDHState, config: BDHConfig) -> None:
-    """Raises ValueError unless this could be a state of the model: checksums say nothing about who made them."""
+    """Raise ValueError if this cannot be a state of the model: checksums do not authenticate the file."""
     position = state.position  # (B,)
     if position.dtype != torch.int64 or position.dim() != 1 or not len(position) or position.min() < 0:
         raise ValueError("the positions are not one whole number from 0 on for each sequence")

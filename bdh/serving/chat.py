@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from bdh.inference.answer import TextRequest
+from bdh.inference.outputs import TextRequest
 from bdh.serving.access import Caller, current_caller
 from bdh.serving.answering import answered, as_events
 from bdh.serving.answers import ChatAnswer, ChatChunk, Envelope
@@ -71,7 +71,7 @@ class ChatWork:
     async def answer(self) -> Callable[[], dict[str, Any]]:
         """What makes the JSON of the whole answer. Raises ApiError, BDHError or RuntimeError."""
         [completion] = await self.writing.completions()
-        found = completion.answered().choices
+        found = completion.raise_for_error().choices
         if self.server.config.logging.prompts:
             self.writing.log["answer"] = [one.text for one in found]
         brain = await self.writing.observed_whole(found[0].tokens)

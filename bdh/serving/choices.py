@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from bdh.inference.answer import Choice, Delta
+from bdh.inference.outputs import Choice, Delta
 from bdh.serving.token_text import LogprobWriter, ScoredToken, TokenTexts, chat_logprobs, completion_logprobs
 
 Scored = list[ScoredToken]

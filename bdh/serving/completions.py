@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from bdh.errors import QueueFull
-from bdh.inference.answer import TextRequest, TokenLogprob, token_logprobs
+from bdh.inference.outputs import TextRequest, TokenLogprob, token_logprobs
 from bdh.inference.params import SamplingParams
 from bdh.serving.access import Caller, current_caller
 from bdh.serving.answering import answered, as_events
@@ -24,7 +24,7 @@ from bdh.serving.token_text import LogprobWriter, ScoredToken
 from bdh.serving.writing import Writing
 
 if TYPE_CHECKING:
-    from bdh.inference.texts import Texts
+    from bdh.inference.prompt_encoder import PromptEncoder
     from bdh.serving.server import Server
 
 router = APIRouter(route_class=JSONBodyRoute)
@@ -127,11 +127,11 @@ class CompletionWork:
         if not self.body.echo:
             return Echo()
         asked, tokens = self.asked[number], list(self.asked[number].request.prompt)
-        answer = self.writing.calls[number].answer if self.scores_prompts else None
+        answer = self.writing.calls[number].output if self.scores_prompts else None
         if answer is None or answer.prompt_logprobs is None:
             return Echo(asked.prompt)
         scores = [TokenLogprob(tokens[0], float("nan")), *token_logprobs(tokens[1:], answer.prompt_logprobs)]
-        return Echo(asked.prompt, place_tokens(self.served.llm.texts, asked.prompt, scores))
+        return Echo(asked.prompt, place_tokens(self.served.llm.prompt_encoder, asked.prompt, scores))
 
     def choices(self, number: int) -> Choices:
         """What makes choices of a prompt's continuations."""
@@ -145,7 +145,7 @@ class CompletionWork:
 
     async def answer(self) -> Callable[[], dict[str, Any]]:
         """What makes the JSON of the whole answer. Raises ApiError, BDHError or RuntimeError."""
-        several = [completion.answered().choices for completion in await self.writing.completions()]
+        several = [completion.raise_for_error().choices for completion in await self.writing.completions()]
         if self.writing.only_reads:
             return lambda: self.envelope.whole(self.echoed_only(), usage=self.writing.usage())
         brain = await self.writing.observed_whole(several[0][0].tokens)
@@ -192,7 +192,7 @@ class CompletionWork:
         async for number, deltas in self.writing.pieces():
             if number in unopened:
                 unopened.remove(number)
-                echo = await self.served.llm.beside(partial(self.echo, number), self.writing.caller.client)
+                echo = await self.served.llm.run_in_thread(partial(self.echo, number), self.writing.caller.client)
                 for event in self.opening(made[number], echo):
                     yield self.envelope.piece([event])
             brain = await self.writing.observed(deltas)
@@ -207,7 +207,7 @@ class CompletionWork:
         ]
 
 
-def place_tokens(texts: "Texts", text: str, scores: Sequence[TokenLogprob]) -> Scored:
+def place_tokens(texts: "PromptEncoder", text: str, scores: Sequence[TokenLogprob]) -> Scored:
     """The tokens of a prompt with their offsets in its text.
 
     The decoded tokens are the text, unless the vocabulary loses something of what it encodes; then the tokenizer knows

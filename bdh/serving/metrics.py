@@ -19,7 +19,7 @@ from prometheus_client.utils import floatToGoString
 from bdh import __version__
 
 if TYPE_CHECKING:
-    from bdh.inference.figures import EngineStats
+    from bdh.inference.stats import EngineStats
 
 UNKNOWN = "unknown"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60)

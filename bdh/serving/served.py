@@ -52,7 +52,7 @@ class ServedModel:
     def texts(self) -> "TokenTexts":
         from bdh.serving.token_text import TokenTexts
 
-        return TokenTexts(self.llm.texts.tokenizer, self.llm.texts.vocab_size)
+        return TokenTexts(self.llm.prompt_encoder.tokenizer, self.llm.prompt_encoder.vocab_size)
 
     def check_length(self, characters: int, param: str) -> None:
         """Raises ApiError for text that is too long to be worth tokenizing: it must have too many tokens."""
@@ -75,7 +75,7 @@ class ServedModel:
         """Raises ApiError for a prompt that is too long, or empty, or has unknown tokens."""
         if not tokens:
             raise bad_request("the prompt is empty; give at least one token to go on from", param)
-        if max(tokens) >= (size := self.llm.texts.vocab_size):
+        if max(tokens) >= (size := self.llm.prompt_encoder.vocab_size):
             raise bad_request(f"the prompt has the token {max(tokens)}; the model's are 0 to {size - 1}", param)
         if len(tokens) > self.limits.max_prompt_tokens:
             raise bad_request(
@@ -86,7 +86,7 @@ class ServedModel:
 
     def card(self) -> dict[str, Any]:
         """The JSON of its `ModelCard`."""
-        sizes = self.llm.figures
+        sizes = self.llm.model_info
         figures = {
             "n_layer": sizes.n_layer,
             "n_embd": sizes.n_embd,
@@ -99,7 +99,7 @@ class ServedModel:
             "device": sizes.device,
             "dtype": sizes.dtype,
             "quantization": None if self.settings.quantization == "none" else self.settings.quantization,
-            "chat_template": self.llm.texts.tokenizer.chat_template is not None,
+            "chat_template": self.llm.prompt_encoder.tokenizer.chat_template is not None,
             "max_prompt_tokens": self.limits.max_prompt_tokens,
             "max_tokens": self.limits.max_tokens,
         }
@@ -201,7 +201,7 @@ class Models:
         try:
             process = self._processes.pop(name, None) or EngineProcess()
             llm = await ProcessLLM.open(process, self._engine_settings(self.settings[name]))
-            llm.texts.max_tokens = self.config.requests.max_prompt_tokens
+            llm.prompt_encoder.max_tokens = self.config.requests.max_prompt_tokens
         except BDHError as error:
             raise BDHError(f"the model {name} cannot be served: {error}") from error
         adopt("transformers")  # is loaded by now, and would write lines of its own kind
@@ -231,7 +231,7 @@ class Models:
         """Takes a model whose process is gone out of service; how that ended."""
         del self.loaded[served.name]
         self.lost(served)
-        how = await asyncio.to_thread(llm.how_it_ended)
+        how = await asyncio.to_thread(llm.exit_reason)
         log.error("the engine of %s %s; another one is begun", served.name, how)
         await llm.close()
         return how

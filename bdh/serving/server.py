@@ -102,7 +102,7 @@ class Server:
 
     def watch(self, served: ServedModel) -> None:
         """Makes a model's figures part of the metrics."""
-        figures = served.llm.figures
+        figures = served.llm.model_info
 
         def kept() -> dict[str, float]:
             return {"prefix_cache": served.llm.stats.prefix_nbytes, "sessions": self.sessions.nbytes(served.name)}
@@ -138,7 +138,7 @@ class Server:
 
     def queue_seconds(self, served: ServedModel) -> int:
         """How long a full queue will take, about."""
-        waves = served.llm.stats.waiting / served.llm.figures.n_slots
+        waves = served.llm.stats.waiting / served.llm.model_info.n_slots
         return max(1, min(LONGEST_WAIT, round(waves * self._seconds)))
 
     def begin_drain(self) -> None:

@@ -69,7 +69,7 @@ class Kept:
     @property
     def state_nbytes(self) -> int:
         """What the state of any session with this model takes."""
-        return self.served.llm.figures.state_nbytes
+        return self.served.llm.model_info.state_nbytes
 
     def put_away(self, file: Path) -> None:
         self._position = self.position

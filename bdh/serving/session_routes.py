@@ -251,7 +251,8 @@ async def count_tokens(request: Request, caller: Caller, served: ServedModel, sy
     served.check_length(len(system), "system")
     meter, llm = TokenMeter(request.app.state.server, caller, request), served.llm
     tokens = await meter.encode(
-        llm.beside(lambda: llm.texts.encode(system, literal=True), caller.client), served.token_bound([system])
+        llm.run_in_thread(lambda: llm.prompt_encoder.encode(system, literal=True), caller.client),
+        served.token_bound([system]),
     )
     if tokens:
         served.check_prompt(tokens, "system")

@@ -93,7 +93,7 @@ class SessionWork:
         self.choices = choices
         self.writing.prompt_tokens = turn.prompt_tokens
         if self.body.brain:
-            request = turn.asked.request
+            request = turn.text_request.request
             await self.writing.look(list(request.prompt), request.state)
 
     @asynccontextmanager
@@ -121,7 +121,7 @@ class SessionWork:
         if choices is None:
             return lambda: self.envelope.whole([NOTHING], usage=self.usage())
         [completion] = await self.writing.completions()
-        [choice] = completion.answered().choices
+        [choice] = completion.raise_for_error().choices
         if self.server.config.logging.prompts:
             self.writing.log["answer"] = [choice.text]
         more: dict[str, Any] = {"service_tier": None} if self.envelope.chat else {}
@@ -176,7 +176,7 @@ class MessageWork(SessionWork):
             )
             self.writing.calls.append(turn)
         self.kept.prepaid_tokens = 0
-        await self.began(turn, chat_choices(self.served, turn.asked))
+        await self.began(turn, chat_choices(self.served, turn.text_request))
 
 
 class WriteWork(SessionWork):
@@ -207,7 +207,7 @@ class WriteWork(SessionWork):
                 params, text, wants_deltas=bool(body.stream), check=self.check("prompt"), reserve=reserve
             )
             self.writing.calls.append(turn)
-        texts, ends = self.served.texts, turn.asked.request.ends
+        texts, ends = self.served.texts, turn.text_request.request.ends
         writers = None if body.logprobs is None else [LogprobWriter(texts, ends, tells_end=True)]
         await self.began(turn, Choices(CompletionDialect(texts, bool(body.logprobs)), writers))
 

@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from bdh.errors import BDHError
-from bdh.inference.answer import Delta, TokenLogprob
+from bdh.inference.outputs import Delta, TokenLogprob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

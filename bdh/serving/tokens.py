@@ -86,7 +86,7 @@ async def detokenize(
     """The text of tokens, which count as tokens that are read."""
     server: Server = request.app.state.server
     served = server.models.get(body.model)
-    texts, size = served.llm.texts, served.llm.texts.vocab_size
+    texts, size = served.llm.prompt_encoder, served.llm.prompt_encoder.vocab_size
     if len(body.tokens) > (most := served.limits.max_prompt_tokens):
         words = f"there are {len(body.tokens)} tokens; this server reads {most} at most"
         raise bad_request(words, "tokens", "context_length_exceeded")
@@ -97,7 +97,9 @@ async def detokenize(
     meter = TokenMeter(server, caller, request)
     await meter.reserve(len(body.tokens))
     try:
-        text = await until_gone(request, served.llm.beside(lambda: texts.tokenizer.decode(body.tokens), caller.client))
+        text = await until_gone(
+            request, served.llm.run_in_thread(lambda: texts.tokenizer.decode(body.tokens), caller.client)
+        )
     finally:
         await meter.settle(len(body.tokens))
     return JSONAnswer({"text": text})
@@ -105,7 +107,7 @@ async def detokenize(
 
 async def encode(served: ServedModel, prompt: str | None, messages: "Sequence[Message]", client: str) -> list[int]:
     """The tokens of a prompt, or else of messages. Raises BDHError."""
-    texts = served.llm.texts
+    texts = served.llm.prompt_encoder
     if prompt is None:
-        return await served.llm.call_in_chat_thread(lambda: texts.chat_tokens(messages)[1], client)
-    return await served.llm.beside(lambda: texts.encode(prompt), client)
+        return await served.llm.render_in_thread(lambda: texts.chat_tokens(messages)[1], client)
+    return await served.llm.run_in_thread(lambda: texts.encode(prompt), client)

@@ -108,7 +108,7 @@ class Trace:
 
     def whole(self) -> dict[str, Any]:
         """The JSON of all of it."""
-        figures = self.llm.figures
+        figures = self.llm.model_info
         return {
             "trace": self.id,
             "model": self.model_name,
@@ -123,13 +123,13 @@ class Trace:
         """The JSON of what one token did. Raises ApiError 404 for one that there is not."""
         if index >= len(self):
             raise not_found(f"token {index} is not in this trace; it has {len(self)} so far, from 0")
-        async with self.llm.aside():
-            layers = [await self._layer(index, layer) for layer in range(self.llm.figures.n_layer)]
+        async with self.llm.background_lock():
+            layers = [await self._layer(index, layer) for layer in range(self.llm.model_info.n_layer)]
         return {"index": index, "id": self.ids[index], "text": self.text(index), "layers": layers}
 
     async def neuron(self, layer: int, neuron: int) -> dict[str, Any]:
         """The JSON of what excited one neuron. Raises ApiError 404 for one that there is not."""
-        figures = self.llm.figures
+        figures = self.llm.model_info
         if layer >= figures.n_layer or neuron >= figures.n_neurons:
             last = f"{figures.n_layer - 1} and neuron {figures.n_neurons - 1}"
             raise not_found(f"there is no neuron {neuron} in layer {layer}; the last are layer {last}")
@@ -262,7 +262,7 @@ class TraceStore:
         """
         if not self.settings.enabled:
             raise bad_request("the brain view is off on this server; leave brain out", "brain")
-        if llm.figures.n_parameters == 0:
+        if llm.model_info.n_parameters == 0:
             words = f"the model {model_name} cannot be watched, as its runner keeps no model; leave brain out"
             raise bad_request(words, "brain")
         texts = await self._texts_of(llm)
@@ -319,5 +319,7 @@ class TraceStore:
         from bdh.serving.token_text import TokenTexts
 
         if llm not in self._texts:
-            self._texts[llm] = await asyncio.to_thread(TokenTexts, llm.texts.tokenizer, llm.texts.vocab_size)
+            self._texts[llm] = await asyncio.to_thread(
+                TokenTexts, llm.prompt_encoder.tokenizer, llm.prompt_encoder.vocab_size
+            )
         return self._texts[llm]

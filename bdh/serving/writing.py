@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 
-from bdh.inference.answer import Completion, Delta, TextRequest
-from bdh.inference.figures import queue_has_room
+from bdh.inference.outputs import Completion, Delta, TextRequest
 from bdh.inference.params import SamplingParams
+from bdh.inference.stats import queue_has_room
 from bdh.serving.access import Caller
 from bdh.serving.answers import usage
 from bdh.serving.errors import TooManyRequests, bad_request
@@ -17,9 +17,9 @@ from bdh.serving.metering import TokenMeter
 from bdh.serving.served import ServedModel
 
 if TYPE_CHECKING:
-    from bdh.inference.answer import Answer
     from bdh.inference.async_llm import Call
     from bdh.inference.async_session import Turn
+    from bdh.inference.outputs import RequestOutput
     from bdh.model import BDHState
     from bdh.serving.server import Server
     from bdh.serving.traces import Watch
@@ -159,8 +159,8 @@ class Writing:
             return 0
         return sum(len(part.tokens) for answer in self._answers() for part in answer.continuations)
 
-    def _answers(self) -> "list[Answer]":
-        return [call.answer for call in self.calls if call.answer is not None]
+    def _answers(self) -> "list[RequestOutput]":
+        return [call.output for call in self.calls if call.output is not None]
 
     def usage(self) -> dict[str, Any]:
         """The JSON of the answer's `usage`."""

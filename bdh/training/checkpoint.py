@@ -42,12 +42,12 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.atomic_files import sync
 from bdh.data.tokenizer import byte_tokenizer, load_tokenizer
+from bdh.distributed.head_sharding import shard, unshard
 from bdh.errors import BDHError, one_line
 from bdh.json_text import to_json
 from bdh.model.heads import HeadNames
 from bdh.model.weight_files import check_finite
-from bdh.training.optimizer import Together
-from bdh.training.pieces import joined, parted
+from bdh.training.optimizer import CombinedOptimizer
 
 NAME = re.compile(r"(?:superseded-\d+-)?checkpoint-(\d{7,})")
 FORMAT = 2
@@ -118,7 +118,7 @@ class CheckpointStore:
                 partial.mkdir(parents=True, exist_ok=True)
             with _as_one_process():
                 dcp_save(
-                    dict(joined(tensors.items())),
+                    dict(unshard(tensors.items())),
                     storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
                     process_group=processes,
                     no_dist=processes is None,
@@ -229,7 +229,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def load(
     path: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | Together,
+    optimizer: torch.optim.Optimizer | CombinedOptimizer,
     carried: dict[str, Tensor] | None = None,
     names: HeadNames = WHOLE,
 ) -> dict[str, Any]:
@@ -348,7 +348,7 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def collect(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | Together,
+    optimizer: torch.optim.Optimizer | CombinedOptimizer,
     carried: dict[str, Tensor] | None = None,
     names: HeadNames = WHOLE,
 ) -> dict[str, Tensor]:
@@ -371,10 +371,10 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    whole = dict(joined(tensors.items()))
+    whole = dict(unshard(tensors.items()))
     with _as_one_process():
         dcp_load(whole, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
-    parted(whole, tensors)
+    shard(whole, tensors)
 
 
 @contextmanager

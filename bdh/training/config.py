@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdh.data.settings import DataConfig, data_config
+from bdh.distributed.config import DistributedConfig
 from bdh.errors import BDHError
 
 
@@ -184,27 +185,6 @@ class LoggingConfig:
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(default_factory=list)
     tracking_mode: Literal["online", "offline", "disabled"] = "online"
     project: str = "bdh"
-
-
-@dataclass
-class DistributedConfig:
-    """Several processes, as torchrun starts them.
-
-    Args:
-        strategy: What processes do that do not share heads. ddp: each has the whole model. fsdp: each keeps a part of
-            the weights, gradients and optimizer (FSDP2), and gathers a weight when it is used.
-        shards: With fsdp, over how many processes a copy of the model is spread; there are as many copies as fit
-            (HSDP). Null: over all of them.
-        tensor_parallel: Processes that share the heads of a model, each with the neurons and synapses of its own.
-        cpu_offload: With fsdp, keep weights, gradients and optimizer in the memory of the CPU.
-        timeout_seconds: How long a process waits for the others before it gives up.
-    """
-
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    shards: int | None = None
-    tensor_parallel: int = 1
-    cpu_offload: bool = False
-    timeout_seconds: float = 600.0
 
 
 @dataclass

@@ -15,6 +15,9 @@ import torch
 
 from bdh.data.loader import TrainingData, open_data
 from bdh.data.tokenizer import vocabulary_size
+from bdh.distributed.head_sharding import local_shard
+from bdh.distributed.parallel import ParallelModel
+from bdh.distributed.processes import Processes
 from bdh.errors import BDHError
 from bdh.evaluation.by_position import PositionBin
 from bdh.kernels.dispatch import use_kernels
@@ -25,21 +28,18 @@ from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, compare, validate, with_vocabulary, with_whole_path
 from bdh.training.device import autocast, hardware, recompute_layers, seed_everything
 from bdh.training.evaluation import Evaluation, beyond_block_figures
+from bdh.training.evaluator import Evaluator
 from bdh.training.export import checkpoint_config, export_run, model_config
 from bdh.training.folder import RunFolder
+from bdh.training.gradient_accumulator import GradientAccumulator
 from bdh.training.init_from import check_start
 from bdh.training.lora import begin_with, check_peft
 from bdh.training.meter import Meter
 from bdh.training.norms import parameter_figures
 from bdh.training.optimizer import build_optimizer, learning_rate_at
-from bdh.training.passes import Passes
-from bdh.training.pieces import local
-from bdh.training.processes import Processes
-from bdh.training.resume import choose_tokenizer, other_place, places_of, restore_random, state_to_save
-from bdh.training.review import Review
+from bdh.training.resume import choose_tokenizer, data_positions, position_mismatch, restore_random, state_to_save
 from bdh.training.saver import Saver
 from bdh.training.signals import caught_signals
-from bdh.training.spread import Spread
 from bdh.training.state import Outcome, RunState
 from bdh.training.trackers import check_trackers, open_trackers
 from bdh.training.tracking import Tracker
@@ -96,7 +96,7 @@ class Trainer:
         if config.lora.rank:
             check_peft()
 
-        self.data = processes.one_after_the_other(lambda: self.open_text(config))
+        self.data = processes.main_process_first(lambda: self.open_text(config))
         self.notices += self.data.remarks
         config = self.config = with_whole_path(config)
         seed_everything(settings.seed)
@@ -105,8 +105,8 @@ class Trainer:
         self.base = begin_with(model, config, saved)
         seed_everything(settings.seed + processes.rank)  # each drops other neurons
         in_bfloat16 = isinstance(self.precision(), torch.autocast)
-        self.spread = Spread(model, processes, in_bfloat16, torch.compile if settings.compile else None)
-        self.model = self.spread.model
+        self.parallel_model = ParallelModel(model, processes, in_bfloat16, torch.compile if settings.compile else None)
+        self.model = self.parallel_model.model
         use_kernels(self.model.model.layer, config.model.kernels, self.device)
         if settings.gradient_checkpointing:
             recompute_layers(self.model)
@@ -114,12 +114,14 @@ class Trainer:
         self.meter = Meter(config, self.architecture, self.device, in_bfloat16)
         apart = settings.carry_state or not config.data.cross_documents
         end_of_text = self.tokenizer.eos_token_id if apart else None
-        self.passes = Passes(
-            config, self.spread, processes, self.data.batch_size, end_of_text, self.precision, self.meter
+        self.accumulator = GradientAccumulator(
+            config, self.parallel_model, processes, self.data.batch_size, end_of_text, self.precision, self.meter
         )
-        self.review = Review(config, self.spread, processes, self.data, self.tokenizer, end_of_text, self.precision)
+        self.evaluator = Evaluator(
+            config, self.parallel_model, processes, self.data, self.tokenizer, end_of_text, self.precision
+        )
         if settings.compile:
-            self.passes.rehearse()
+            self.accumulator.warmup_compile()
             self.optimizer.zero_grad(set_to_none=True)
             self.meter.clock.read(1)  # this was none of the run's steps
 
@@ -156,14 +158,14 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Takes everything up as the checkpoint left it, and notes what is not as it was."""
         before = checkpoint.read_state(path)
-        different = other_place(before, self.config, self.data.identity)
+        different = position_mismatch(before, self.config, self.data.identity)
         with checkpoint.naming_damage(path):
-            places = places_of(before)
+            places = data_positions(before)
         if different is None and len(places) > 1 and len(places) != self.processes.share.world:
             different = f"the stream of text was read by {len(places)} processes"
-        memory = self.passes.memory
+        memory = self.accumulator.memory
         carried = None if memory is None or different else memory.tensors(self.processes.mesh)
-        saved = checkpoint.load(path, self.model, self.optimizer, carried, self.spread.names)
+        saved = checkpoint.load(path, self.model, self.optimizer, carried, self.parallel_model.names)
         with checkpoint.naming_damage(path):
             restore_random(saved, self.processes)
             if different is None:
@@ -261,7 +263,7 @@ class Trainer:
         if state.step % settings.eval_interval == 0 or sample_due or save_due:
             self.evaluate()
         if sample_due:
-            samples = self.review.samples(state.step)
+            samples = self.evaluator.samples(state.step)
             self.follow_folder()
             self.tracker.samples(state.step, samples)
         if save_due:
@@ -281,12 +283,12 @@ class Trainer:
             group["lr"] = learning_rate
         with self.meter.clock("data"):
             batch = self.data.next_batch()
-        predicted = self.passes.predicted(batch)
-        loss = self.passes.accumulate(batch, predicted)
+        num_target_tokens = self.accumulator.num_target_tokens(batch)
+        loss = self.accumulator.accumulate(batch, num_target_tokens)
         by_parameter: dict[str, float] = {}
         if interval and (state.step + 1) % interval == 0:
-            by_parameter = self.spread.together(parameter_figures(self.model))
-        norm = self.spread.clip(settings.gradient_clip or float("inf"))
+            by_parameter = self.parallel_model.gather_metrics(parameter_figures(self.model))
+        norm = self.parallel_model.clip(settings.gradient_clip or float("inf"))
         if not np.isfinite(loss) or not np.isfinite(norm):
             raise self.not_finite(f"step {state.step + 1}: the loss is {loss} and the gradient's norm {norm}")
         with self.meter.clock("optimizer"):
@@ -294,8 +296,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         figures = {"loss": loss, "learning_rate": learning_rate, "gradient_norm": norm}
         if self.config.data.has_chats():
-            figures["answer_tokens"] = predicted
-        if not predicted:  # a mean over no tokens
+            figures["answer_tokens"] = num_target_tokens
+        if not num_target_tokens:  # a mean over no tokens
             del figures["loss"]
         return figures, by_parameter
 
@@ -313,13 +315,13 @@ class Trainer:
         if state.evaluated_at == state.step:
             return
         started = time.perf_counter()
-        result = state.evaluation = self.review.validate()
+        result = state.evaluation = self.evaluator.validate()
         state.evaluated_at = state.step
         if not np.isfinite(result.loss):
             raise self.not_finite(f"step {state.step}: the validation loss is {result.loss}")
         last = state.step == self.config.training.max_steps
-        beyond = state.beyond_block = self.review.validate_beyond_block(self.tracker.say) if last else None
-        figures, histograms = self.review.activity()
+        beyond = state.beyond_block = self.evaluator.validate_beyond_block(self.tracker.say) if last else None
+        figures, histograms = self.evaluator.activity()
         self.follow_folder()
         if histograms:
             self.tracker.histograms(state.step, histograms)
@@ -364,9 +366,9 @@ class Trainer:
 
         self.saver.wait()
         state.saved_at = state.step
-        memory = self.passes.memory
+        memory = self.accumulator.memory
         carried = None if memory is None else memory.tensors(self.processes.mesh)
-        tensors = checkpoint.collect(self.model, self.optimizer, carried, self.spread.names)
+        tensors = checkpoint.collect(self.model, self.optimizer, carried, self.parallel_model.names)
         kept = state_to_save(state, self.config, self.data, self.processes, self.base, self.hardware())
         self.saver.save(state.step, tensors, kept, failed)
         return True if scheduled and not last else self.saver.wait()
@@ -429,7 +431,7 @@ class Trainer:
     def interrupted(self, number: signal.Signals) -> Outcome:
         """Stopped by a signal: save, draw what there is, say how to go on."""
         state = self.state
-        if not all(torch.isfinite(local(p)).all() for p in self.model.parameters()):
+        if not all(torch.isfinite(local_shard(p)).all() for p in self.model.parameters()):
             raise self.not_finite(f"step {state.step}: weights are not finite")
         self.follow_folder()
         saved = self.saver.wait() if state.saved_at == state.step else self.save(scheduled=False)

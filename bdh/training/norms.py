@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bdh.training.pieces import joined
+from bdh.distributed.head_sharding import unshard
 
 BINS = 64
 
@@ -56,9 +56,9 @@ def norms(kind: str, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
 def parameter_figures(model: nn.Module) -> dict[str, float]:
     """Norms of all parameters and of their gradients; the gradient's over all is left to who clips it."""
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    gradients = norms("gradient_norm", joined((name, p.grad) for name, p in parameters if p.grad is not None))
+    gradients = norms("gradient_norm", unshard((name, p.grad) for name, p in parameters if p.grad is not None))
     gradients.pop("gradient_norm", None)
-    return {**norms("parameter_norm", joined(parameters)), **gradients}
+    return {**norms("parameter_norm", unshard(parameters)), **gradients}
 
 
 @torch.no_grad()
@@ -79,5 +79,5 @@ def histogram(values: Tensor) -> Histogram | None:
 
 def weight_histograms(model: nn.Module) -> dict[str, Histogram]:
     """`weights/NAME` of every parameter."""
-    found = {f"weights/{name}": histogram(p) for name, p in joined(model.named_parameters())}
+    found = {f"weights/{name}": histogram(p) for name, p in unshard(model.named_parameters())}
     return {name: values for name, values in found.items() if values is not None}

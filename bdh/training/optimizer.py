@@ -15,10 +15,10 @@ from torch import nn
 from bdh.training.config import TrainingConfig
 
 
-class Together:
-    """Optimizers that step together, each with parameters of its own.
+class CombinedOptimizer:
+    """Several optimizers with disjoint parameters behind the interface of one.
 
-    `torch.distributed.checkpoint.state_dict` takes the parts, which is what going through it gives.
+    Iterating over it yields the optimizers, in the form that `torch.distributed.checkpoint.state_dict` takes.
     """
 
     def __init__(self, *parts: torch.optim.Optimizer):
@@ -29,7 +29,7 @@ class Together:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all parts, themselves and no copies."""
+        """The parameter groups of all optimizers, not copied."""
         return [group for part in self.parts for group in part.param_groups]
 
     def step(self) -> None:
@@ -41,7 +41,7 @@ class Together:
             part.zero_grad(set_to_none)
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW | Together:
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW | CombinedOptimizer:
     """AdamW for all that is trained; or Muon for the matrices of the layer, and AdamW for all else."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if config.optimizer == "adamw":
@@ -53,7 +53,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
         weight_decay=config.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
-    return Together(muon, adamw([(name, p) for name, p in trained if name not in matrices], config))
+    return CombinedOptimizer(muon, adamw([(name, p) for name, p in trained if name not in matrices], config))
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:

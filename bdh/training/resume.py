@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from bdh import __version__
 from bdh.data.loader import TrainingData
 from bdh.data.tokenizer import is_tokenizer, load_tokenizer
+from bdh.distributed.processes import Processes
 from bdh.errors import BDHError
 from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, from_dict
-from bdh.training.processes import Processes
 from bdh.training.state import RunState
 
 
@@ -40,7 +40,7 @@ def choose_tokenizer(config: TrainConfig, resume: Path | None) -> PreTrainedToke
     return kept
 
 
-def other_place(saved: dict[str, Any], config: TrainConfig, identity: dict[str, Any]) -> str | None:
+def position_mismatch(saved: dict[str, Any], config: TrainConfig, identity: dict[str, Any]) -> str | None:
     """Why a checkpoint's place in its text is no place in this one; None if it is.
 
     Args:
@@ -111,7 +111,7 @@ def by_process(everywhere: list[tuple[dict[str, Any], dict[str, Any]]], processe
     return kept if all(place == places[0] for place in places) else {**kept, "data_by_process": places}
 
 
-def places_of(saved: dict[str, Any]) -> list[dict[str, Any]]:
+def data_positions(saved: dict[str, Any]) -> list[dict[str, Any]]:
     """The places in the text in a checkpoint: of each process, or one if all have the same."""
     places: list[dict[str, Any]] = saved.get("data_by_process") or [saved["data"]]
     return places

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from bdh.distributed.head_sharding import local_shard
+from bdh.distributed.processes import Processes
 from bdh.training.checkpoint import CheckpointStore
-from bdh.training.pieces import local
-from bdh.training.processes import Processes
 
 
 class Copies:
@@ -29,9 +29,9 @@ class Copies:
             if (kept := self._kept.get(name)) is None:
                 self._kept[name] = tensor.to("cpu") if tensor.is_cuda else tensor.clone()
                 if tensor.is_cuda:
-                    lock_pages(local(self._kept[name]))
+                    lock_pages(local_shard(self._kept[name]))
             else:
-                local(kept).copy_(local(tensor), non_blocking=True)
+                local_shard(kept).copy_(local_shard(tensor), non_blocking=True)
                 on_gpu |= tensor.is_cuda
         if on_gpu:
             torch.cuda.synchronize()
@@ -106,6 +106,6 @@ class Saver:
     def _write(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> Path:
         started = time.perf_counter()
         try:
-            return self.store.save(step, tensors, state, self.tokenizer, self.processes.saving)
+            return self.store.save(step, tensors, state, self.tokenizer, self.processes.checkpoint_group)
         finally:
             self.write_seconds = time.perf_counter() - started

@@ -65,19 +65,19 @@ def want_histograms(logging: LoggingConfig) -> bool:
     return logging.tracking_mode != "disabled" and any(KINDS[n].backend.takes_histograms for n in logging.trackers)
 
 
-class Courier:
-    """Takes calls for one backend and makes them in a thread; the first trouble is kept, and the rest dropped.
+class BackgroundTracker:
+    """Calls one tracker backend in a background thread; after the first failure, further calls are dropped.
 
     Args:
         name: The tracker's.
-        open_backend: Makes the backend, in the thread.
-        after: Steps up to this one have been given before.
+        open_backend: Creates the backend, in the thread.
+        after: Steps up to this one were logged before the run was resumed.
     """
 
     def __init__(self, name: str, open_backend: Callable[[], Backend], after: int):
         self.name = name
         self.after = after
-        self.trouble: str | None = None
+        self.failure: str | None = None
         self.backend: Backend | None = None
         self.calls: queue.Queue[Callable[[Backend], None] | None] = queue.Queue(WAITING)
         self.opened = threading.Event()
@@ -85,29 +85,29 @@ class Courier:
         with redirect_stdout(io.StringIO()):  # libraries greet
             self.thread.start()
             if not self.opened.wait(OPEN_SECONDS):
-                self.trouble = f"no answer within {OPEN_SECONDS} s"
+                self.failure = f"no answer within {OPEN_SECONDS} s"
 
     def _work(self, open_backend: Callable[[], Backend]) -> None:
         try:
             backend = self.backend = open_backend()
             self.opened.set()
             while (call := self.calls.get()) is not None:
-                if self.trouble is None:
+                if self.failure is None:
                     call(backend)
             backend.close()
         except Exception as error:
-            self.trouble = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         finally:
             self.opened.set()
 
-    def give(self, step: int, call: Callable[[Backend], None]) -> None:
-        """Has a call made for a step, unless there was trouble or the step was given before."""
-        if self.trouble is not None or step <= self.after:
+    def submit(self, step: int, call: Callable[[Backend], None]) -> None:
+        """Has a call made for a step, unless there was failure or the step was given before."""
+        if self.failure is not None or step <= self.after:
             return
         try:
             self.calls.put_nowait(call)
         except queue.Full:
-            self.trouble = f"{WAITING} calls wait for it"
+            self.failure = f"{WAITING} calls wait for it"
 
     def close(self) -> None:
         """Waits for what is left, up to `CLOSE_SECONDS`."""
@@ -120,47 +120,47 @@ class Courier:
             except queue.Full:
                 pass
         if self.thread.is_alive():
-            self.trouble = f"it is not done after {CLOSE_SECONDS} s"
+            self.failure = f"it is not done after {CLOSE_SECONDS} s"
 
 
 class Trackers:
     """All trackers of a run, as one.
 
     Args:
-        couriers: One a tracker.
-        say: Told a line about each that is in trouble, once.
+        background_trackers: One a tracker.
+        say: Told a line about each that is in failure, once.
     """
 
-    def __init__(self, couriers: list[Courier], say: Callable[[str], None]):
-        self.couriers = couriers
+    def __init__(self, background_trackers: list[BackgroundTracker], say: Callable[[str], None]):
+        self.background_trackers = background_trackers
         self.say = say
 
     def scalars(self, record: dict[str, Any]) -> None:
         """A record of metrics.jsonl."""
         step = record["step"]
         figures = {name: value for name, value in record.items() if name != "step" and value is not None}
-        self._give(step, lambda backend: backend.scalars(step, figures))
+        self._submit(step, lambda backend: backend.scalars(step, figures))
 
     def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
-        self._give(step, lambda backend: backend.histograms(step, histograms))
+        self._submit(step, lambda backend: backend.histograms(step, histograms))
 
     def samples(self, step: int, texts: Samples) -> None:
-        self._give(step, lambda backend: backend.samples(step, texts))
+        self._submit(step, lambda backend: backend.samples(step, texts))
 
     def close(self) -> None:
-        for courier in self.couriers:
-            courier.close()
+        for tracker in self.background_trackers:
+            tracker.close()
         self._complain()
 
-    def _give(self, step: int, call: Callable[[Backend], None]) -> None:
-        for courier in self.couriers:
-            courier.give(step, call)
+    def _submit(self, step: int, call: Callable[[Backend], None]) -> None:
+        for tracker in self.background_trackers:
+            tracker.submit(step, call)
         self._complain()
 
     def _complain(self) -> None:
-        for courier in [c for c in self.couriers if c.trouble is not None]:
-            self.say(f"warning: {courier.name} fails ({courier.trouble}); training goes on without it")
-            self.couriers.remove(courier)
+        for tracker in [c for c in self.background_trackers if c.failure is not None]:
+            self.say(f"warning: {tracker.name} fails ({tracker.failure}); training goes on without it")
+            self.background_trackers.remove(tracker)
 
 
 def open_trackers(
@@ -173,13 +173,13 @@ def open_trackers(
         run_dir: Its folder.
         first_step: The step it goes on from, 0 to begin.
         last_step: The last step that was logged before.
-        say: Told where figures go, and about trouble.
+        say: Told where figures go, and about failure.
     """
     logging = config.logging
     if logging.tracking_mode == "disabled" or not logging.trackers:
         return Trackers([], say)
     known = read_ids(run_dir) if first_step else {}
-    couriers = []
+    background_trackers = []
     for name in dict.fromkeys(logging.trackers):
         kind, before = KINDS[name], known.get(name, {})
         after = 0 if kind.forgets else max(before.get("given", 0), last_step if before else 0)
@@ -193,12 +193,12 @@ def open_trackers(
             folder=run_dir,
             offline=logging.tracking_mode == "offline",
         )
-        courier = Courier(name, lambda kind=kind, identity=identity: kind.backend(identity), after)  # type: ignore[misc]
-        couriers.append(courier)
-        if courier.trouble is None and courier.backend is not None:
-            known[name] = {"id": courier.backend.id, "given": after}
-            say(f"figures also go to {name}: {courier.backend.place}")
-    trackers = Trackers(couriers, say)
+        tracker = BackgroundTracker(name, lambda kind=kind, identity=identity: kind.backend(identity), after)  # type: ignore[misc]
+        background_trackers.append(tracker)
+        if tracker.failure is None and tracker.backend is not None:
+            known[name] = {"id": tracker.backend.id, "given": after}
+            say(f"figures also go to {name}: {tracker.backend.place}")
+    trackers = Trackers(background_trackers, say)
     trackers._complain()
     write_ids(run_dir, known, say)
     return trackers

@@ -41,8 +41,8 @@ def alike(one: bytes, other: bytes) -> bool:
 # torchrun does, it ends the others where one has failed.
 LAUNCHER = """
 import json, os, signal, sys
-import bdh.inference.heads
-import bdh.training.processes
+import bdh.distributed.processes
+import bdh.inference.tensor_parallel
 from bdh.cli.main import main
 
 for name, processes, port, stdin, argv in json.load(sys.stdin):

@@ -19,7 +19,7 @@ from bdh.data.tokenizer import byte_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
 from bdh.inference.llm import end_tokens
-from bdh.inference.texts import Texts
+from bdh.inference.prompt_encoder import PromptEncoder
 from bdh.model import BDHConfig
 from tests.conftest import TEXT
 
@@ -64,7 +64,7 @@ def learned(tokenizer: PreTrainedTokenizerFast, messages: Any) -> list[str]:
     "tokenizer", [SPECIAL, WORDS, BYTES, PLAIN], ids=["template", "words", "transcript", "no end of text"]
 )
 def test_each_answer_stands_behind_the_prompt_that_inference_makes(tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = Texts(tokenizer, len(tokenizer), end_tokens(tokenizer, None, BDHConfig()))
+    texts = PromptEncoder(tokenizer, len(tokenizer), end_tokens(tokenizer, None, BDHConfig()))
     ids, _ = ChatEncoder(tokenizer).conversation(TALK)
     for number in (2, 4):
         asked = texts.chat_request(TALK[:number])
@@ -203,7 +203,7 @@ def test_every_kind_of_file_gives_the_same_tokens(jsonl: Path, tmp_path: Path) -
     renamed = [{"conversations": row["messages"]} for row in talks()]
     (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, renamed)))
     expected = opened(jsonl)
-    assert expected.train_tokens and expected.validation.predicted() < len(expected.validation)
+    assert expected.train_tokens and expected.validation.num_target_tokens() < len(expected.validation)
     for name in ("array.json", "chat.parquet", "other.jsonl"):
         assert opened(tmp_path / name).identity == expected.identity
     said: list[str] = []
@@ -221,7 +221,7 @@ def test_no_conversation_is_cut_between_training_and_validation(jsonl: Path) -> 
     answers = [row["messages"][1]["content"] for row in talks()][-text.count("<|endoftext|>") :]
     assert all(f"assistant\n{answer}<|im_end|>" in text for answer in answers)
     predicted = sum(len(answer.encode()) + 1 for answer in answers)  # and its end
-    assert data.validation.predicted() == predicted
+    assert data.validation.num_target_tokens() == predicted
     real = sum(len(answer.encode()) for answer in answers) / predicted
     assert data.validation_bytes_per_token == pytest.approx(real)
     _, _, size = read_text(DataConfig(path=str(jsonl), chat=True), SPECIAL)
@@ -231,7 +231,7 @@ def test_no_conversation_is_cut_between_training_and_validation(jsonl: Path) -> 
 def test_rows_know_what_is_predicted(jsonl: Path) -> None:
     batch = opened(jsonl).next_batch()
     inputs, targets = inputs_and_targets(batch.tokens)
-    assert batch.predicted == int((targets >= 0).sum()) and 0 < batch.predicted < targets.numel()
+    assert batch.num_target_tokens == int((targets >= 0).sum()) and 0 < batch.num_target_tokens < targets.numel()
     assert inputs.min() >= 0 and set(targets[targets < 0].tolist()) == {-100}
     later = targets[:, :-1] >= 0
     assert torch.equal(targets[:, :-1][later], inputs[:, 1:][later])
@@ -246,7 +246,7 @@ def test_a_stream_of_conversations_goes_on_where_it_stopped(jsonl: Path, kind: s
     config = DataConfig(path=str(path), chat=True, streaming=True, block_size=32, num_workers=0, shuffle_blocks=4)
     first, second = (open_data(config, SPECIAL, 4, 3, carry_state=carry) for _ in range(2))
     batches = [first.next_batch() for _ in range(12)]
-    assert any(batch.predicted for batch in batches) and first.validation.predicted()
+    assert any(batch.num_target_tokens for batch in batches) and first.validation.num_target_tokens()
     again = [second.next_batch() for _ in range(5)]
     third = open_data(config, SPECIAL, 4, 3, carry_state=carry)
     third.source.load_state_dict(json.loads(json.dumps(second.source.state_dict())))

@@ -15,7 +15,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from bdh.cli.serve import parsed_config
-from bdh.inference.figures import EngineStats
+from bdh.inference.stats import EngineStats
 from bdh.serving.config import ServeConfig, validate
 from bdh.serving.hosts import HostCheck
 from bdh.serving.metrics import Metrics

@@ -14,8 +14,8 @@ import bdh
 from bdh.data.tokenizer import byte_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
-from bdh.inference.answer import Delta, TextRequest
 from bdh.inference.llm import LLM, Prompt, sample_texts
+from bdh.inference.outputs import Delta, TextRequest
 from bdh.inference.params import SamplingParams
 from bdh.inference.request import Request
 from bdh.inference.runner import ModelRunner
@@ -40,7 +40,7 @@ def llm() -> Iterator[LLM]:
     """Each test leaves it idle."""
     llm = small_llm()
     yield llm
-    assert not llm.engine.busy and not llm.answers
+    assert not llm.engine.busy and not llm.outputs
 
 
 def alone(prompt: str | list[int], params: SamplingParams) -> str:
@@ -251,7 +251,7 @@ def test_ctrl_c_ends_the_requests_and_leaves_the_engine_usable() -> None:
     text = next(kept).text
     with ctrl_c_works(), pytest.raises(KeyboardInterrupt):
         llm.generate(["ab"] * 8, letters(max_new_tokens=100))
-    assert len(llm.answers) == 1 and len(llm.engine.free) == 1 and not llm.engine.waiting
+    assert len(llm.outputs) == 1 and len(llm.engine.free) == 1 and not llm.engine.waiting
     assert text + "".join(delta.text for delta in kept) == alone("x", letters())
     assert llm.generate("ab", letters())[0].text == alone("ab", letters())
 
@@ -267,7 +267,7 @@ def test_a_failure_reaches_all_and_the_next_request_begins_anew() -> None:
         llm.generate(["ab"] * 4, letters())
     with pytest.raises(RuntimeError, match="out of luck"):
         list(stream)
-    assert not llm.answers and llm.generate("ab", letters())[0].text == alone("ab", letters())
+    assert not llm.outputs and llm.generate("ab", letters())[0].text == alone("ab", letters())
 
 
 def test_a_failure_does_not_keep_the_old_engines_states() -> None:

@@ -19,10 +19,10 @@ import pytest
 from bdh.errors import BDHError, QueueFull
 from bdh.inference import process_llm
 from bdh.inference.async_session import TokensRead, Turn
+from bdh.inference.engine_messages import FrameDecoder, HandleTable, ObjectTable, RemoteHandle, encode_frame
 from bdh.inference.engine_process import EngineProcess, EngineSettings
 from bdh.inference.params import SamplingParams
 from bdh.inference.process_llm import ProcessLLM
-from bdh.inference.wire import Frames, Remote, Stands, Things, frame
 from bdh.model import BDHState
 from bdh.model.export import save_export
 from bdh.serving.traces import BrainSettings, TraceStore
@@ -99,7 +99,7 @@ def test_all_it_writes_is_what_an_engine_beside_it_would_write(export: Path) -> 
             assert len(scores) == 9 and all(len(one.top) == 3 and one.logprob <= 0 for one in scores)
             await idle(llm)
             assert llm.stats.finished == 12 + 3 + 1 + 1 + 1 + 2
-            assert await llm.fingerprint() == alone.fingerprint and llm.figures.n_parameters == 14528
+            assert await llm.fingerprint() == alone.fingerprint and llm.model_info.n_parameters == 14528
 
     run(work())
 
@@ -117,11 +117,11 @@ def test_the_memory_of_the_process_is_accounted_for(tmp_path: Path) -> None:
                     *(llm.generate(f"{prompt}!", letters(262, max_new_tokens=2)) for prompt in prompts)
                 )
             await idle(llm)
-            states, stats = 8 * llm.figures.state_nbytes, llm.stats
+            states, stats = 8 * llm.model_info.state_nbytes, llm.stats
             assert states <= stats.slots_nbytes < 1.2 * states and stats.prefix_nbytes > 60 << 20
-            known = llm.figures.loaded_nbytes + stats.slots_nbytes + stats.prefix_nbytes
-            assert llm.figures.loaded_nbytes > 100 << 20
-            assert abs(llm.resident_nbytes - known) < states / 2, (llm.resident_nbytes, llm.figures, stats)
+            known = llm.model_info.loaded_nbytes + stats.slots_nbytes + stats.prefix_nbytes
+            assert llm.model_info.loaded_nbytes > 100 << 20
+            assert abs(llm.resident_nbytes - known) < states / 2, (llm.resident_nbytes, llm.model_info, stats)
 
     run(work())
 
@@ -137,7 +137,7 @@ def test_an_idle_process_gives_memory_back(tmp_path: Path) -> None:
             busy = llm.resident_nbytes
             while llm.stats.slots_nbytes:
                 await asyncio.sleep(0.1)
-            assert busy - llm.resident_nbytes > 7 * llm.figures.state_nbytes
+            assert busy - llm.resident_nbytes > 7 * llm.model_info.state_nbytes
             assert await llm.generate("a" * 70, letters(262, n=8)) == before
 
     run(work())
@@ -220,7 +220,7 @@ def test_sessions_say_what_they_say_elsewhere_and_their_states_stay_there(
                     theirs.unread,
                     theirs.transcript,
                 )
-            assert isinstance(ours.state, Remote) and ours.nbytes == theirs.nbytes
+            assert isinstance(ours.state, RemoteHandle) and ours.nbytes == theirs.nbytes
             path = tmp_path / "talk.safetensors"
             await ours.save(path)
             again, loaded = await llm.load_session(path), single.load_session(path)
@@ -251,7 +251,7 @@ def test_a_turn_that_is_left_goes_on_exactly(export: Path) -> None:
             fresh.transcript = list(session.transcript)
             params = letters(262, temperature=0.0, max_new_tokens=12)
             prompt = single.chat_format.render([*session.transcript, {"role": "user", "content": "Well?"}])
-            asked = single.as_answer(single.text_request(prompt, params))
+            asked = single.as_chat_request(single.text_request(prompt, params))
             [(_, expected)] = single.run([asked])
             assert await taken(await session.send("Well?", params)) == expected.text
 
@@ -294,7 +294,7 @@ def test_a_process_that_is_killed_fails_what_it_had_and_nothing_else(export: Pat
                 assert isinstance(result, RuntimeError) and "the engine failed" in str(result)
             assert time.monotonic() - began < 1
             await llm.lost.wait()
-            assert llm.how_it_ended() == "was ended by SIGKILL"
+            assert llm.exit_reason() == "was ended by SIGKILL"
             with pytest.raises(RuntimeError, match="its process is gone"):
                 await llm.generate("a", ENDLESS)
 
@@ -355,19 +355,19 @@ def test_files_in_the_working_directory_are_no_modules_and_descriptors_may_be_ma
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def slow_errand(llm: object) -> None:
+def slow_function(llm: object) -> None:
     time.sleep(0.2)
 
 
 def test_what_nobody_waits_for_is_not_done(export: Path) -> None:
     async def work() -> None:
         async with opened(export) as llm:
-            errands = [asyncio.create_task(llm.call_beside(slow_errand)) for _ in range(60)]
+            calls = [asyncio.create_task(llm.call_in_thread(slow_function)) for _ in range(60)]
             await asyncio.sleep(0.05)
-            for errand in errands:
-                errand.cancel()
+            for call in calls:
+                call.cancel()
             began = time.monotonic()
-            await llm.call_beside(count_states)
+            await llm.call_in_thread(count_states)
             assert time.monotonic() - began < 2  # and not the three seconds that all would take
 
     run(work())
@@ -426,28 +426,28 @@ def alive(pid: int) -> bool:
 
 
 def test_messages_however_they_are_cut() -> None:
-    things, released = Things(), list[int]()
-    stands = Stands(released.append)
+    objects, released = ObjectTable(), list[int]()
+    handles = HandleTable(released.append)
     state = BDHState.zeros(small_model().config, 1)
     messages: list[Any] = [("a", state), ("b", list(range(1000))), ("c",)]
     for size in (1, 7, 100, 10**6):
-        frames, data = Frames(), b"".join(frame(things.dumps(message)) for message in messages)
+        frames, data = FrameDecoder(), b"".join(encode_frame(objects.dumps(message)) for message in messages)
         pieces = [data[start : start + size] for start in range(0, len(data), size)]
-        came = [stands.loads(one) for piece in pieces for one in frames.take(piece)]
+        came = [handles.loads(one) for piece in pieces for one in frames.feed(piece)]
         assert came[1:] == messages[1:]
         remote = came[0][1]
         assert (remote.length, remote.nbytes) == (state.length, state.nbytes)
-        assert things.loads(stands.dumps(("back", remote)))[1] is state
+        assert objects.loads(handles.dumps(("back", remote)))[1] is state
         number = remote.number
         del came, remote
         gc.collect()
         assert number in released
-        things.release(number)
+        objects.release(number)
         with pytest.raises(KeyError):
-            things.loads(stands.dumps(Remote(number, 0, 0, stands)))
+            objects.loads(handles.dumps(RemoteHandle(number, 0, 0, handles)))
         with pytest.raises(RuntimeError, match="a process that is gone"):
-            Stands(released.append).dumps(Remote(number, 0, 0, stands))
-    assert replace(EngineSettings("x"), device="cpu") == things.loads(stands.dumps(EngineSettings("x", device="cpu")))
+            HandleTable(released.append).dumps(RemoteHandle(number, 0, 0, handles))
+    assert replace(EngineSettings("x"), device="cpu") == objects.loads(handles.dumps(EngineSettings("x", device="cpu")))
 
 
 def test_an_engine_that_is_stopped_is_noticed(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,4 +500,4 @@ def test_an_error_does_not_end_the_questions_whether_the_engine_goes_on(
                 await asyncio.sleep(0.01)
 
     run(work())
-    assert caplog.text.count("answers whether it goes on with an error") == 3
+    assert caplog.text.count("answered a ping with an error") == 3

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdh.inference.answer import token_logprobs
 from bdh.inference.engine import Engine
+from bdh.inference.outputs import token_logprobs
 from bdh.inference.request import Event, PromptLogprobs, Request
 from bdh.inference.runner import ModelRunner, Runner, make_runner
 from bdh.model import BDHForCausalLM

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bdh.errors import BDHError
 from bdh.inference.runner import ModelRunner, make_runner
-from bdh.inference.runner_cpu import MAX_PENDING, SHORT, CPURunner, Step
+from bdh.inference.runner_cpu import MAX_PENDING, SHORT, CPURunner, DecodeStep
 from bdh.kernels.cpu import (
     FEW,
     INT4_GROUP,
@@ -266,7 +266,7 @@ class Interrupted(CPURunner):
 
     fails = False
 
-    def layer(self, x: Tensor, i: int, step: Step) -> Tensor:
+    def layer(self, x: Tensor, i: int, step: DecodeStep) -> Tensor:
         x = super().layer(x, i, step)  # (B, D)
         if self.fails and i == 1:
             raise KeyboardInterrupt

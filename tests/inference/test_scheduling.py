@@ -8,10 +8,10 @@ import pytest
 from bdh.errors import QueueFull
 from bdh.inference.constraint import Grammars
 from bdh.inference.engine import Engine
-from bdh.inference.figures import EngineStats, queue_has_room
 from bdh.inference.params import SamplingParams
 from bdh.inference.request import Event, Request
 from bdh.inference.runner import ModelRunner, Runner, make_runner
+from bdh.inference.stats import EngineStats, queue_has_room
 from tests.inference.small import BYTES, letters, small_model
 
 ENDLESS = letters(max_new_tokens=10**6)
@@ -29,7 +29,7 @@ def add(engine: Engine, client: str | None, params: SamplingParams = ENDLESS, pr
 
 
 def running(engine: Engine) -> Counter[str | None]:
-    return Counter(branch.request.client for branch in (*engine.reading, *engine.writing))
+    return Counter(sequence.request.client for sequence in (*engine.reading, *engine.writing))
 
 
 def finish(engine: Engine, *requests: Request, steps: int = 400) -> dict[str, list[Event]]:
@@ -141,15 +141,15 @@ def test_who_waits_for_its_slot_again_can_be_ended(how: str) -> None:
     events = [event for _ in range(4) for event in engine.step()]
     add(engine, "b")
     events += engine.step()
-    [branch] = engine.waiting
-    assert branch.saved is not None and branch.request in mine and engine.stats.preempted_nbytes > 0
-    count = sum(event.request_id == branch.request.id for event in events)
+    [sequence] = engine.waiting
+    assert sequence.saved is not None and sequence.request in mine and engine.stats.preempted_nbytes > 0
+    count = sum(event.request_id == sequence.request.id for event in events)
     if how == "cancel":
-        engine.cancel(branch.request.id)
+        engine.cancel(sequence.request.id)
     else:
-        state = engine.finish(branch.request.id, 0)
+        state = engine.finish(sequence.request.id, 0)
         assert state is not None and state.length == len(PROMPT) + count - 1
-    assert not engine.waiting and branch.request.id not in engine.groups and running(engine) == {"a": 1, "b": 1}
+    assert not engine.waiting and sequence.request.id not in engine.groups and running(engine) == {"a": 1, "b": 1}
 
 
 def test_a_full_queue_takes_those_of_a_client_with_less_than_its_share() -> None:

@@ -19,9 +19,9 @@ from bdh.data.tokenizer import byte_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
 from bdh.file_locks import make_locked_folder, unlock
-from bdh.inference.answer import Delta
 from bdh.inference.conversation import as_json
 from bdh.inference.llm import LLM
+from bdh.inference.outputs import Delta
 from bdh.inference.params import SamplingParams
 from bdh.inference.runner import ModelRunner
 from bdh.inference.session import Session

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bdh.inference import runner_cuda
 from bdh.inference.runner import ModelRunner, cast
-from bdh.inference.runner_cuda import CUDARunner, Tiles
+from bdh.inference.runner_cuda import CUDARunner, DecodeTiles
 from bdh.kernels.decode import halved, interleaved
 from bdh.kernels.prefill import attend_chunks, attend_delta
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
@@ -206,7 +206,7 @@ def test_how_the_work_is_cut_up_does_not_matter() -> None:
     model = model_of(1, 1, 8, 16)  # 128 neurons a head
     tokens = [3, 1, 4]
     results = []
-    for tiles in (Tiles(1, 1, 16, 16, 1), Tiles(4, 8, 16, 16, 2), Tiles(2, 2, 64, 128, 1)):
+    for tiles in (DecodeTiles(1, 1, 16, 16, 1), DecodeTiles(4, 8, 16, 16, 2), DecodeTiles(2, 2, 64, 128, 1)):
         runner = CUDARunner(model, 1)
         runner.few = replace(tiles).fitted(runner.N)
         runner.clear(0)

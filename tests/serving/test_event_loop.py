@@ -14,7 +14,7 @@ import pytest
 
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import PromptTooLong
-from bdh.inference.texts import Texts
+from bdh.inference.prompt_encoder import PromptEncoder
 from bdh.model.export import save_export
 from tests.inference.small import BYTES, small_model
 from tests.serving.running import Running, running
@@ -123,7 +123,7 @@ def test_large_bodies_do_not_delay_others(server: Running) -> None:
 def test_a_text_of_far_too_many_tokens_is_not_tokenized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it is not known how many characters a token can stand for."""
     words = train_tokenizer("wordpiece", ["a b c dragon egg"], 64)
-    texts = Texts(words, 64, ())
+    texts = PromptEncoder(words, 64, ())
     texts.max_tokens = 1000
     encoded: list[int] = []
     encode = texts._encode

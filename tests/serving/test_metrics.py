@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from bdh.inference.figures import EngineStats
+from bdh.inference.stats import EngineStats
 from bdh.serving.metrics import Metrics
 from tests.inference.small import letters, small_llm
 

@@ -10,11 +10,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bdh.data.tokenizer import byte_level_symbols
-from bdh.inference.answer import Delta, TokenLogprob
+from bdh.inference.detokenizer import Detokenizer
 from bdh.inference.llm import LLM
+from bdh.inference.outputs import Delta, TokenLogprob
 from bdh.inference.params import SamplingParams
-from bdh.inference.text import ContinuationText
-from bdh.inference.texts import Texts
+from bdh.inference.prompt_encoder import PromptEncoder
 from bdh.serving.choices import ChatDialect, Choices, CompletionDialect
 from bdh.serving.completions import place_tokens
 from bdh.serving.token_text import LogprobWriter, TokenTexts
@@ -44,7 +44,7 @@ HI, SPACES, THERE, LEFT, RIGHT = (256 + number for number in (0, 1, 2, 3, 4))
 
 def deltas_of(tokens: list[int], stop: Sequence[str], strip: bool, together: int) -> list[Delta]:
     """What comes of some tokens, the last of which ends the continuation; so many tokens at a time."""
-    text, deltas = ContinuationText(TOKENIZER, stop, strip), []
+    text, deltas = Detokenizer(TOKENIZER, stop, strip), []
     pieces: list[str] = []
     since: list[int] = []
     for number, token in enumerate(tokens, start=1):
@@ -138,7 +138,7 @@ def test_offsets_in_a_prompt_that_its_tokens_do_not_spell() -> None:
     tokenizer = Tokenizer(models.WordPiece({name: number for number, name in enumerate(names)}, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    texts = Texts(PreTrainedTokenizerFast(tokenizer_object=tokenizer), 4, ())
+    texts = PromptEncoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer), 4, ())
     text = "The   Dragons? the"
     asked = texts.text_request(text)
     assert list(asked.request.prompt) == [1, 2, 3, 0, 1]
@@ -159,7 +159,7 @@ def test_chats_with_a_template_and_without(tokenizer: PreTrainedTokenizerFast, b
     [(_, completion)] = llm.run([asked])
     texts = TokenTexts(tokenizer, llm.vocab_size)
     choices = Choices(ChatDialect(texts), [LogprobWriter(texts, asked.request.ends, asked.strip)])
-    whole = choices.whole(completion.answered().choices[0])
+    whole = choices.whole(completion.raise_for_error().choices[0])
     content, logprobs = whole["message"]["content"], whole["logprobs"]["content"]
     read = b"".join(bytes(one["bytes"] or []) for one in logprobs)
     assert read.decode("utf-8", "replace") == content

@@ -84,7 +84,7 @@ def test_blocks_one_after_another_are_read_as_one_text(folder: Path, tmp_path: P
     config.training.micro_batch_size = 16
     trainer = Trainer(config, None)
     batches = [trainer.data.next_batch() for _ in range(5)]
-    losses = [trainer.passes.accumulate(batch) for batch in batches]
+    losses = [trainer.accumulator.accumulate(batch) for batch in batches]
     tokens = torch.cat([batch.tokens[:, :-1] for batch in batches] + [batches[-1].tokens[:, -1:]], dim=1)
     ids = document_ids(tokens[:, :-1], trainer.tokenizer.eos_token_id)
     with torch.no_grad():
@@ -114,8 +114,8 @@ def test_a_resumed_run_carries_on_bit_for_bit(folder: Path, tmp_path: Path, stre
 def test_validation_carries_the_state_too(folder: Path, tmp_path: Path) -> None:
     trainer = Trainer(settings(folder, tmp_path / "run", True, 40), None)
     trainer.evaluate()
-    tokens = trainer.review.windows.tokens
-    first = trainer.review.windows.count // 8 * BLOCK  # the second of eight rows begins here
+    tokens = trainer.evaluator.windows.tokens
+    first = trainer.evaluator.windows.count // 8 * BLOCK  # the second of eight rows begins here
     text = torch.from_numpy(tokens.read(first, 8 * BLOCK + 1).astype("int64"))[None]
     ids = document_ids(text[:, :-1], trainer.tokenizer.eos_token_id)
     with torch.no_grad():

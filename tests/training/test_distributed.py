@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bdh.distributed.config import DistributedConfig
+from bdh.distributed.processes import mesh_shape
 from bdh.errors import BDHError
 from bdh.model.export import load_model_only
-from bdh.training.config import DistributedConfig
-from bdh.training.processes import mesh_shape
 from bdh.training.tracking import read_metrics
 from tests.conftest import TEXT, run_bdh
 from tests.training.launching import SMALL, figures, surroundings, torchrun, train_all, validations
@@ -164,7 +164,7 @@ def test_gates_are_shared_in_any_layout(runs: Path, name: str) -> None:
 
 
 def test_large_matrices_are_sharded_head_by_head_and_files_do_not_show_it(runs: Path, tmp_path: Path) -> None:
-    shard_all = "import bdh.training.spread\nbdh.training.spread.LARGE = 0\n"
+    shard_all = "import bdh.distributed.parallel\nbdh.distributed.parallel.LARGE = 0\n"
     begin = ["--data.path", str(runs / "text.txt"), *SMALL]
     figured = ["--logging.parameter_interval", "10", "--run_dir"]
     train_all([(2, [*begin, *FSDP, *figured, "pieces"])], tmp_path, shard_all)

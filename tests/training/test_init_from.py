@@ -261,7 +261,7 @@ def test_the_loss_is_the_mean_over_answers_however_the_batch_is_cut(finished_run
         run = trainer(tmp_path / "run", finished_run / "model", data, micro_batch_size=size)
         run.model.config.dropout = 0.0
         batch = run.data.next_batch()
-        loss = run.passes.accumulate(batch)
+        loss = run.accumulator.accumulate(batch)
         gradient = torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
         found.append((loss, gradient))
         counts = (batch.tokens[:, 1:] >= 0).sum(1)
@@ -304,7 +304,7 @@ def test_validation_scores_answers_alone(finished_run: Path, tmp_path: Path) -> 
     run = trainer(tmp_path / "run", finished_run / "model", data)
     run.evaluate()
     total = count = 0.0
-    for rows in run.review.windows.batches(4):
+    for rows in run.evaluator.windows.batches(4):
         inputs, targets = inputs_and_targets(rows)
         with torch.no_grad():
             logits = run.model.eval()(inputs, use_cache=False).logits

@@ -144,7 +144,7 @@ def parameters(run: Trainer) -> list[torch.Tensor]:
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     whole, pieces = trainer(tmp_path), trainer(tmp_path, "pieces", micro_batch_size=1)
     blocks = whole.data.next_batch()
-    assert whole.passes.accumulate(blocks) == pytest.approx(pieces.passes.accumulate(blocks), rel=1e-6)
+    assert whole.accumulator.accumulate(blocks) == pytest.approx(pieces.accumulator.accumulate(blocks), rel=1e-6)
     for a, b in zip(whole.model.parameters(), pieces.model.parameters(), strict=True):
         assert a.grad is not None and b.grad is not None and torch.allclose(a.grad, b.grad, atol=1e-7)
 

@@ -152,7 +152,7 @@ def test_only_adapters_learn_and_recomputing_changes_nothing(finished_run: Path,
         for _ in range(3):
             run.step()
         run.evaluate()
-        run.review.samples(3)
+        run.evaluator.samples(3)
         changed = {name for name, weight in run.model.state_dict().items() if not torch.equal(weight, before[name])}
         assert changed and all("lora_" in name for name in changed)
         found.append(torch.cat([weight.flatten() for name, weight in run.model.state_dict().items() if "lora" in name]))
@@ -179,5 +179,5 @@ def test_compiled_adapters_learn_the_same(finished_run: Path, tmp_path: Path) ->
     for compile in (False, True):
         run = adapted(tmp_path, finished_run, compile=compile)
         run.model.config.dropout = 0.0
-        losses.append([run.passes.accumulate(run.data.next_batch()) for _ in range(2)])
+        losses.append([run.accumulator.accumulate(run.data.next_batch()) for _ in range(2)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

@@ -11,7 +11,7 @@ from torch import nn
 
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.training.config import TrainingConfig
-from bdh.training.optimizer import Together, adamw, build_optimizer, learning_rate_at
+from bdh.training.optimizer import CombinedOptimizer, adamw, build_optimizer, learning_rate_at
 
 
 def test_only_matrices_decay() -> None:
@@ -43,7 +43,7 @@ def test_muon_has_the_matrices_of_the_layer_and_adamw_the_rest_at_one_rate() -> 
     model = BDHForCausalLM(BDHConfig(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4))
     model.model.layer.register_parameter("added", nn.Parameter(torch.ones(3)))
     optimizer = build_optimizer(model, TrainingConfig(optimizer="muon", learning_rate=0.02, weight_decay=0.3))
-    assert isinstance(optimizer, Together)
+    assert isinstance(optimizer, CombinedOptimizer)
     name_of = {p: name for name, p in model.named_parameters()}
     muon, adamw = ({name_of[p] for group in part.param_groups for p in group["params"]} for part in optimizer)
     matrices = ("encoder", "encoder_v.0", "encoder_v.1", "decoder")
@@ -58,7 +58,7 @@ def test_gates_are_followed_by_adamw_without_weight_decay(name: str) -> None:
     config = BDHConfig(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, decay="gated", write="delta")
     model = BDHForCausalLM(config)
     optimizer = build_optimizer(model, TrainingConfig(optimizer=name, weight_decay=0.3))  # type: ignore[arg-type]
-    parts = [*optimizer] if isinstance(optimizer, Together) else [optimizer]
+    parts = [*optimizer] if isinstance(optimizer, CombinedOptimizer) else [optimizer]
     of_adamw = {p: group["weight_decay"] for group in parts[-1].param_groups for p in group["params"]}
     gates = [p for name, p in model.named_parameters() if ".gates." in name]
     assert len(gates) == 5 and [of_adamw[p] for p in gates] == [0.0] * 5

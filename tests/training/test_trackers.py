@@ -17,7 +17,7 @@ from bdh.training import trackers
 from bdh.training.config import LoggingConfig, TrainConfig, from_dict
 from bdh.training.loop import train
 from bdh.training.norms import Histogram
-from bdh.training.trackers import Courier, check_trackers
+from bdh.training.trackers import BackgroundTracker, check_trackers
 from bdh.training.tracking import read_metrics
 from tests.conftest import TEXT
 
@@ -224,7 +224,7 @@ class Fragile:
 
 def give(service: Fragile, steps: range, after: int = 0) -> tuple[trackers.Trackers, list[str]]:
     said: list[str] = []
-    together = trackers.Trackers([Courier("fragile", lambda: service, after)], said.append)  # type: ignore[arg-type]
+    together = trackers.Trackers([BackgroundTracker("fragile", lambda: service, after)], said.append)  # type: ignore[arg-type]
     for step in steps:
         together.scalars({"step": step, "loss": 1.0})
     return together, said

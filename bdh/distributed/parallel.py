@@ -1,8 +1,8 @@
-"""How a model is spread over the processes of a run: copies (DDP), shards (FSDP2, HSDP), and heads (tensor parallel).
+"""Distributes a model over the processes of a run: data parallel (DDP), sharded (FSDP2, HSDP), tensor parallel.
 
-All layers of a BDH share one set of weights. So gradients are complete only when the first layer's backward pass ends,
-and there is nothing to send before; and a shard that is gathered serves a layer's pass, each weight by itself, of large
-ones each head's part, so that no more than one is there whole at a time.
+All layers of a BDH share one set of weights. Gradients are therefore complete only when the first layer's backward pass
+ends, so there is no communication to overlap with it. Under FSDP each weight is gathered by itself, and of large
+weights each head's part, so that at most one of them is unsharded at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,28 +16,28 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from bdh.distributed.head_sharding import SHARD_DIMS, HeadShardedLinear, local_shard
+from bdh.distributed.processes import Processes
 from bdh.model import BDHForCausalLM
 from bdh.model.heads import HeadNames, part_of
 from bdh.model.modeling_bdh import BDHLayer
-from bdh.training.pieces import ALONG, LinearInPieces, local
-from bdh.training.processes import Processes
 
-LARGE = 2**24  # parameters of a matrix that is sharded head by head; for smaller ones, fewer messages count more
+LARGE = 2**24  # parameters from which a matrix is sharded by head; smaller ones are cheaper in fewer messages
 
 
-class Spread:
+class ParallelModel:
     """A model in one or many processes.
 
     Args:
-        model: The whole, on the CPU or wherever it was made, the same in all processes.
-        processes: Who shares it.
-        bfloat16: Whether matrices are multiplied in it.
-        compiled: Makes a compiled form of a module; None leaves it as it is.
+        model: The whole model, on any device, the same in all processes.
+        processes: The processes that share it.
+        bfloat16: Whether matrices are multiplied in bfloat16.
+        compiled: Compiles a module; None for eager mode.
 
     Attributes:
-        model: The part that is here, as it is trained, validated and saved.
-        names: What its parameters are called in the whole.
-        forward: Calls it.
+        model: The part of the model that this process holds; it is trained, validated and saved.
+        names: Maps names of its parameters to their names in the whole model.
+        forward: Calls the model.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Spread:
             self.forward = compiled(self.model)
         if mesh is not None and config.strategy == "ddp" and mesh["replicas"].size() > 1:
             devices = [processes.device] if processes.device.type == "cuda" else None
-            # Or a compiled graph would be cut into pieces, to send what is ready sooner; here nothing is (see above).
+            # Splitting the compiled graph to overlap communication would gain nothing (see the module's docstring).
             torch._dynamo.config.optimize_ddp = False
             self.forward = DistributedDataParallel(
                 self.forward,
@@ -73,7 +73,7 @@ class Spread:
             )
 
     def _shard(self, bfloat16: bool, compiled: Callable[[nn.Module], Any] | None) -> None:
-        """FSDP2: over all processes that share the rows, or, as HSDP, over some of them and copied to the others."""
+        """Apply FSDP2 over all data-parallel processes, or HSDP over some of them with replicas on the others."""
         processes = self.processes
         assert processes.mesh is not None
         mesh = processes.mesh["replicas", "shards"]
@@ -89,9 +89,9 @@ class Spread:
         }
         layer = self.model.model.layer
         if layer.gates is not None and any(True for _ in layer.gates.parameters()):
-            in_float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # as gates compute, whatever the rest is in
+            in_float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # gates always compute in float32
             fully_shard(layer.gates, **{**policy, "mp_policy": in_float32})
-        if compiled is None:  # hooks inside would break a compiled layer into pieces
+        if compiled is None:  # hooks of inner modules would break the compiled layer's graph
             self._shard_by_head(layer, policy)
         fully_shard(layer, **policy)
         fully_shard(self.model, **policy)
@@ -99,33 +99,33 @@ class Spread:
             self.model.model.layer.compile()
 
     def _shard_by_head(self, layer: BDHLayer, policy: dict[str, Any]) -> None:
-        """Shards each matrix by itself, and of large ones each head's part.
+        """Shard each matrix by itself, and large matrices by head.
 
-        A gradient is complete only when the first layer's backward pass ends, and is then there whole, beside the copy
-        that is sent; for a head's part that is little, for a whole matrix it is a third of the model.
+        A gradient is complete only when the first layer's backward pass ends. It is then unsharded, beside the buffer
+        that is reduced: a third of the model for a whole matrix, little for the part of one head.
         """
         mesh = policy["mesh"]
         shards = mesh.size(mesh.ndim - 1)
-        whole: list[nn.Module] = [*layer.encoder_v]
-        for name, along in ALONG.items():
+        unsplit: list[nn.Module] = [*layer.encoder_v]
+        for name, dim in SHARD_DIMS.items():
             linear = getattr(layer, name)
-            # A piece is sharded along D, as the decoder's rows are; FSDP cuts columns, the encoder's, evenly only.
-            even = along == 1 or layer.config.n_embd % shards == 0
-            # With adapters, or with other processes' heads besides (`bdh.model.heads`), it is another kind of map.
+            # Parts are sharded along D: rows of the decoder, columns of the encoder, which FSDP splits evenly only.
+            even = dim == 1 or layer.config.n_embd % shards == 0
+            # With LoRA or tensor parallelism (`bdh.model.heads`) it is another class.
             if type(linear) is not nn.Linear or linear.weight.numel() < LARGE or not even:
-                whole.append(linear)
+                unsplit.append(linear)
                 continue
-            cut = LinearInPieces(linear, layer.config.n_head, along)
-            setattr(layer, name, cut)
-            for piece in cut.pieces:
-                fully_shard(piece, **policy, shard_placement_fn=columns if along == 0 else None)
-        for linear in whole:
+            by_head = HeadShardedLinear(linear, layer.config.n_head, dim)
+            setattr(layer, name, by_head)
+            for head in by_head.heads:
+                fully_shard(head, **policy, shard_placement_fn=shard_columns if dim == 0 else None)
+        for linear in unsplit:
             fully_shard(linear, **policy)
         for module in [module for module in layer.modules() if isinstance(module, FSDPModule)]:
-            module.register_forward_hook(let_go)  # type: ignore[attr-defined]
+            module.register_forward_hook(reshard_after_forward)  # type: ignore[attr-defined]
 
-    def piece(self, is_last: bool) -> AbstractContextManager[object]:
-        """What a forward and backward pass runs in: gradients are sent with the last of a step only."""
+    def sync_gradients(self, is_last: bool) -> AbstractContextManager[object]:
+        """Return the context of a forward and backward pass; only the last one of a step reduces gradients."""
         if isinstance(self.forward, DistributedDataParallel):
             return nullcontext() if is_last else self.forward.no_sync()
         if isinstance(self.model, FSDPModule):
@@ -133,8 +133,8 @@ class Spread:
         return nullcontext()
 
     @contextmanager
-    def whole_steps(self) -> Iterator[None]:
-        """For forward passes without gradients one after the other: what is gathered stays until they are done."""
+    def keep_unsharded(self) -> Iterator[None]:
+        """Keep gathered weights until the block ends, for consecutive forward passes without gradients."""
         module = self.model
         if not isinstance(module, FSDPModule):
             yield
@@ -148,23 +148,23 @@ class Spread:
                 if isinstance(part, FSDPModule):
                     part.reshard()
 
-    def clip(self, largest: float) -> float:
-        """Scales the gradient so that its norm over the whole model is at most `largest`; the norm before."""
+    def clip(self, max_norm: float) -> float:
+        """Clip the gradient's norm over the whole model to `max_norm`; return the norm before clipping."""
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         norm = self.norm(gradients)
-        factor = min(1.0, largest / (norm + 1e-6))
+        factor = min(1.0, max_norm / (norm + 1e-6))
         if factor < 1.0:
             for gradient in gradients.values():
-                local(gradient).mul_(factor)
+                local_shard(gradient).mul_(factor)
         return norm
 
     def norm(self, tensors: dict[str, Tensor]) -> float:
-        """The norm of all these together, over the whole model: parameters or their gradients, by name."""
+        """Return the total norm of parameters or gradients, by name, over the whole model."""
         device = self.processes.device
         wide = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         square = sum(
             (
-                square_sum(local(tensor)).to(device, wide) / self.copies(name, tensor)
+                square_sum(local_shard(tensor)).to(device, wide) / self.replicas(name, tensor)
                 for name, tensor in tensors.items()
             ),
             start=torch.zeros((), dtype=wide, device=device),
@@ -173,8 +173,8 @@ class Spread:
             dist.all_reduce(square)
         return float(square.sqrt())
 
-    def copies(self, name: str, tensor: Tensor) -> int:
-        """How many processes have the very numbers of a tensor that this one has."""
+    def replicas(self, name: str, tensor: Tensor) -> int:
+        """Return the number of processes that hold the same local shard of a tensor as this one."""
         size = self.processes.size
         if self.processes.mesh is None:
             return 1
@@ -183,44 +183,45 @@ class Spread:
             mesh = tensor.device_mesh
             for dim, placement in enumerate(tensor.placements):
                 shards *= 1 if isinstance(placement, Replicate) else mesh.size(dim)
-        if ".encoder_v." in name:  # others have other heads
+        if ".encoder_v." in name:  # each tensor-parallel rank has other heads
             shards *= self.processes.mesh["heads"].size()
         return size // shards
 
-    def together(self, figures: dict[str, float]) -> dict[str, float]:
-        """Figures of the whole model from those of the parts that processes have which share its heads.
+    def gather_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Combine the metrics of tensor-parallel ranks into those of the whole model.
 
-        Norms of states and of all parameters are put together as norms, shares of neurons as means; what is of one head
-        is taken from who has it.
+        Norms of states and of all parameters are combined as norms, shares of neurons as means. A metric of one head is
+        that of the rank with the head.
         """
         mesh = self.processes.mesh
         if mesh is None or mesh["heads"].size() == 1:
-            return figures
-        parts = self.processes.gather({self.names.whole(name): value for name, value in figures.items()})
-        parts = parts[: mesh["heads"].size()]  # the others have the same
-        found = {}
+            return metrics
+        parts = self.processes.gather({self.names.whole(name): value for name, value in metrics.items()})
+        parts = parts[: mesh["heads"].size()]  # other data-parallel ranks have the same values
+        combined = {}
         for name in dict.fromkeys(name for part in parts for name in part):
             values = [part[name] for part in parts if name in part]
             is_norm = name.startswith("state_norm")
-            found[name] = sum(v * v for v in values) ** 0.5 if is_norm else sum(values) / len(values)
-        each = [value for name, value in found.items() if name.startswith("parameter_norm/")]
-        return {**found, "parameter_norm": sum(v * v for v in each) ** 0.5} if each else found
+            combined[name] = sum(v * v for v in values) ** 0.5 if is_norm else sum(values) / len(values)
+        norms = [value for name, value in combined.items() if name.startswith("parameter_norm/")]
+        return {**combined, "parameter_norm": sum(v * v for v in norms) ** 0.5} if norms else combined
 
 
-def let_go(module: nn.Module, inputs: object, output: object) -> None:
-    """Gives up what was gathered for a forward pass.
+def reshard_after_forward(module: nn.Module, inputs: object, output: object) -> None:
+    """Reshard a module after a forward pass with gradients.
 
-    FSDP does so itself, but not where a layer is worked out again in the backward pass, at whose end all of it would be
-    whole at once.
+    FSDP does so itself, except when activation checkpointing recomputes a layer in the backward pass: at its end, all
+    weights of the layer would be unsharded.
     """
     if torch.is_grad_enabled() and isinstance(module, FSDPModule):
         module.reshard()
 
 
-def columns(weight: nn.Parameter) -> Shard:
+def shard_columns(weight: nn.Parameter) -> Shard:
+    """Return the placement that shards a weight (out, in) along its inputs."""
     return Shard(1)
 
 
 def square_sum(tensor: Tensor) -> Tensor:
-    """The sum of the squares, in float32 at least."""
+    """Return the sum of squares, computed in float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().sum()

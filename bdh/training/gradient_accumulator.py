@@ -1,4 +1,4 @@
-"""Forward and backward passes: from the rows of a batch that this process has to the gradient of a step."""
+"""Forward and backward passes over the micro-batches of a step."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -8,36 +8,36 @@ import torch
 
 from bdh.data.blocks import document_ids, inputs_and_targets
 from bdh.data.loader import Batch
+from bdh.distributed.parallel import ParallelModel
+from bdh.distributed.processes import Processes
 from bdh.errors import BDHError, one_line
 from bdh.model import state_of
 from bdh.training.config import TrainConfig
 from bdh.training.meter import Meter
-from bdh.training.processes import Processes
-from bdh.training.spread import Spread
 from bdh.training.state import CarriedState
 
 
-class Passes:
-    """Makes the gradient of batches, in pieces of as many rows as a forward pass takes.
+class GradientAccumulator:
+    """Accumulates the gradient of a batch over micro-batches.
 
     Args:
-        config: The run's.
-        spread: The model.
-        processes: Who shares a batch.
-        rows: How many of a batch are this process's.
-        end_of_text: The token that ends documents, which are then kept apart; None reads across them.
-        precision: Makes the context of a forward pass.
-        meter: Is told what takes the time.
+        config: The configuration of the run.
+        parallel_model: The model.
+        processes: The processes that share a batch.
+        rows: Number of rows of a batch that this process reads.
+        end_of_text: The token that ends documents, which are then separated; None reads across documents.
+        precision: Returns the context of a forward pass.
+        meter: Measures the time of forward and backward passes.
 
     Attributes:
-        size: Rows of one forward pass of this process.
-        memory: What rows go on from, if the run carries a state.
+        size: Number of rows of a micro-batch.
+        memory: The states that rows continue from, if the run carries a state.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        spread: Spread,
+        parallel_model: ParallelModel,
         processes: Processes,
         rows: int,
         end_of_text: int | None,
@@ -45,7 +45,7 @@ class Passes:
         meter: Meter,
     ):
         self.config = config
-        self.spread = spread
+        self.parallel_model = parallel_model
         self.processes = processes
         self.device = processes.device
         self.end_of_text = end_of_text
@@ -54,17 +54,21 @@ class Passes:
         self.size = config.training.micro_batch_size or rows
         self.memory: CarriedState | None = None
         if config.training.carry_state:
-            self.memory = CarriedState.empty(spread.model.config, self.size, rows // self.size, self.device)
+            self.memory = CarriedState.empty(parallel_model.model.config, self.size, rows // self.size, self.device)
 
-    def accumulate(self, batch: Batch, predicted: int | None = None) -> float:
-        """Forward and backward over this process's rows of a batch (B, T + 1), in pieces.
+    def accumulate(self, batch: Batch, num_target_tokens: int | None = None) -> float:
+        """Run forward and backward passes over this process's rows of a batch (B, T + 1).
 
-        Leaves the gradient of the mean loss, and returns that. The mean is over the tokens to predict of all rows of
-        all processes, `predicted`, however they fall into pieces: each piece gives its sum, divided by their number.
-        Copies of a model take the mean of their gradients, so each counts as many times as there are copies.
+        The gradient is that of the mean loss over the target tokens of all rows of all processes, `num_target_tokens`,
+        whatever the micro-batches: each adds the sum of its losses divided by that number. Data-parallel replicas
+        average their gradients, so each loss is multiplied by the number of replicas.
+
+        Returns:
+            The mean loss.
         """
-        predicted = self.predicted(batch) if predicted is None else predicted
-        number_of_all = torch.tensor(max(predicted, 1), device=self.device)
+        if num_target_tokens is None:
+            num_target_tokens = self.num_target_tokens(batch)
+        number_of_all = torch.tensor(max(num_target_tokens, 1), device=self.device)
         copies = self.processes.share.world
         total = torch.zeros((), dtype=torch.float64)
         pieces = batch.tokens.split(self.size)
@@ -77,9 +81,9 @@ class Passes:
             if self.memory is not None:
                 fresh = batch.fresh[number * self.size : (number + 1) * self.size].to(self.device)  # (b,)
                 given |= {"use_cache": True, "past_key_values": self.memory.before(number, fresh)}
-            with self.spread.piece(is_last=number == len(pieces) - 1):
+            with self.parallel_model.sync_gradients(is_last=number == len(pieces) - 1):
                 with self.meter.clock("forward"), self.precision():
-                    outputs = self.spread.forward(inputs, labels=targets, shift_labels=targets, **given)
+                    outputs = self.parallel_model.forward(inputs, labels=targets, shift_labels=targets, **given)
                 if self.memory is not None:
                     state = state_of(outputs)
                     assert state is not None
@@ -89,14 +93,14 @@ class Passes:
             total += outputs.loss.item()
         return self.processes.sum(total).item()
 
-    def predicted(self, batch: Batch) -> int:
-        """How many tokens the rows of all processes have to predict."""
+    def num_target_tokens(self, batch: Batch) -> int:
+        """Return the number of target tokens in the rows of all processes."""
         if self.processes.alone or not self.config.data.has_chats():
-            return batch.predicted * self.processes.share.world
-        return round(self.processes.sum(torch.tensor(batch.predicted, dtype=torch.float64)).item())
+            return batch.num_target_tokens * self.processes.share.world
+        return round(self.processes.sum(torch.tensor(batch.num_target_tokens, dtype=torch.float64)).item())
 
-    def rehearse(self) -> None:
-        """Goes once through rows of the real shape, which compiles the model. Raises BDHError where that fails."""
+    def warmup_compile(self) -> None:
+        """Compile the model by one pass over rows of the real shape. Raises BDHError if that fails."""
         length = self.config.data.block_size + 1
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):

@@ -1,4 +1,4 @@
-"""What makes requests of texts, with a tokenizer alone: where the model works does not matter, nor is torch needed."""
+"""Encodes prompts and conversations into requests. Needs the tokenizer only, and imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,30 +18,30 @@ from bdh.data.chat_format import (
     split_at_stand_ins,
 )
 from bdh.errors import BDHError, PromptTooLong
-from bdh.inference.answer import TextRequest
+from bdh.inference.outputs import TextRequest
 from bdh.inference.params import SamplingParams
 from bdh.inference.request import Request
 
 Prompt = str | Sequence[int]  # text, or its tokens
 
-COUNTED_CHARACTERS = 1 << 16  # of a long text that are tokenized at once to find out whether it is too long
+COUNTED_CHARACTERS = 1 << 16  # tokenized at once to check the length of a long text
 
 
-class Texts:
-    """Requests of texts, for one model. For any thread.
+class PromptEncoder:
+    """Encodes prompts and conversations into requests for one model. Thread-safe.
 
-    A message of a conversation that spells a special token, as `<|endoftext|>`, has the token's characters, never the
-    token itself; so has every prompt where the tokenizer has no chat template. With one, prompts may be conversations
-    that the caller has rendered, so that special tokens in a prompt are what they name.
+    A special token that is spelled out in a message, such as `<|endoftext|>`, is encoded as plain text; so it is in
+    every prompt if the tokenizer has no chat template. With one, prompts may be conversations rendered by the caller,
+    so special tokens in them are encoded as such.
 
     Args:
-        tokenizer: The model's.
-        vocab_size: Tokens that the model knows.
+        tokenizer: The model's tokenizer.
+        vocab_size: The model's vocabulary size.
         end_token_ids: Tokens that end a text.
-        renderer: Renders the tokenizer's chat template; None renders it in the calling thread.
+        renderer: Renders the chat template; None renders it in the calling thread.
 
     Attributes:
-        max_tokens: Of one text; a longer one is refused before it takes much memory. None: any number.
+        max_tokens: Maximum number of tokens of a text, checked before it takes much memory. None: no limit.
     """
 
     max_tokens: int | None = None
@@ -57,7 +57,7 @@ class Texts:
         self.vocab_size = vocab_size
         self.end_token_ids = end_token_ids
         self.renderer = renderer
-        tokenizer.backend_tokenizer.no_truncation()  # now, so that no call changes it while another thread uses it
+        tokenizer.backend_tokenizer.no_truncation()  # once, because it is not thread-safe
         tokenizer.backend_tokenizer.no_padding()
 
     @cached_property
@@ -70,33 +70,33 @@ class Texts:
 
     @cached_property
     def _literal(self) -> Tokenizer:
-        """The tokenizer, taking special tokens in a text for text. A copy, as other threads use the tokenizer."""
+        """Copy of the tokenizer that encodes special tokens in a text as plain text."""
         literal = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         literal.encode_special_tokens = True
         return literal
 
     def encode(self, text: str, what: str = "the prompt", literal: bool = False) -> list[int]:
-        """Token ids of a text, without special tokens before and after it.
+        """Encode a text without adding special tokens.
 
         Args:
-            text: It.
-            what: What it is called in errors.
-            literal: Whether special tokens in it are text whatever the tokenizer, as those in a message are.
+            text: The text.
+            what: Name of the text in errors.
+            literal: Whether to encode special tokens in it as plain text in any case.
 
         Raises:
-            BDHError: It is not one.
-            PromptTooLong: It has more than `max_tokens`.
+            BDHError: The text is not valid text.
+            PromptTooLong: It has more than `max_tokens` tokens.
         """
         self._check(text, what)
         return self._encode(text, literal)
 
     def encode_rendered(self, text: str, found: Mapping[str, str], what: str = "the conversation") -> list[int]:
-        """Token ids of a rendered conversation.
+        """Encode a rendered conversation.
 
         Args:
-            text: It, with stand-ins for special tokens that its messages spell.
-            found: The special token of each stand-in.
-            what: What the text is called in errors.
+            text: The conversation, with placeholders for the special tokens spelled out in its messages.
+            found: The special token of each placeholder.
+            what: Name of the text in errors.
 
         Raises:
             BDHError, PromptTooLong: As `encode`.
@@ -106,10 +106,10 @@ class Texts:
         return [token for part, spelled in parts for token in self._encode(part, literal=spelled)]
 
     def chat_tokens(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
-        """The text of a conversation, up to where the assistant is to answer, and its token ids.
+        """Render and encode a conversation up to the beginning of the assistant's next reply.
 
         Raises:
-            BDHError, PromptTooLong: As `encode`; or the chat template does not take these messages.
+            BDHError, PromptTooLong: As `encode`; or the chat template refuses these messages.
         """
         check_messages(messages)
         hidden, found = self.spelled.hide(messages)
@@ -132,10 +132,10 @@ class Texts:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def _check_length(self, text: str, what: str, most: int) -> None:
-        """Raises PromptTooLong for a text that has far too many tokens, without tokenizing all of it at once.
+        """Raise PromptTooLong for a text with far too many tokens, without tokenizing all of it at once.
 
-        A token takes a hundred bytes while a text is tokenized. The pieces that are counted here end anywhere, so they
-        may have some more tokens than the text; twice as many is certain.
+        Tokenization takes about a hundred bytes per token. Splitting the text anywhere may add some tokens, so only a
+        text with more than twice the limit is refused here.
         """
         if len(text) <= max(most, COUNTED_CHARACTERS):
             return
@@ -146,7 +146,7 @@ class Texts:
                 raise PromptTooLong(f"{what} has more than {most} tokens, the most that are read here; shorten it")
 
     def text_request(self, prompt: Prompt, params: SamplingParams | None = None) -> TextRequest:
-        """A request to continue a prompt. Raises BDHError."""
+        """Encode a prompt into a request. Raises BDHError."""
         params = params or SamplingParams()
         if isinstance(prompt, str):
             text, tokens = prompt, self.encode(prompt)
@@ -161,21 +161,23 @@ class Texts:
         return TextRequest(Request(tokens, params, end_token_ids=self.end_token_ids), text, params.stop)
 
     def chat_request(self, messages: Sequence[Message], params: SamplingParams | None = None) -> TextRequest:
-        """A request to answer a conversation. Raises BDHError."""
+        """Encode a conversation into a request for the assistant's reply. Raises BDHError."""
         text, tokens = self.chat_tokens(messages)
         request = Request(tokens, params or SamplingParams(), keep_prefix=True)
-        return self.as_answer(TextRequest(request, text))
+        return self.as_chat_request(TextRequest(request, text))
 
-    def as_answer(self, asked: TextRequest) -> TextRequest:
-        """The same request, ending and beginning as answers do in this tokenizer's conversations."""
+    def as_chat_request(self, text_request: TextRequest) -> TextRequest:
+        """Return the request with the end tokens, stop strings and stripping of a reply in a conversation."""
         end = self.chat_format.answer_end
         ends = tuple(dict.fromkeys((*self.end_token_ids, *self.chat_format.end_token_ids)))
-        stop = (*asked.request.params.stop, *end.stop)
-        return replace(asked, request=replace(asked.request, end_token_ids=ends), stop=stop, strip=bool(end.lead))
+        stop = (*text_request.request.params.stop, *end.stop)
+        return replace(
+            text_request, request=replace(text_request.request, end_token_ids=ends), stop=stop, strip=bool(end.lead)
+        )
 
-    def check_streamable(self, asked: TextRequest) -> None:
-        """Raises BDHError if there is something to choose among at the end."""
-        params = asked.request.params
+    def check_streamable(self, text_request: TextRequest) -> None:
+        """Raise BDHError if the continuations to return are known at the end only."""
+        params = text_request.request.params
         for name, value, usual in (
             ("num_beams", params.num_beams, 1),
             ("best_of", params.best_of or params.n, params.n),

@@ -1,4 +1,4 @@
-"""What comes of a request: its tokens' text as it comes, and the completion at the end."""
+"""Output of a request: deltas of text while it runs, and a completion at the end."""
 
 import time
 from collections import deque
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bdh.errors import BDHError
+from bdh.inference.detokenizer import Detokenizer
 from bdh.inference.request import Event, FinishReason, PromptLogprobs, Request
-from bdh.inference.text import ContinuationText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token that was written, its log-probability under the model in nats, and the likeliest in its place."""
+    """A token, its log-probability under the model in nats, and the likeliest tokens at its position."""
 
     token: int
     logprob: float
@@ -26,10 +26,10 @@ class TokenLogprob:
 
 
 def token_logprobs(tokens: Sequence[int], scores: PromptLogprobs) -> list[TokenLogprob]:
-    """The log-probabilities of a prompt's tokens, token by token.
+    """Convert the log-probabilities of a prompt into a list, one entry for each token.
 
     Args:
-        tokens: Those that the scores are of, so without the first of the prompt.
+        tokens: The scored tokens: all of the prompt but the first.
         scores: Their log-probabilities.
     """
     rows = zip(
@@ -47,11 +47,11 @@ class Delta:
     """A piece of a continuation.
 
     Attributes:
-        text: What it adds; empty only with a finish_reason.
-        index: Of which of the `n` continuations.
+        text: Added text; empty only with a finish_reason.
+        index: Index of the continuation, of `n`.
         finish_reason: "stop" or "length" on the last piece of a continuation, else None.
-        tokens: Those that came since the last piece, an end token and those of a stop string among them.
-        logprobs: Of these tokens, if asked for.
+        tokens: Tokens since the last piece, including an end token and the tokens of a stop string.
+        logprobs: Log-probabilities of these tokens, if requested.
     """
 
     text: str
@@ -63,15 +63,15 @@ class Delta:
 
 @dataclass(frozen=True)
 class Choice:
-    """One whole continuation.
+    """A finished continuation.
 
     Attributes:
-        index: From 0; with `best_of`, in the order of likelihood.
-        text: Without end token and stop string.
-        tokens: All that were written, an end token and those of a stop string among them.
+        index: Index from 0; with `best_of`, in the order of likelihood.
+        text: Text without end token and stop string.
+        tokens: All generated tokens, including an end token and the tokens of a stop string.
         finish_reason: "stop" at an end token, a stop string or a completed grammar; "length" at max_new_tokens.
-        logprobs: Of each token, if asked for.
-        cumulative_logprob: Of the whole, in nats, if log-probabilities were asked for or `best_of` needed them.
+        logprobs: Log-probabilities of the tokens, if requested.
+        cumulative_logprob: Sum of the log-probabilities in nats, if they were requested or needed for `best_of`.
     """
 
     index: int
@@ -84,14 +84,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of one prompt.
+    """The finished continuations of one prompt.
 
     Attributes:
-        prompt: As text.
-        prompt_tokens: As it was read.
-        choices: The continuations; none if there is an error.
-        error: Why there is no answer: the constrained output came to where nothing that fits can follow.
-        cached_tokens: How many of the prompt's tokens were not read, as a kept state had read them.
+        prompt: Text of the prompt.
+        prompt_tokens: Tokens of the prompt.
+        choices: The continuations; empty if there is an error.
+        error: Message if the constrained text could not be continued, else None.
+        cached_tokens: Number of prompt tokens taken from the prefix cache.
     """
 
     prompt: str
@@ -102,11 +102,11 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """The text of the first choice. Raises BDHError if there is an error instead."""
-        return self.answered().choices[0].text
+        """Text of the first choice. Raises BDHError if there is an error."""
+        return self.raise_for_error().choices[0].text
 
-    def answered(self) -> "Completion":
-        """Itself. Raises BDHError if there is an error instead of an answer."""
+    def raise_for_error(self) -> "Completion":
+        """Return the completion itself. Raises BDHError if it has an error."""
         if self.error is not None:
             raise BDHError(self.error)
         return self
@@ -114,13 +114,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A request for the engine, and what is to be made of its tokens.
+    """An encoded request, with settings for its detokenization.
 
     Attributes:
-        request: Token ids in, token ids out.
-        prompt: The prompt as text, for the completion.
-        stop: Strings that the text ends before.
-        strip: Whether white space at its beginning is left out.
+        request: The request to the engine, of token ids.
+        prompt: The prompt as text.
+        stop: Stop strings, which are not part of the text.
+        strip: Whether to strip white space from the beginning of the text.
     """
 
     request: Request
@@ -130,9 +130,9 @@ class TextRequest:
 
 
 class Continuation:
-    """One continuation of a request, as it comes."""
+    """A continuation that is being generated."""
 
-    def __init__(self, request: Request, index: int, text: ContinuationText):
+    def __init__(self, request: Request, index: int, text: Detokenizer):
         self.request = request
         self.index = index
         self.text = text
@@ -140,12 +140,12 @@ class Continuation:
         self.logprobs: list[TokenLogprob] = []
         self.cumulative_logprob = 0.0
         self.finish_reason: FinishReason | None = None
-        self.state: BDHState | None = None  # has read the prompt and all tokens but the last, if the request keeps it
+        self.state: BDHState | None = None  # after all tokens but the last, if the request keeps it
         self.tokens: list[int] = []
-        self.shown = 0  # tokens that were in deltas
+        self.reported = 0  # tokens that were in deltas
 
     def take(self, event: Event) -> str:
-        """Takes a token; returns the text that it settles."""
+        """Add a token; return the text that it completes."""
         self.tokens.append(event.token)
         if event.logprob is not None:
             self.cumulative_logprob += event.logprob
@@ -161,9 +161,9 @@ class Continuation:
         return text
 
     def delta(self, text: str) -> Delta:
-        """A piece, with the tokens since the last one."""
-        since = slice(self.shown, None)
-        self.shown = len(self.tokens)
+        """Return a delta with this text and the tokens since the last one."""
+        since = slice(self.reported, None)
+        self.reported = len(self.tokens)
         logprobs = self.logprobs[since] if self.request.params.logprobs is not None else None
         return Delta(text, self.index, self.finish_reason, self.tokens[since], logprobs)
 
@@ -182,22 +182,22 @@ class Continuation:
         )
 
 
-class Answer:
-    """All continuations of one request.
+class RequestOutput:
+    """Output of one request while it runs: all its continuations.
 
     Attributes:
-        deltas: Pieces that nobody has taken yet, if they are wanted.
-        error: What ended the request before its time.
-        prompt_logprobs: Of the prompt's tokens but the first, if the request asks for them; known with the first token.
-        first_at, last_at: When its first and its last token came, by `time.perf_counter`; 0 before.
+        deltas: Deltas that have not been consumed yet, with `wants_deltas`.
+        error: The error that ended the request early.
+        prompt_logprobs: Log-probabilities of the prompt, if requested; known with the first token.
+        first_at, last_at: Times of the first and the last token, by `time.perf_counter`; 0 before.
     """
 
-    def __init__(self, asked: TextRequest, tokenizer: "PreTrainedTokenizerFast", wants_deltas: bool = False):
-        self.asked = asked
-        self.request = asked.request
+    def __init__(self, text_request: TextRequest, tokenizer: "PreTrainedTokenizerFast", wants_deltas: bool = False):
+        self.text_request = text_request
+        self.request = text_request.request
         params = self.request.params
         self.continuations = [
-            Continuation(self.request, index, ContinuationText(tokenizer, asked.stop, asked.strip))
+            Continuation(self.request, index, Detokenizer(tokenizer, text_request.stop, text_request.strip))
             for index in range(params.best_of or params.n)
         ]
         self.unfinished = len(self.continuations)
@@ -209,7 +209,7 @@ class Answer:
         self.first_at = self.last_at = 0.0
 
     def take(self, event: Event) -> bool:
-        """Takes a token; whether a stop string is complete with it, so that the engine need not go on."""
+        """Add a token; return whether it completed a stop string, so that the engine must end the continuation."""
         continuation = self.continuations[event.index]
         self.cached_tokens = max(self.cached_tokens, event.cached)
         self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
@@ -223,11 +223,13 @@ class Answer:
         return finished and event.finish_reason is None
 
     def completion(self) -> Completion:
-        """The whole, when all are finished; with `best_of`, the `n` of highest mean log-probability a token."""
+        """Return the completion; with `best_of`, of the `n` continuations with the highest mean log-probability."""
         if self.error is not None:
-            return Completion(self.asked.prompt, list(self.request.prompt), [], str(self.error))
+            return Completion(self.text_request.prompt, list(self.request.prompt), [], str(self.error))
         parts, params = self.continuations, self.request.params
         if len(parts) > params.n:
             parts = sorted(parts, key=Continuation.mean_logprob, reverse=True)[: params.n]
         choices = [part.choice(index) for index, part in enumerate(parts)]
-        return Completion(self.asked.prompt, list(self.request.prompt), choices, cached_tokens=self.cached_tokens)
+        return Completion(
+            self.text_request.prompt, list(self.request.prompt), choices, cached_tokens=self.cached_tokens
+        )

@@ -1,8 +1,8 @@
-"""A model that writes with its heads in several processes, each of which has some of them and reads everything.
+"""Tensor-parallel inference: each of several processes holds some heads of the model.
 
-All of them get the same requests in the same order, and run an engine each. What an engine does next is decided by the
-tokens chosen. So these must be the same everywhere: chosen from the same logits, the first process's to the last bit,
-by the same random numbers.
+All processes get the same requests in the same order and run their own engine, whose steps depend on the sampled
+tokens. These must be the same everywhere, so all processes sample from the first one's logits with the same random
+numbers.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from bdh.model.heads import part_of
 
 
 def check_shared(device: str, quantization: str | None) -> None:
-    """Refuses settings that shared heads do not have. Raises BDHError."""
+    """Raise BDHError for settings that tensor parallelism does not support."""
     if quantization is not None:
         raise BDHError(
             f"quantization {quantization} is for a model in one process; leave it out where several share the heads"
@@ -37,33 +37,32 @@ def load_shared(
     dtype: str = "auto",
     max_batch_size: int | None = None,
 ) -> LLM:
-    """An LLM of this process's part of a model; all processes of the mesh call it, and then each of its methods.
+    """Create an `LLM` with this process's shard of a model. All processes must call it, and then each of its methods.
 
-    The whole model is read, and only what is this process's is kept, with all of the embedding and of the head.
+    The whole model is read; this process keeps its heads, and all of the embedding and the language model head.
 
     Args:
-        directory: An export.
-        mesh: The processes that share its heads, in one dimension.
-        device: Where this one computes.
+        directory: Folder of an export.
+        mesh: One-dimensional mesh of the processes.
+        device: Device of this process.
         dtype: As for `LLM`.
-        max_batch_size: As for `LLM`; None takes what fits everywhere.
+        max_batch_size: As for `LLM`; None takes the number that fits in every process.
 
     Raises:
-        BDHError: The export cannot be loaded, or so many processes cannot share its heads.
+        BDHError: The export cannot be loaded, or its heads cannot be divided among the processes.
     """
     model, tokenizer = load_export(directory)
     part, _ = part_of(model, mesh)
     del model
     part = cast(part.to(device), DTYPES[choose_dtype(dtype, device.type)])
-    part.lm_head.register_forward_hook(Agree(mesh))
+    part.lm_head.register_forward_hook(BroadcastLogits(mesh))
     return LLM(ModelRunner(part, max_batch_size or common_batch_size(part.config, mesh, device)), tokenizer)
 
 
-class Agree:
-    """A hook that puts the first process's logits in the place of all others'. (B, T, V) -> (B, T, V).
+class BroadcastLogits:
+    """Forward hook that replaces the logits of all processes with those of the first. (B, T, V) -> (B, T, V).
 
-    Sums of the same numbers are the same on the same hardware, but nobody promises that all GPUs are the same, and one
-    other token would have processes wait for each other for ever.
+    Different hardware may round sums differently, and a single different token would deadlock the processes.
     """
 
     def __init__(self, mesh: DeviceMesh):
@@ -76,7 +75,7 @@ class Agree:
 
 
 def common_batch_size(config: Any, mesh: DeviceMesh, device: torch.device) -> int:
-    """As many states as every process has room for."""
+    """Return the number of states that fit in every process."""
     fitting = torch.tensor(default_batch_size(config, device), device=device)
     dist.all_reduce(fitting, dist.ReduceOp.MIN, group=mesh.get_group())
     return int(fitting)

@@ -1,7 +1,7 @@
-"""What is done for callers of an `AsyncModel` where its engine is, beside its requests.
+"""Functions that clients of an `AsyncModel` call in the engine's process.
 
-Each function's first argument is the `LLM` there. They are found by their names from another process too, where torch
-may not be loaded: so torch, and all that needs it, is imported where it is used.
+The first argument of each is the `LLM` there. The client imports this module without torch, so torch is imported inside
+the functions.
 """
 
 import threading
@@ -9,23 +9,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bdh.inference.figures import ModelFigures
+from bdh.inference.stats import ModelInfo
 
 if TYPE_CHECKING:
-    from bdh.inference.answer import Completion, TextRequest, TokenLogprob
     from bdh.inference.conversation import SavedConversation, Snapshot
     from bdh.inference.llm import LLM
+    from bdh.inference.outputs import Completion, TextRequest, TokenLogprob
     from bdh.inference.params import SamplingParams
     from bdh.inference.scoring import Scorer
 
-_fingerprint = threading.Lock()  # it is worked out once
+_fingerprint = threading.Lock()  # for its single computation
 
 
-def figures(llm: "LLM") -> ModelFigures:
-    """The sizes of the model."""
+def model_info(llm: "LLM") -> ModelInfo:
+    """Return the sizes of the model."""
     runner, model = llm.runner, llm.model
     config = runner.config
-    return ModelFigures(
+    return ModelInfo(
         n_layer=config.n_layer,
         n_embd=config.n_embd,
         n_head=config.n_head,
@@ -40,36 +40,36 @@ def figures(llm: "LLM") -> ModelFigures:
 
 
 def fingerprint(llm: "LLM") -> str:
-    """Which model this is. Raises BDHError for a runner that has none."""
+    """Return the fingerprint of the model. Raises BDHError for a runner without one."""
     with _fingerprint:
         return llm.fingerprint
 
 
 def ping(llm: "LLM") -> None:
-    """Does nothing: the answer says that the engine goes on."""
+    """Do nothing; the reply shows that the engine is alive."""
 
 
 def prepare_grammar(llm: "LLM", params: "SamplingParams") -> None:
-    """Compiles what constrains a request. Raises BDHError."""
+    """Compile the grammar of a request. Raises BDHError."""
     llm.prepare_grammar(params)
 
 
-def beam_search(llm: "LLM", asked: "TextRequest") -> "Completion":
-    """The likeliest continuations. Raises BDHError."""
-    return llm.beam_search(asked)
+def beam_search(llm: "LLM", text_request: "TextRequest") -> "Completion":
+    """Run a beam search. Raises BDHError."""
+    return llm.beam_search(text_request)
 
 
 def begin_scoring(llm: "LLM", tokens: Sequence[int], top: int) -> "Scorer":
-    """Begins to score a text. Raises BDHError."""
+    """Create a scorer of a text. Raises BDHError."""
     from bdh.inference.scoring import Scorer
 
     return Scorer(llm.model, tokens, top)
 
 
-def score_piece(llm: "LLM", scorer: "Scorer") -> bool:
-    """Scores the next tokens, if there are more; whether that was all."""
+def score_chunk(llm: "LLM", scorer: "Scorer") -> bool:
+    """Score the next chunk, if there is one; return whether the text is done."""
     if not scorer.done:
-        scorer.read_piece()
+        scorer.read_chunk()
     return scorer.done
 
 
@@ -78,14 +78,14 @@ def scores(llm: "LLM", scorer: "Scorer") -> "list[TokenLogprob]":
 
 
 def write_session(llm: "LLM", snapshot: "Snapshot", path: str | Path, more: Mapping[str, str]) -> None:
-    """Writes a session to a file. Raises BDHError."""
+    """Write a session to a file. Raises BDHError."""
     from bdh.inference.session_file import write_session
 
     write_session(path, snapshot, llm.runner.config, fingerprint(llm), more)
 
 
 def read_session(llm: "LLM", path: str | Path) -> "SavedConversation":
-    """Reads a session from a file. Raises BDHError."""
+    """Read a session from a file. Raises BDHError."""
     from bdh.inference.session_file import read_session
 
     return read_session(path, llm.runner.config, fingerprint(llm))

@@ -1,4 +1,4 @@
-"""What a run looks at between its steps: how well the model predicts, what its neurons do, what it writes."""
+"""Evaluation during training: validation loss, activity of neurons, and samples."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.data.blocks import ValidationWindows
 from bdh.data.loader import TrainingData
+from bdh.distributed.parallel import ParallelModel
+from bdh.distributed.processes import Processes
 from bdh.errors import BDHError
 from bdh.evaluation.by_position import LONG_WINDOWS, PositionBin, long_length, score_beyond_block
 from bdh.inference.llm import sample_answers, sample_texts
@@ -17,36 +19,34 @@ from bdh.training.activity import observe_activity
 from bdh.training.config import TrainConfig
 from bdh.training.evaluation import Evaluation, check_has_targets, evaluate
 from bdh.training.norms import Histogram, weight_histograms
-from bdh.training.processes import Processes
-from bdh.training.spread import Spread
 from bdh.training.trackers import want_histograms
 
 LONG_STATES = 1 << 30  # bytes of the states of the long windows that are read at once
 
 
-class Review:
-    """Looks at a model, and leaves it as it is. All processes of a run call it together.
+class Evaluator:
+    """Evaluates the model between training steps. All processes of a run call its methods together.
 
     Args:
-        config: The run's.
-        spread: The model.
-        processes: Who shares the validation text.
-        data: Where that text is.
-        tokenizer: For what is written.
-        end_of_text: The token that ends documents, which are then kept apart; None reads across them.
-        precision: Makes the context of a forward pass.
+        config: The configuration of the run.
+        parallel_model: The model.
+        processes: The processes that share the validation text.
+        data: The training data, with the validation text.
+        tokenizer: The tokenizer for samples.
+        end_of_text: The token that ends documents, which are then separated; None reads across documents.
+        precision: Returns the context of a forward pass.
 
     Attributes:
-        windows: What is scored.
+        windows: The windows of the validation text that are scored.
 
     Raises:
-        BDHError: Nothing in the windows is to be predicted.
+        BDHError: The windows contain no target token.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        spread: Spread,
+        parallel_model: ParallelModel,
         processes: Processes,
         data: TrainingData,
         tokenizer: PreTrainedTokenizerFast,
@@ -54,24 +54,24 @@ class Review:
         precision: Callable[[], AbstractContextManager[object]],
     ):
         self.config = config
-        self.spread = spread
+        self.parallel_model = parallel_model
         self.processes = processes
         self.data = data
         self.tokenizer = tokenizer
         self.end_of_text = end_of_text
         self.precision = precision
-        self.windows = self.some_windows(config.training.eval_windows)
+        self.windows = self.sample_windows(config.training.eval_windows)
         check_has_targets(self.windows, config.training.eval_batch_size, config.training.carry_state)
 
-    def some_windows(self, count: int | None) -> ValidationWindows:
+    def sample_windows(self, count: int | None) -> ValidationWindows:
         return ValidationWindows(self.data.validation, self.config.data.block_size, count, whole=count is None)
 
     def validate(self) -> Evaluation:
-        """Scores the windows."""
+        """Compute loss and accuracy on the windows."""
         settings = self.config.training
-        with self.spread.whole_steps():
+        with self.parallel_model.keep_unsharded():
             return evaluate(
-                self.spread.model,
+                self.parallel_model.model,
                 self.windows,
                 self.data.validation_bytes_per_token,
                 settings.eval_batch_size,
@@ -83,14 +83,14 @@ class Review:
             )
 
     def validate_beyond_block(self, say: Callable[[str], None]) -> PositionBin | None:
-        """Scores long windows at the positions beyond the training block; takes up to twice as long as `validate`.
+        """Compute the loss of long windows at positions beyond the training block; up to twice as slow as `validate`.
 
         Every process reads all of these windows.
 
         Args:
             say: Called with the reason where there is nothing to measure, or no memory for it.
         """
-        block_size, settings, model = self.config.data.block_size, self.config.training, self.spread.model
+        block_size, settings, model = self.config.data.block_size, self.config.training, self.parallel_model.model
         tokens = self.data.validation
         length = long_length(len(tokens), block_size)
         if length is None:
@@ -104,7 +104,7 @@ class Review:
         windows = ValidationWindows(tokens, length, min(max(affordable, 1), LONG_WINDOWS))
         rows = max(min(settings.eval_batch_size, LONG_STATES // state_bytes(model.config)), 1)
         try:
-            with self.spread.whole_steps():
+            with self.parallel_model.keep_unsharded():
                 return score_beyond_block(
                     model,
                     windows,
@@ -123,22 +123,24 @@ class Review:
         return None
 
     def activity(self) -> tuple[dict[str, float], dict[str, Histogram]]:
-        """How active the neurons are on a few windows of the validation text; histograms, if a tracker can have them.
+        """Measure the activity of neurons on a few windows; histograms only if a tracker can display them.
 
-        Figures are of the whole model; histograms of what is here of it.
+        Metrics are of the whole model, histograms of the part that this process holds.
         """
         count = self.config.logging.activity_windows
         detailed = want_histograms(self.config.logging)
-        histograms = weight_histograms(self.spread.model) if detailed else {}
+        histograms = weight_histograms(self.parallel_model.model) if detailed else {}
         figures: dict[str, float] = {}
         if count:
-            few = self.some_windows(count)
-            figures, of_activity = observe_activity(self.spread.model, few, self.precision, self.end_of_text, detailed)
+            few = self.sample_windows(count)
+            figures, of_activity = observe_activity(
+                self.parallel_model.model, few, self.precision, self.end_of_text, detailed
+            )
             histograms |= of_activity
-        return self.spread.together(figures), histograms
+        return self.parallel_model.gather_metrics(figures), histograms
 
     def samples(self, step: int) -> list[tuple[str, str]]:
-        """What the model writes on from the fixed prompts, with a seed of the step's own: prompts and continuations."""
+        """Continue the configured prompts with a seed that depends on the step; return prompts and continuations."""
         logging = self.config.logging
         params = SamplingParams(
             max_new_tokens=logging.sample_tokens,
@@ -147,7 +149,7 @@ class Review:
         )
         chat = self.config.data.has_chats()
         write = sample_answers if chat else sample_texts
-        with self.spread.whole_steps():  # all processes write the same
-            texts = write(self.spread.model, self.tokenizer, logging.sample_prompts, params)
-        said = [prompt + "\n" * chat for prompt in logging.sample_prompts]
-        return list(zip(said, texts, strict=True))
+        with self.parallel_model.keep_unsharded():  # all processes write the same
+            texts = write(self.parallel_model.model, self.tokenizer, logging.sample_prompts, params)
+        prompts = [prompt + "\n" * chat for prompt in logging.sample_prompts]
+        return list(zip(prompts, texts, strict=True))

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from bdh.data.tokenizer import IncrementalDecoder, byte_level_symbols, byte_tokenizer
-from bdh.inference.text import ContinuationText
+from bdh.inference.detokenizer import Detokenizer
 
 BYTES = byte_tokenizer()
 SYMBOLS = byte_level_symbols()
@@ -52,7 +52,7 @@ def test_what_comes_out_is_the_text_before_the_first_stop_string(
     made: tuple[str, PreTrainedTokenizerFast, list[int]], stop: list[str]
 ) -> None:
     text, tokenizer, tokens = made
-    continuation = ContinuationText(tokenizer, stop)
+    continuation = Detokenizer(tokenizer, stop)
     out = ""
     for token in tokens:
         out += continuation.step(token)
@@ -74,10 +74,10 @@ def test_what_a_cut_leaves_are_the_tokens_before_it(
     made: tuple[str, PreTrainedTokenizerFast, list[int]], stop: list[str], length: int
 ) -> None:
     _, tokenizer, tokens = made
-    continuation = ContinuationText(tokenizer, stop)
+    continuation = Detokenizer(tokenizer, stop)
     out = "".join(continuation.step(token) for token in tokens) + continuation.end()
     shown = out[:length]
-    kept, rest = continuation.kept(len(shown))
+    kept, rest = continuation.split_at(len(shown))
     assert kept == tokens[: len(kept)]
     assert tokenizer.decode(kept) + rest == shown
     longer = tokenizer.decode(tokens[: len(kept) + 1])
@@ -86,7 +86,7 @@ def test_what_a_cut_leaves_are_the_tokens_before_it(
 
 @given(st.binary(max_size=24), STOPS)
 def test_bytes_that_are_no_text_become_marks(data: bytes, stop: list[str]) -> None:
-    continuation = ContinuationText(byte_tokenizer(end_of_text=False), stop)
+    continuation = Detokenizer(byte_tokenizer(end_of_text=False), stop)
     pieces = []
     for byte in data:
         pieces.append(continuation.step(byte))
@@ -97,35 +97,39 @@ def test_bytes_that_are_no_text_become_marks(data: bytes, stop: list[str]) -> No
 
 
 def test_half_a_character_waits_for_the_end() -> None:
-    continuation = ContinuationText(BYTES)
+    continuation = Detokenizer(BYTES)
     assert [continuation.step(byte) for byte in "é世".encode()[:-1]] == ["", "é", "", ""]
     assert continuation.end() == "\ufffd"
 
 
 def test_a_stop_string_of_marks_is_found_at_the_end() -> None:
-    continuation = ContinuationText(BYTES, ["\ufffd"])
+    continuation = Detokenizer(BYTES, ["\ufffd"])
     assert [continuation.step(byte) for byte in b"a\xe4"] == ["a", ""]
-    assert continuation.end() == "" and continuation.stopped and continuation.kept(1) == ([97], "")
+    assert continuation.end() == "" and continuation.stopped and continuation.split_at(1) == ([97], "")
 
 
 def test_white_space_at_the_beginning_is_left_out_if_asked_for() -> None:
-    continuation = ContinuationText(BYTES, ["\n\nU"], strip=True)
+    continuation = Detokenizer(BYTES, ["\n\nU"], strip=True)
     assert [continuation.step(byte) for byte in b" \n hi\n\nU"] == ["", "", "", "h", "i", "", "", ""]
-    assert continuation.stopped and continuation.kept(2) == (list(b" \n hi"), "") and continuation.kept(0) == ([], "")
+    assert (
+        continuation.stopped
+        and continuation.split_at(2) == (list(b" \n hi"), "")
+        and continuation.split_at(0) == ([], "")
+    )
 
 
 def test_a_text_of_white_space_alone_is_kept() -> None:
-    continuation = ContinuationText(BYTES, ["\n\nU"], strip=True)
+    continuation = Detokenizer(BYTES, ["\n\nU"], strip=True)
     assert [continuation.step(byte) for byte in b" \n "] == ["", "", ""]
-    assert continuation.end() == " \n " and continuation.kept(3) == (list(b" \n "), "")
-    stopped = ContinuationText(BYTES, ["\n\nU"], strip=True)
+    assert continuation.end() == " \n " and continuation.split_at(3) == (list(b" \n "), "")
+    stopped = Detokenizer(BYTES, ["\n\nU"], strip=True)
     assert [stopped.step(byte) for byte in b"  \n\nU"] == ["", "", "", "", "  "]
-    assert stopped.stopped and stopped.end() == "" and stopped.kept(2) == (list(b"  "), "")
+    assert stopped.stopped and stopped.end() == "" and stopped.split_at(2) == (list(b"  "), "")
 
 
 def test_a_step_does_not_get_slower() -> None:
     """No step takes all that was written into its hands, which would show as memory of that size."""
-    continuation = ContinuationText(BYTES, ["\n\nUser:"])
+    continuation = Detokenizer(BYTES, ["\n\nUser:"])
     for byte in b"abcdefghij" * 20_000:
         continuation.step(byte)
     written = len(continuation.decoder.written)
@@ -135,7 +139,7 @@ def test_a_step_does_not_get_slower() -> None:
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert written == 200_000 and most < 20_000
-    assert continuation.kept(200_005) == (list(b"abcdefghij" * 20_000 + b"abcde"), "")
+    assert continuation.split_at(200_005) == (list(b"abcdefghij" * 20_000 + b"abcde"), "")
 
 
 def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:

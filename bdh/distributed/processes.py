@@ -1,7 +1,7 @@
-"""The processes of one run: who this is, what they agree on, and how they end together.
+"""Process groups of a run: initialization, collective operations, and termination.
 
-`torchrun` starts them and tells each its place by environment variables. A run of one process is the same thing with
-nobody to talk to: then every function here returns at once.
+`torchrun` starts the processes and gives each its rank in environment variables. In a run of a single process, all
+functions of this module return at once.
 """
 
 import os
@@ -22,27 +22,29 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bdh.data.blocks import Share
-from bdh.errors import BDHError, ToldElsewhere, one_line
+from bdh.distributed.config import DistributedConfig
+from bdh.errors import BDHError, ReportedByOtherRank, one_line
 from bdh.model.device import choose_device
-from bdh.training.config import DistributedConfig
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=7)  # for what only one process does, as to tokenize a text
-FIRST_WORD = timedelta(minutes=1)  # to reach torchrun, which is there already
-OTHERS_FIRST = 2.0  # seconds: whoever failed by itself says so before those that it takes with it
-LAST_SECONDS = 5.0  # after such a signal, for a process that waits for others and does not come back
+LONG_TIMEOUT = timedelta(days=7)  # of collectives that wait for work of one process, such as tokenizing
+STORE_TIMEOUT = timedelta(minutes=1)  # to connect to torchrun's store, which already runs
+PEER_REPORT_SECONDS = (
+    2.0  # seconds before a rank reports that others are lost: the rank that failed reports its own error first
+)
+EXIT_SECONDS = 5.0  # seconds after a signal until a process that is blocked in a collective exits
 
 
 class Processes:
-    """This process among those of a run. `open` makes it, and ends it.
+    """The process group of a run, as seen by this process. `open` initializes and destroys it.
 
     Attributes:
-        rank, size: Which of how many this is.
-        device: Where it computes.
-        mesh: All of them, (replicas, shards, heads); None if there is only one.
-        share: Which rows of a batch are this one's. Processes that share heads have the same rows.
-        saving: The group that checkpoints are written in, beside the training; None if there is only one.
+        rank, size: Rank of this process and number of processes.
+        device: Device of this process.
+        mesh: Device mesh (replicas, shards, heads); None for a single process.
+        share: The rows of a batch that this process reads. Tensor-parallel ranks read the same rows.
+        checkpoint_group: Process group for writing checkpoints in the background; None for a single process.
     """
 
     def __init__(self, config: DistributedConfig, device: torch.device):
@@ -53,21 +55,25 @@ class Processes:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.mesh: DeviceMesh | None = None
         self.share = Share()
-        self.saving: Any = None
-        self._patient: Any = None  # a group that waits for what takes long
-        self._noticed = threading.Event()  # a signal that asks for the end, by all processes
+        self.checkpoint_group: Any = None
+        self._long_timeout_group: Any = None  # for collectives that wait for slow work
+        self._noticed = threading.Event()  # set once all ranks know that the run is to end
 
     @classmethod
     @contextmanager
     def open(
         cls, config: DistributedConfig, device: str, ends_on: Sequence[signal.Signals] = (signal.SIGTERM,)
     ) -> Iterator["Processes"]:
-        """Finds the others. Raises BDHError if the settings do not fit their number, or they cannot be found.
+        """Initialize the process group, and destroy it at the end.
 
         Args:
-            config: How they share the work.
-            device: Where this one computes, as for `choose_device`.
-            ends_on: Signals after which this one ends within seconds, whatever it waits for, unless it has noticed.
+            config: Parallelism of the run.
+            device: Device of this process, as for `choose_device`.
+            ends_on: Signals after which this process exits within seconds even if it is blocked in a collective, unless
+                `notice` was called.
+
+        Raises:
+            BDHError: The settings do not fit the number of processes, or the processes cannot connect.
         """
         self = cls(config, choose_device(device))
         if self.size == 1:
@@ -81,20 +87,20 @@ class Processes:
         timeout = timedelta(seconds=config.timeout_seconds)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=timeout, **meeting_place(timeout))
+            dist.init_process_group(backend, timeout=timeout, **rendezvous_store(timeout))
         except (RuntimeError, ValueError) as error:
             words = f"the {self.size} processes of this run do not find each other"
             raise BDHError(f"{words}: {one_line(error)}") from error
-        with ending_together(self._noticed, ends_on), self._explained():
+        with exiting_on_signals(self._noticed, ends_on), self._explained():
             try:
                 self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicas", "shards", "heads"))
-                self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-                self.saving = dist.new_group(backend="gloo", timeout=PATIENCE)
+                self._long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+                self.checkpoint_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
                 copies = shape[0] * shape[1]
                 self.share = Share(self.rank // shape[2], copies)
                 yield self
             finally:
-                with suppress(Exception):  # the others may be gone
+                with suppress(Exception):  # other ranks may have exited
                     dist.destroy_process_group()
 
     @property
@@ -103,11 +109,11 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that logs, and writes what is written once."""
+        """Whether this is rank 0, which logs and writes files."""
         return self.rank == 0
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """What a function returns, which is called in the main process only. Raises, everywhere, as it does."""
+        """Call a function in rank 0 and broadcast its result or its exception to all ranks."""
         if self.alone:
             return function()
         box: list[Any] = [None, None]
@@ -116,13 +122,13 @@ class Processes:
                 box[0] = function()
             except Exception as error:
                 box[1] = error
-        dist.broadcast_object_list(box, src=0, group=self._patient)
+        dist.broadcast_object_list(box, src=0, group=self._long_timeout_group)
         if box[1] is not None:
-            raise box[1] if self.is_main else ToldElsewhere(str(box[1]))
+            raise box[1] if self.is_main else ReportedByOtherRank(str(box[1]))
         return box[0]
 
-    def one_after_the_other(self, function: Callable[[], T]) -> T:
-        """What a function returns that fills a cache: the first process of each machine calls it before the others."""
+    def main_process_first(self, function: Callable[[], T]) -> T:
+        """Call a function that fills a cache, in the first rank of each machine before the others."""
         if self.alone:
             return function()
         error: Exception | None = None
@@ -135,28 +141,30 @@ class Processes:
         if error is not None:
             raise error
         if words := next((one for one in failed if one is not None), None):
-            raise ToldElsewhere(words)
+            raise ReportedByOtherRank(words)
         return result if self.local_rank == 0 else function()
 
     def gather(self, value: T) -> list[T]:
-        """What each process has, by rank; in all of them."""
+        """Return the values of all ranks, in every rank."""
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._patient)
+        dist.all_gather_object(values, value, group=self._long_timeout_group)
         return values
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over the rows of all processes, of what was counted over the rows of each: any shape, in float64."""
+        """Sum values that each rank computed over its own rows: any shape, in float64."""
         if self.alone:
             return values
         assert self.mesh is not None
-        total = values.to(self.device, torch.float64) / self.mesh["heads"].size()  # several have the same rows
+        total = (
+            values.to(self.device, torch.float64) / self.mesh["heads"].size()
+        )  # tensor-parallel ranks have the same rows
         dist.all_reduce(total)
         return total.to(values.device)
 
     def any(self, number: int) -> int:
-        """The largest of the numbers that the processes have: whether one of them wants something."""
+        """Return the maximum over all ranks, for flags that any rank may raise."""
         if self.alone:
             return number
         largest = torch.tensor(number, device=self.device)
@@ -164,12 +172,12 @@ class Processes:
         return int(largest)
 
     def notice(self) -> None:
-        """All processes know that they are to end, and may take their time to."""
+        """Record that all ranks know that the run is to end; they are then not killed after `EXIT_SECONDS`."""
         self._noticed.set()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Says in words that another process is gone, after whatever that one has to say itself."""
+        """Translate errors of collectives into a message that another rank was lost, after that rank's own message."""
         try:
             yield
         except BDHError:
@@ -177,7 +185,7 @@ class Processes:
         except RuntimeError as error:
             if not is_about_others(error):
                 raise
-            time.sleep(OTHERS_FIRST)
+            time.sleep(PEER_REPORT_SECONDS)
             raise BDHError(
                 f"the other {self.size - 1} processes are lost: one has ended, or did not answer for "
                 f"{self.config.timeout_seconds:g} seconds (in training distributed.timeout_seconds); what it said "
@@ -185,11 +193,11 @@ class Processes:
             ) from error
 
 
-def meeting_place(timeout: timedelta) -> dict[str, Any]:
-    """Where processes of one machine find each other: not where those have been that torchrun has begun anew.
+def rendezvous_store(timeout: timedelta) -> dict[str, Any]:
+    """Return arguments for `init_process_group`, with a store that is not reused after a restart by torchrun.
 
-    On several machines the attempts may be numbered differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 does the
-    same.
+    Only for runs on a single machine: on several, attempts may be numbered differently, and
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has the same effect.
     """
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
         return {}
@@ -198,30 +206,29 @@ def meeting_place(timeout: timedelta) -> dict[str, Any]:
     return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": size}
 
 
-def first_finds(what: str, search: Callable[[], Path | None]) -> Path | None:
-    """What a search finds that takes long, before the processes have found each other. Raises as the search does.
+def broadcast_from_main(what: str, search: Callable[[], Path | None]) -> Path | None:
+    """Run a slow search in rank 0 only and broadcast its result, before the process group is initialized.
 
-    Of the processes that torchrun has started on one machine the first one searches, and its word reaches the others
-    by torchrun's own store, under the name `what`; if it fails, torchrun ends them. On several machines, and
-    elsewhere, each searches.
+    The result is passed through torchrun's store under the key `what`; if the search fails, torchrun ends the other
+    ranks. On several machines, or without torchrun's store, every rank searches.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("WORLD_SIZE", "1") == "1":
         return search()
-    store = meeting_place(FIRST_WORD).get("store")
+    store = rendezvous_store(STORE_TIMEOUT).get("store")
     if store is None:
         return search()
     if os.environ["RANK"] == "0":
         found = search()
         store.set(what, "" if found is None else str(found))
         return found
-    while not store.check([what]):  # which a signal can end, as it cannot a wait
+    while not store.check([what]):  # unlike `store.wait`, this can be interrupted by a signal
         time.sleep(0.1)
     said = store.get(what).decode()
     return Path(said) if said else None
 
 
 def mesh_shape(config: DistributedConfig, size: int) -> tuple[int, int, int]:
-    """How many copies of the model there are, over how many processes each is sharded, and how many share its heads.
+    """Return the shape of the device mesh: replicas, shards of each replica, and tensor-parallel ranks.
 
     Raises:
         BDHError: The number of processes does not allow it.
@@ -244,6 +251,7 @@ def mesh_shape(config: DistributedConfig, size: int) -> tuple[int, int, int]:
 
 
 def check_devices(local_rank: int) -> None:
+    """Raise BDHError if this machine has no GPU for a rank."""
     if local_rank >= torch.cuda.device_count():
         raise BDHError(
             f"there are {torch.cuda.device_count()} GPUs here, and process {local_rank} of this machine has none; "
@@ -252,7 +260,7 @@ def check_devices(local_rank: int) -> None:
 
 
 def is_about_others(error: RuntimeError) -> bool:
-    """Whether an exception says that another process is gone, or silent."""
+    """Return whether an exception of a collective means that another rank exited or does not respond."""
     words = str(error)
     return isinstance(error, dist.DistError) or any(
         sign in words for sign in ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Timed out")
@@ -260,11 +268,11 @@ def is_about_others(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def ending_together(noticed: threading.Event, ends_on: Sequence[signal.Signals]) -> Iterator[None]:
-    """Ends this process some seconds after a signal, unless it has noticed by then.
+def exiting_on_signals(noticed: threading.Event, ends_on: Sequence[signal.Signals]) -> Iterator[None]:
+    """Exit some seconds after a signal, unless `noticed` is set by then.
 
-    torchrun sends SIGTERM to all processes when one has failed. One that waits for that one, in a library, never comes
-    to what Python does about signals; but the signal's number comes through a pipe all the same.
+    torchrun sends SIGTERM to all processes when one has failed. A process that is blocked in a library call never runs
+    Python's signal handlers, but the signal's number is still written to the wakeup pipe, which a thread reads.
     """
     if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
         yield
@@ -277,12 +285,12 @@ def ending_together(noticed: threading.Event, ends_on: Sequence[signal.Signals])
     def note(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    if handler == signal.SIG_DFL:  # else it would end before anything could be said
+    if handler == signal.SIG_DFL:  # the default action would exit without an error message
         signal.signal(signal.SIGTERM, note)
 
     def watch() -> None:
         while number := os.read(reader, 1):
-            if number[0] in ends_on and not noticed.wait(LAST_SECONDS):
+            if number[0] in ends_on and not noticed.wait(EXIT_SECONDS):
                 os._exit(128 + number[0])
 
     threading.Thread(target=watch, name="bdh-ending", daemon=True).start()
