@@ -177,11 +177,11 @@ def _seekable(file: str) -> Iterator[Any]:
 
 
 def _csv_values(part: Part, column: str) -> Iterator[tuple[Any, str]]:
-    columns = list(_csv_columns(part))
+    columns = _csv_columns(part)
     if not columns:
         return
     number = 0
-    with open_file(part[0]) as stream, _naming_long_rows(part[0], len(columns)):
+    with open_file(part[0]) as stream, _naming_long_rows(part[0]):
         # All of a CSV file is text: neither "NA" nor "1984" is anything else. All columns are read, as with `usecols`
         # pandas drops what a row has more than the header.
         options = {"dtype": object, "na_filter": False, "chunksize": BATCH}
@@ -200,24 +200,22 @@ def _next_frame(frames: Iterator[pandas.DataFrame]) -> pandas.DataFrame | None:
 
 
 def _csv_columns(part: Part) -> dict[str, bool | None]:
-    with open_file(part[0]) as stream:
+    with open_file(part[0]) as stream, _naming_long_rows(part[0]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", pandas.errors.ParserWarning)  # an error when the values are read
         try:
-            names = pandas.read_csv(stream, **_csv_options(part[0]), nrows=0).columns
+            head = pandas.read_csv(stream, **_csv_options(part[0]), nrows=SAMPLE_ROWS)
         except pandas.errors.EmptyDataError:  # nothing but line ends
             return {}
-    with open_file(part[0]) as stream, _naming_long_rows(part[0], len(names)), warnings.catch_warnings():
-        warnings.simplefilter("ignore", pandas.errors.ParserWarning)  # an error when the values are read
-        head = pandas.read_csv(stream, **_csv_options(part[0]), nrows=SAMPLE_ROWS)
     return {str(name): pandas.api.types.is_string_dtype(head[name].dtype) or None for name in head.columns}
 
 
 @contextmanager
-def _naming_long_rows(file: str, width: int) -> Iterator[None]:
+def _naming_long_rows(file: str) -> Iterator[None]:
     """Raises BDHError for a row with more fields than the header, of which pandas tells in several ways."""
     try:
         yield
     except (pandas.errors.ParserError, pandas.errors.ParserWarning) as error:
-        row = _first_long_row(file, width)
+        row = _first_long_row(file)
         if row is None:
             raise BDHError(f"{file} cannot be read: {one_line(error)}") from error
         raise BDHError(
@@ -226,12 +224,12 @@ def _naming_long_rows(file: str, width: int) -> Iterator[None]:
         ) from error
 
 
-def _first_long_row(file: str, width: int) -> int | None:
+def _first_long_row(file: str) -> int | None:
     """The number, from 1, of the first row that has more fields than the header; None if that cannot be told."""
     with open_file(file) as stream, suppress(csv.Error):
         lines = io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="")
         rows = filter(None, csv.reader(lines, delimiter=_csv_options(file)["sep"]))
-        next(rows, None)
+        width = len(next(rows, []))
         return next((number for number, row in enumerate(rows, 1) if any(row[width:])), None)
     return None
 
