@@ -127,6 +127,11 @@ class GatedAttention:
         """(h, G, C) -> (k * G, C), and (h, B, c) -> (k * B, c)."""
         return per_head[heads.start] if self.heads_at_once == 1 else per_head[heads].flatten(0, 1)
 
+    def key_scales(self, heads: slice, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """a exp(u) and a exp(u_C - u) of some heads, from |R|^2: (k * G, C) -> twice (k * G, C)."""
+        a = 1 / (squares.sqrt() + KEY_EPS)  # (k * G, C)
+        return self.of_heads(self.gates.reads, heads) * a, self.of_heads(self.gates.writes, heads) * a
+
     def repeated(self, heads: slice) -> Tensor | None:
         """The documents of the tokens for each of the heads, (k * G, C)."""
         ids, k = self.document_ids, heads.stop - heads.start
@@ -143,7 +148,7 @@ class GatedAttention:
         beta = self.of_heads(self.gates.beta, heads)  # (k * G, C)
         M, inverse, squares = self.gated_op.delta_scores(R, u, beta, self.repeated(heads))  # 2 x (k * G, C, C)
         if self.has_past:
-            A, U, Q, states, end = self.forward_chunks(heads, R, M, inverse, beta, inverse_length(squares), S)
+            A, U, Q, states, end = self.forward_chunks(heads, R, M, inverse, beta, squares, S)
             for_decay = (Q, end) if self.wants_decay else (None, None)
             return A, end, (M, A, inverse, U, squares, states, *for_decay)
         U = inverse @ self.gated_op.scaled_difference(beta, self.x)  # (G, C, D)
@@ -172,7 +177,7 @@ class GatedAttention:
         M: Tensor,
         inverse: Tensor,
         beta: Tensor,
-        a: Tensor,
+        squares: Tensor,
         S: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """The delta rule by chunk: A, U and Q (k * G, C, D), S before each chunk (k * B, c, N, D), and the last S.
@@ -181,7 +186,7 @@ class GatedAttention:
         w inverse (beta (x - r Q)) = Y - W Q: all but Q is known before.
         """
         op = self.gated_op
-        reads, writes = (self.of_heads(each, heads) * a for each in (self.gates.reads, self.gates.writes))
+        reads, writes = self.key_scales(heads, squares)  # (k * G, C)
         Y = op.scaled_difference(writes, inverse @ op.scaled_difference(beta, self.x))  # (k * G, C, D)
         W = op.scaled_matrix(inverse, writes, beta * reads)  # (k * G, C, C)
         state = None if S is None else S.clone()  # (k * B, N, D)
@@ -226,11 +231,10 @@ class GatedAttention:
         assert self.gates.beta is not None
         beta, u = self.of_heads(self.gates.beta, heads), self.of_heads(self.gates.u, heads)  # (k * G, C)
         past, before, P = None, None, None
-        a = inverse_length(squares)  # (k * G, C)
-        reads, writes = (self.of_heads(each, heads) * a for each in (self.gates.reads, self.gates.writes))
         if states is None:
             V = inverse.mT @ (M.mT @ dA)  # (G, C, D)
         else:
+            reads, writes = self.key_scales(heads, squares)  # (k * G, C)
             V, P, past, before = self.backward_chunks(
                 heads, R, dA, M, inverse, beta, reads, writes, U, states, dS
             )  # 2 x (k * G, C, D)
@@ -329,8 +333,3 @@ def sums_over_later_tokens(difference: Tensor, B: int) -> Tensor:
     """At each token the sum over it and all later ones of its sequence: (h, G, C) -> (h, B, c * C)."""
     by_sequence = difference.view(len(difference), B, -1)  # (h, B, c * C)
     return by_sequence.flip(-1).cumsum(-1).flip(-1)
-
-
-def inverse_length(squares: Tensor) -> Tensor:
-    """1 / (|R| + eps) from |R|^2."""
-    return 1 / (squares.sqrt() + KEY_EPS)
