@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -325,21 +326,26 @@ def test_checkpoints_set_aside_can_be_exported(tmp_path: Path, finished_run: Pat
     assert find_checkpoint(run).name == "checkpoint-0000040"
 
 
+def call_after_step_12(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Has training in this process call a function between its steps 12 and 13."""
+    learn = Trainer.learn
+
+    def call_and_learn(self: Trainer) -> Any:
+        if self.state.step == 12:
+            action()
+        return learn(self)
+
+    monkeypatch.setattr(Trainer, "learn", call_and_learn)
+
+
 def test_a_run_whose_folder_is_renamed_stops_there_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No second folder begins under the old name, and no record is missing or stands twice."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
-    learn = Trainer.learn
-
-    def rename(self: Trainer) -> Any:
-        if self.state.step == 12:
-            Path("run").rename("other")
-        return learn(self)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "learn", rename)
+        call_after_step_12(patch, lambda: Path("run").rename("other"))
         assert main(["train", "--data.path", "text.txt", "--run_dir", "run", *TINY]) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert "run_dir run was renamed to" in line and f"bdh train --resume {tmp_path / 'other'}" in line
@@ -360,14 +366,7 @@ def test_a_renamed_folder_is_found_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
-    learn = Trainer.learn
-
-    def rename(self: Trainer) -> Any:
-        if self.state.step == 12:
-            Path("run").rename("other")
-        return learn(self)
-
-    monkeypatch.setattr(Trainer, "learn", rename)
+    call_after_step_12(monkeypatch, lambda: Path("run").rename("other"))
     argv = ["--data.path", "text.txt", "--run_dir", "run", *TINY, *RARELY, f"--{due}", str(step)]
     assert main(["train", *argv]) == 2
     shown = capsys.readouterr()
@@ -381,15 +380,12 @@ def test_a_signal_after_the_folder_was_renamed_saves_into_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
-    learn = Trainer.learn
 
-    def rename(self: Trainer) -> Any:
-        if self.state.step == 12:
-            Path("run").rename("other")
-            os.kill(os.getpid(), signal.SIGTERM)
-        return learn(self)
+    def rename_and_stop() -> None:
+        Path("run").rename("other")
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "learn", rename)
+    call_after_step_12(monkeypatch, rename_and_stop)
     assert main(["train", "--data.path", "text.txt", "--run_dir", "run", *TINY, *RARELY]) == 128 + signal.SIGTERM
     assert f"saved at step 13 of 40; go on with: bdh train --resume {tmp_path / 'other'}" in capsys.readouterr().out
     assert not Path("run").exists() and find_checkpoint(tmp_path / "other").name == "checkpoint-0000013"
