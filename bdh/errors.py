@@ -6,6 +6,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def error_text(error: BaseException) -> str:
+    """The cause of an error in one line: the operating system's words if it has them, as for a full disk."""
+    return getattr(error, "strerror", None) or one_line(error)
+
+
 class BDHError(Exception):
     """Something the user can put right. The message is one line: what is wrong, where, and what to do.
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from bdh.errors import BDHError
+from bdh.errors import BDHError, error_text
 from bdh.training.config import TrainConfig, validate
 
 
@@ -75,7 +75,7 @@ class Parser(ArgumentParser):
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise BDHError(f"the output cannot be written: {error.strerror or error}") from error
+            raise BDHError(f"the output cannot be written: {error_text(error)}") from error
 
     def format_help(self, *args: Any, **options: Any) -> str:
         """The help text; types are in words, and are left out beside choices."""

@@ -1,4 +1,4 @@
-"""Renders the chat template of a model in a process of its own: `python -m bdh.inference.template_process`.
+"""Renders the chat template of a model in a process of its own: `python -m bdh.data.template_process`.
 
 A chat template comes with the model, from wherever that came from, and is a program: it may loop for hours, in one call
 of C code that no other thread can interrupt, or take all memory. The process therefore has limits that the operating
@@ -22,7 +22,7 @@ from typing import Any
 
 from bdh.errors import BDHError, one_line
 
-log = logging.getLogger("bdh.inference.template_process")  # whatever it is called when it is run
+log = logging.getLogger("bdh.data.template_process")  # whatever it is called when it is run
 
 CPU_SECONDS = 2.0  # per conversation; one of 4 MB takes some tenths of a second
 WALL_SECONDS = 20.0  # on a machine that has no core free for it
@@ -86,7 +86,7 @@ class TemplateProcess:
         variables = {name: value for name, value in os.environ.items() if not name.startswith("BDH_")}
         process = subprocess.Popen(
             # -P: files in the working directory are no modules. A group of its own: Ctrl-C is not for it.
-            [sys.executable, "-P", "-m", "bdh.inference.template_process"],
+            [sys.executable, "-P", "-m", "bdh.data.template_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

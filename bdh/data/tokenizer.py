@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.atomic_files import replace_atomically
 from bdh.data.failures import cache_problem, causes
-from bdh.errors import BDHError, one_line
+from bdh.errors import BDHError, error_text, one_line
 
 
 def byte_level_symbols() -> list[str]:
@@ -162,8 +162,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
         with replace_atomically(directory) as partial:
             tokenizer.save_pretrained(partial)
     except Exception as error:  # the library raises a bare Exception where the disk is full
-        words = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise BDHError(f"{directory} cannot be written: {words}") from error
+        raise BDHError(f"{directory} cannot be written: {error_text(error)}") from error
 
 
 MAX_BYTES = 4  # of a character in UTF-8

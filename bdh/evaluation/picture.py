@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bdh.errors import BDHError
+from bdh.errors import BDHError, error_text
 from bdh.evaluation.by_position import PositionBin
 
 
@@ -43,6 +43,6 @@ def draw_by_position(curves: Mapping[str, Sequence[PositionBin]], block_size: in
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise BDHError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise BDHError(f"{path} cannot be written: {error_text(error)}") from error
     finally:
         pyplot.close(figure)

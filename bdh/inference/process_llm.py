@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
+from bdh.data.template_process import TemplateProcess
 from bdh.data.tokenizer import load_export_tokenizer
 from bdh.errors import BDHError, ModelClosed
 from bdh.inference import engine_rpc
@@ -44,7 +45,6 @@ from bdh.inference.outputs import RequestOutput, TextRequest
 from bdh.inference.prompt_encoder import PromptEncoder
 from bdh.inference.request import Event
 from bdh.inference.stats import EngineStats, ModelInfo
-from bdh.inference.template_process import TemplateProcess
 
 T = TypeVar("T")
 

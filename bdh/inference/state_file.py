@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bdh.atomic_files import replace_atomically
-from bdh.errors import BDHError
-from bdh.inference.state_metadata import FORMAT, error_text
+from bdh.errors import BDHError, error_text
+from bdh.inference.state_metadata import FORMAT
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 
 SIZES = ("vocab_size", "n_embd", "n_head", "n_layer", "n_neurons", "rope_theta", "layer_norm_eps")

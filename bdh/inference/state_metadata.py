@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from bdh.errors import BDHError, one_line
+from bdh.errors import BDHError, error_text
 
 FORMAT = "bdh-state-1"
 
@@ -23,8 +23,3 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     if metadata.get("format") != FORMAT:
         raise BDHError(f"{path} is no saved state that this version of bdh knows")
     return metadata
-
-
-def error_text(error: Exception) -> str:
-    """The cause of an error, in one line."""
-    return getattr(error, "strerror", None) or one_line(error)

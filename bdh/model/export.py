@@ -10,10 +10,10 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from bdh.atomic_files import replace_atomically
 from bdh.data.chat_format import ChatFormat
+from bdh.data.template_process import TemplateProcess
 from bdh.data.tokenizer import load_export_tokenizer, vocabulary_size
 from bdh.data.vocabulary import CHAT_TEMPLATE
-from bdh.errors import BDHError, one_line
-from bdh.inference.template_process import TemplateProcess
+from bdh.errors import BDHError, error_text, one_line
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.weight_files import check_finite, check_weight_files
 
@@ -45,9 +45,7 @@ def save_export(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast | None
                 with_max_length(tokenizer, model.config).save_pretrained(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")
     except Exception as error:  # the tokenizer's writer raises a bare Exception where the disk is full
-        raise BDHError(
-            f"{directory} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}"
-        ) from error
+        raise BDHError(f"{directory} cannot be written: {error_text(error)}") from error
 
 
 def set_generation_tokens(model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

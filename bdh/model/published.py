@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from bdh.atomic_files import replace_atomically
-from bdh.errors import BDHError, one_line
+from bdh.errors import BDHError, error_text, one_line
 from bdh.json_text import to_json
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.card import model_card
@@ -97,7 +97,7 @@ def save_published(export: Path, target: Path) -> None:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):  # torch raises its own error in place of the disk's
             cause = cause.__context__
-        raise BDHError(f"{target} cannot be written: {getattr(cause, 'strerror', None) or one_line(error)}") from error
+        raise BDHError(f"{target} cannot be written: {error_text(cause or error)}") from error
 
 
 def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

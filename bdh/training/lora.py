@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from bdh.atomic_files import replace_atomically
-from bdh.errors import BDHError
+from bdh.errors import BDHError, error_text
 from bdh.inference.state_file import checksum
 from bdh.model import BDHForCausalLM
 from bdh.training.config import ARCHITECTURE, LoraConfig, TrainConfig
@@ -138,7 +138,7 @@ def save_adapter(adapted: "PeftModel", directory: Path, card: str) -> None:
             (partial / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
             (partial / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise BDHError(f"{directory} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        raise BDHError(f"{directory} cannot be written: {error_text(error)}") from error
 
 
 def check_adapter_target(directory: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from bdh.data.chat_format import ChatFormat
+from bdh.data.template_process import TemplateProcess
 from bdh.data.tokenizer import byte_tokenizer
 from bdh.errors import BDHError
-from bdh.inference.template_process import TemplateProcess
 from tests.inference.small import CHAT
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Ho \n"}]

@@ -15,10 +15,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from bdh.data.template_process import TemplateProcess
 from bdh.data.tokenizer import byte_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
-from bdh.inference.template_process import TemplateProcess
 from bdh.model import BDHConfig, BDHForCausalLM, BDHModel
 from bdh.model.card import architecture, model_card, parameter_count, state_bytes
 from bdh.model.export import load_export, save_export
