@@ -188,7 +188,7 @@ class ProcessLLM(AsyncModel):
             if self._transport is not None:
                 self._transport.close()
         await asyncio.to_thread(self._process.end)
-        if hasattr(self, "texts"):
+        if self._pinging is not None:  # the model was loaded; before that there are no threads
             self._shut_down_threads()
         if self._template is not None:
             await asyncio.to_thread(self._template.close)

@@ -317,6 +317,8 @@ def test_closing_reaches_all_who_wait(export: Path) -> None:
                 assert isinstance(result, BDHError) and "closed" in str(result)
             with pytest.raises(BDHError, match="this model is closed"):
                 await llm.generate("a", ENDLESS)
+            with pytest.raises(BDHError, match="the model was closed"):  # its threads have ended
+                await llm.run_in_thread(lambda: None)
 
     run(work())
 
