@@ -1,4 +1,4 @@
-"""The parts of a decoding step on a CPU, each in several forms: why `bdh.kernels.cpu` is as it is.
+"""The parts of a decoding step on a CPU, each in several forms: why `bdh.kernels.decode.cpu` is as it is.
 
     python -m benchmarks.decode_cpu_parts [--rows 1 8] [--rounds 25]
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdh import BDHConfig
-from bdh.kernels.cpu import (
+from bdh.kernels.decode.cpu import (
     Int4Matrices,
     Int8Matrices,
     Int8WeightMatrices,

@@ -21,9 +21,9 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from bdh.kernels import triton_operations
-from bdh.kernels.operations import Dropout
-from bdh.kernels.triton_operations import Tiles, TritonOperations
+from bdh.kernels.layer_operations import Dropout
+from bdh.kernels.triton import operations as triton_operations
+from bdh.kernels.triton.operations import Tiles, TritonOperations
 
 Results = tuple[Tensor, ...]
 op = TritonOperations()

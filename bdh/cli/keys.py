@@ -66,7 +66,7 @@ def add(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     expires = None if args.expires is None else expiry(args.expires, datetime.now(UTC))
 
-    from bdh.serving.key_file import add_key
+    from bdh.serving.auth.key_file import add_key
 
     limits = args.requests_per_minute, args.tokens_per_minute, args.concurrent_requests
     key, secret = add_key(args.file, args.name, expires, *limits)
@@ -92,7 +92,7 @@ def expiry(text: str, now: datetime) -> datetime:
 def show(argv: list[str]) -> int:
     args = keys_parser("list", "Show the keys of a file; - means the server's own limit.").parse_args(argv)
 
-    from bdh.serving.keys import read_keys
+    from bdh.serving.auth.api_keys import read_keys
 
     keys = read_keys(args.file)
     columns = {"REQUESTS/MIN": "requests_per_minute", "TOKENS/MIN": "tokens_per_minute"}
@@ -119,7 +119,7 @@ def revoke(argv: list[str]) -> int:
     parser.add_argument("name", metavar="NAME_OR_ID", type=str, help="as bdh keys list shows it")
     args = parser.parse_args(argv)
 
-    from bdh.serving.key_file import revoke_key
+    from bdh.serving.auth.key_file import revoke_key
 
     key = revoke_key(args.file, args.name)
     print(f"{key.id}, {key.name}, is revoked in {args.file}", file=sys.stderr)

@@ -50,7 +50,7 @@ def run(argv: list[str]) -> int:
     finally:
         if spare is not None:
             spare.abandon()
-    from bdh.serving.ray_serve import serve_on_ray
+    from bdh.serving.ray.deployment import serve_on_ray
 
     serve_on_ray(config)
     return 0

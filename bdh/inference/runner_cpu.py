@@ -1,4 +1,4 @@
-"""The runner for CPUs: one token a sequence by `bdh.kernels.cpu`, prompts through the model's own forward."""
+"""The runner for CPUs: one token a sequence by `bdh.kernels.decode.cpu`, prompts through the model's own forward."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bdh.errors import BDHError
 from bdh.inference.runner import PREFILL_ALIGNMENT, pieces
-from bdh.kernels.cpu import (
+from bdh.kernels.decode.cpu import (
     INT4_GROUP,
     Decays,
     DecayStep,

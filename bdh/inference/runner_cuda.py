@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from bdh.kernels.decode import answer, begin, fire_and_read, fold, gate, halved, head, interleaved, settle
-from bdh.kernels.prefill import attend_chunks, attend_delta, gate_tokens, rotate_tokens, scan_synapses
+from bdh.kernels.decode.cuda import answer, begin, fire_and_read, fold, gate, halved, head, interleaved, settle
+from bdh.kernels.decode.prefill import attend_chunks, attend_delta, gate_tokens, rotate_tokens, scan_synapses
 from bdh.model import BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import BDHGates
 

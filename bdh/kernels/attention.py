@@ -2,9 +2,8 @@
 
     A_t = sum over s<t of (R_t . R_s) x_s + R_t S
 
-Shapes as in `bdh.kernels.reading`: B sequences of c chunks of C tokens, G = B * c, D `n_embd`, N neurons of one head.
-The
-tensors of k heads that are computed together follow each other: (k * G, ...) and (k * B, ...).
+Shapes as in `bdh.kernels.forward_context`: B sequences of c chunks of C tokens, G = B * c, D `n_embd`, N neurons of one
+head. The tensors of k heads that are computed together follow each other: (k * G, ...) and (k * B, ...).
 """
 
 from collections.abc import Sequence
@@ -13,9 +12,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from bdh.kernels.operations import Past
+from bdh.kernels.forward_context import Reading
+from bdh.kernels.layer_operations import Past
 from bdh.kernels.products import add_product_
-from bdh.kernels.reading import Reading
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bdh.errors import BDHError
-from bdh.kernels.neurons import NO_GATES, join, neurons
-from bdh.kernels.operations import Operations
-from bdh.kernels.reading import Reading, Weights
-from bdh.kernels.torch_operations import TorchOperations
-from bdh.kernels.workspace import retain_freed_memory
+from bdh.kernels.forward_context import Reading, Weights
+from bdh.kernels.fused_layer import NO_GATES, join, neurons
+from bdh.kernels.layer_operations import Operations
+from bdh.kernels.torch.operations import TorchOperations
+from bdh.kernels.torch.workspace import retain_freed_memory
 from bdh.model.configuration_bdh import BDHConfig
 from bdh.model.heads import HereLinear
 from bdh.model.modeling_bdh import BDHLayer, BDHState, Fast, Gates
@@ -89,7 +89,7 @@ def operations_of(name: str, config: BDHConfig, device: torch.device) -> Operati
         if device.type == "cpu":
             retain_freed_memory()
         return TorchOperations(device)
-    from bdh.kernels.triton_operations import TritonOperations
+    from bdh.kernels.triton.operations import TritonOperations
 
     if torch.cuda.get_device_capability(device) == HOPPER:
         with suppress(Exception):  # of any kind: Gluon is new, and what it is called may change with any Triton

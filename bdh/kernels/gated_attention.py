@@ -36,10 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdh.kernels.attention import AttentionGradient
-from bdh.kernels.operations import Past
+from bdh.kernels.forward_context import Reading
+from bdh.kernels.layer_operations import Past
 from bdh.kernels.products import add_product_
-from bdh.kernels.reading import Reading
-from bdh.kernels.torch_gated_operations import turn_rows
+from bdh.kernels.torch.gated_operations import turn_rows
 from bdh.model.modeling_bdh import KEY_EPS, Gates
 
 

@@ -16,14 +16,17 @@ from starlette.types import ASGIApp
 
 from bdh import __version__
 from bdh.errors import BDHError
-from bdh.serving import brain, chat, completions, health, models, page, session_routes, tokens
-from bdh.serving.documented import COMMON, describe
-from bdh.serving.door import Door
-from bdh.serving.errors import ApiError, bad_request, not_found
-from bdh.serving.logs import CLIENT_GONE, RequestLog
-from bdh.serving.routing import RouteNormalizer
-from bdh.serving.streaming import ClientGone, as_api_error, error_answer
-from bdh.serving.unsupported import alternative_to
+from bdh.serving.activity import routes as activity_routes
+from bdh.serving.api import chat_completions, completions, health, models, tokenization
+from bdh.serving.api.admission import Door
+from bdh.serving.api.errors import ApiError, bad_request, not_found
+from bdh.serving.api.openapi import COMMON, describe
+from bdh.serving.api.routing import RouteNormalizer
+from bdh.serving.api.sse import ClientGone, as_api_error, error_answer
+from bdh.serving.api.unsupported import alternative_to
+from bdh.serving.observability.logs import CLIENT_GONE, RequestLog
+from bdh.serving.sessions import routes as session_routes
+from bdh.serving.web import routes as web_routes
 
 if TYPE_CHECKING:
     from bdh.serving.server import Server
@@ -32,8 +35,8 @@ ABOUT = (
     "A server of Dragon Hatchling language models: the OpenAI API, sessions that are states of synapses, and a view of "
     "what the neurons do."
 )
-ROOMS = (completions, chat, models, tokens, session_routes, brain)
-OPEN_ROOMS = (health, page)  # to everybody
+ROUTERS = (completions, chat_completions, models, tokenization, session_routes, activity_routes)
+PUBLIC_ROUTERS = (health, web_routes)  # need no API key
 RATE_HEADERS = [f"X-RateLimit-{what}-{of}" for of in ("Requests", "Tokens") for what in ("Limit", "Remaining", "Reset")]
 KINDS = ("str", "int", "list[", "function-", "tagged-union", "constrained", "nullable")  # of pydantic, in places
 
@@ -79,10 +82,10 @@ def application(server: "Server") -> FastAPI:
     )
     app.state.server = server
     app.openapi = cache(lambda: describe(app, server.keys.required))  # type: ignore[method-assign]
-    for room in ROOMS:
-        app.include_router(room.router, responses=COMMON)
-    for room in OPEN_ROOMS:
-        app.include_router(room.router)
+    for routes in ROUTERS:
+        app.include_router(routes.router, responses=COMMON)
+    for routes in PUBLIC_ROUTERS:
+        app.include_router(routes.router)
     add_error_answers(app, server)
     return app
 
@@ -134,7 +137,9 @@ def as_told(error: Exception) -> ApiError:
 
 def methods_here(request: Request) -> set[str]:
     """The methods of all routes of a request's path; the one that raised 405 knows its own only."""
-    routes = (route for room in (*ROOMS, *OPEN_ROOMS) for route in room.router.routes if isinstance(route, Route))
+    routes = (
+        route for module in (*ROUTERS, *PUBLIC_ROUTERS) for route in module.router.routes if isinstance(route, Route)
+    )
     here = (route for route in routes if route.matches(request.scope)[0] != Match.NONE)
     methods = {method for route in here for method in route.methods or ()}
     return methods | {"HEAD"} if "GET" in methods else methods

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from bdh.errors import BDHError
-from bdh.serving.hosts import check_names
-from bdh.serving.limits import LimitSettings
-from bdh.serving.logs import LogSettings
-from bdh.serving.names import checked_name
-from bdh.serving.sessions import SessionSettings
-from bdh.serving.traces import BrainSettings
+from bdh.serving.activity.traces import BrainSettings
+from bdh.serving.auth.host_check import check_names
+from bdh.serving.auth.rate_limits import LimitSettings
+from bdh.serving.identifiers import checked_name
+from bdh.serving.observability.logs import LogSettings
+from bdh.serving.sessions.store import SessionSettings
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 from bdh.inference.engine_process import EngineProcess
 from bdh.serving.config import ServeConfig, check_folders, validate
-from bdh.serving.logs import configure_logging
-from bdh.serving.served import Models
+from bdh.serving.model_registry import Models
+from bdh.serving.observability.logs import configure_logging
 
 
 def launch(config: ServeConfig, spare: EngineProcess | None) -> None:

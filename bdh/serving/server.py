@@ -13,19 +13,19 @@ from types import FrameType
 import uvicorn
 
 from bdh.errors import BDHError
+from bdh.serving.activity.routes import TraceStore
+from bdh.serving.api.errors import ApiError
+from bdh.serving.api.http_protocol import PatientProtocol
 from bdh.serving.app import create_app
-from bdh.serving.background import attempt
-from bdh.serving.brain import TraceStore
+from bdh.serving.auth.api_keys import KeyStore
+from bdh.serving.auth.host_check import HostCheck, is_loopback
+from bdh.serving.auth.rate_limits import RateLimits
+from bdh.serving.background_tasks import attempt
 from bdh.serving.config import ServeConfig, validate
-from bdh.serving.connection import PatientProtocol
-from bdh.serving.errors import ApiError
-from bdh.serving.hosts import HostCheck, is_loopback
-from bdh.serving.keys import KeyStore
-from bdh.serving.limits import RateLimits
-from bdh.serving.metrics import Metrics
-from bdh.serving.peers import Peers
-from bdh.serving.served import Models, ServedModel
-from bdh.serving.sessions import SessionStore
+from bdh.serving.model_registry import Models, ServedModel
+from bdh.serving.observability.metrics import Metrics
+from bdh.serving.sessions.peers import Peers
+from bdh.serving.sessions.store import SessionStore
 
 log = logging.getLogger(__name__)
 

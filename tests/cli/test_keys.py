@@ -12,8 +12,8 @@ import pytest
 from bdh.cli.keys import expiry
 from bdh.cli.main import main
 from bdh.errors import BDHError
-from bdh.serving.key_file import write_keys
-from bdh.serving.keys import Key, KeyRefused, KeyStore, hash_of, iso, read_keys
+from bdh.serving.auth.api_keys import Key, KeyRefused, KeyStore, hash_of, iso, read_keys
+from bdh.serving.auth.key_file import write_keys
 from tests.conftest import environment
 
 SECRET = re.compile(r"bdh-[A-Za-z0-9_-]{43}\n")

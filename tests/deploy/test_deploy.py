@@ -16,9 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bdh.cli.serve import parsed_config
 from bdh.inference.stats import EngineStats
+from bdh.serving.auth.host_check import HostCheck
 from bdh.serving.config import ServeConfig, validate
-from bdh.serving.hosts import HostCheck
-from bdh.serving.metrics import Metrics
+from bdh.serving.observability.metrics import Metrics
 from tests.deploy.dockerfile import ROOT, command, environment_of, stages, whole
 from tests.deploy.nginx import CONF, NGINX, adapted
 

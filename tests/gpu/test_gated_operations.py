@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdh.kernels.torch_gated_operations import TorchGatedOperations
-from bdh.kernels.triton_gated_operations import TritonGatedOperations
-from bdh.kernels.workspace import Workspace
+from bdh.kernels.torch.gated_operations import TorchGatedOperations
+from bdh.kernels.torch.workspace import Workspace
+from bdh.kernels.triton.gated_operations import TritonGatedOperations
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdh.kernels.operations import Dropout
-from bdh.kernels.triton_operations import TritonOperations
+from bdh.kernels.layer_operations import Dropout
+from bdh.kernels.triton.operations import TritonOperations
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_HOPPER, reason="needs an H100 or H200")]
@@ -118,7 +118,7 @@ def test_what_is_not_a_number_stays_so(hopper: TritonOperations) -> None:
 
 
 def test_sizes_of_the_default_model_and_twice_as_wide_take_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bdh.kernels.hopper import parts
+    from bdh.kernels.hopper import device_functions as parts
     from bdh.kernels.hopper.operations import HopperOperations, once_through
 
     ran: list[str] = []

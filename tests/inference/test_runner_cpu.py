@@ -13,7 +13,7 @@ from torch import Tensor
 from bdh.errors import BDHError
 from bdh.inference.runner import ModelRunner, make_runner
 from bdh.inference.runner_cpu import MAX_PENDING, SHORT, CPURunner, DecodeStep
-from bdh.kernels.cpu import (
+from bdh.kernels.decode.cpu import (
     FEW,
     INT4_GROUP,
     Int4Matrices,

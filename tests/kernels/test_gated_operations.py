@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdh.kernels import triton_operations
-from bdh.kernels.torch_gated_operations import TorchGatedOperations
-from bdh.kernels.triton_gated_operations import TritonGatedOperations
-from bdh.kernels.triton_operations import Tiles
-from bdh.kernels.workspace import Workspace
+from bdh.kernels.torch.gated_operations import TorchGatedOperations
+from bdh.kernels.torch.workspace import Workspace
+from bdh.kernels.triton import operations as triton_operations
+from bdh.kernels.triton.gated_operations import TritonGatedOperations
+from bdh.kernels.triton.operations import Tiles
 
 torch_op, triton_op = TorchGatedOperations(Workspace(torch.device("cpu"))), TritonGatedOperations()
 DTYPES = [torch.float32, torch.bfloat16]

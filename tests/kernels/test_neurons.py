@@ -18,9 +18,9 @@ from bdh.data.tokenizer import save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
 from bdh.kernels.dispatch import LEAST, Kernels, use_kernels
-from bdh.kernels.operations import Dropout
-from bdh.kernels.torch_operations import TorchOperations, keeps
-from bdh.kernels.triton_operations import TILES, Tiles, TritonOperations
+from bdh.kernels.layer_operations import Dropout
+from bdh.kernels.torch.operations import TorchOperations, keeps
+from bdh.kernels.triton.operations import TILES, Tiles, TritonOperations
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import STATE
 from bdh.training.tracking import read_metrics

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdh.kernels import triton_operations
-from bdh.kernels.operations import Dropout
-from bdh.kernels.torch_operations import TorchOperations
-from bdh.kernels.triton_operations import TILES, Tiles, TritonOperations, dropout_numbers
+from bdh.kernels.layer_operations import Dropout
+from bdh.kernels.torch.operations import TorchOperations
+from bdh.kernels.triton import operations as triton_operations
+from bdh.kernels.triton.operations import TILES, Tiles, TritonOperations, dropout_numbers
 
 op = TritonOperations()
 NOTHING_DROPPED = Dropout(0.0, 0, 0)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from bdh.inference import runner_cuda
 from bdh.inference.runner import ModelRunner, cast
 from bdh.inference.runner_cuda import CUDARunner, DecodeTiles
-from bdh.kernels.decode import halved, interleaved
-from bdh.kernels.prefill import attend_chunks, attend_delta
+from bdh.kernels.decode.cuda import halved, interleaved
+from bdh.kernels.decode.prefill import attend_chunks, attend_delta
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import Gates, attention_quadratic, gated_attention_recurrent, unit_keys
 

@@ -8,7 +8,7 @@ import pytest
 
 STEPS = """
 import resource
-from bdh.kernels.workspace import retain_freed_memory
+from bdh.kernels.torch.workspace import retain_freed_memory
 import torch
 
 def faults():

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from bdh.serving.key_file import add_key, write_keys
-from bdh.serving.keys import iso, read_keys
+from bdh.serving.auth.api_keys import iso, read_keys
+from bdh.serving.auth.key_file import add_key, write_keys
 from tests.conftest import run_bdh
 from tests.serving.running import Running, running
 

@@ -12,8 +12,8 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from bdh.serving.logs import LogSettings, RequestLog, configure_logging
-from bdh.serving.metrics import Metrics
+from bdh.serving.observability.logs import LogSettings, RequestLog, configure_logging
+from bdh.serving.observability.metrics import Metrics
 
 logger = logging.getLogger("bdh.test")
 metrics = Metrics()

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bdh.kernels.hopper.parts import (
+from bdh.kernels.hopper.device_functions import (
     NAN,
     arrive,
     barriers,
@@ -34,7 +34,7 @@ from bdh.kernels.hopper.parts import (
     tiles_of,
     together,
 )
-from bdh.kernels.launching import cdiv
+from bdh.kernels.triton.launch import cdiv
 
 TOKENS = 64  # of a group
 NEURONS = 128  # of a group

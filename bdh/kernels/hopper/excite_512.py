@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bdh.kernels.hopper.parts import (
+from bdh.kernels.hopper.device_functions import (
     arrive,
     barriers,
     cuts,

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bdh.kernels.hopper.parts import (
+from bdh.kernels.hopper.device_functions import (
     NAN,
     arrive,
     barriers,
@@ -32,7 +32,7 @@ from bdh.kernels.hopper.parts import (
     signed,
     tiles_of,
 )
-from bdh.kernels.launching import cdiv
+from bdh.kernels.triton.launch import cdiv
 
 TOKENS = 64  # of a half; a program has two
 NEURONS = 64  # of a tile

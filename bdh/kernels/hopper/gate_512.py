@@ -31,8 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from bdh.kernels.hopper.gate_512_tiles import TILE, narrow, passes
-from bdh.kernels.hopper.parts import (
+from bdh.kernels.hopper.device_functions import (
     arrive,
     barriers,
     cuts,
@@ -44,7 +43,8 @@ from bdh.kernels.hopper.parts import (
     tiles_of,
     together,
 )
-from bdh.kernels.launching import cdiv
+from bdh.kernels.hopper.gate_512_tiles import TILE, narrow, passes
+from bdh.kernels.triton.launch import cdiv
 
 TOKENS = 64  # of a tile: a group's
 NEURONS = 64  # of a tile

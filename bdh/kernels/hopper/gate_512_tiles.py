@@ -7,8 +7,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from bdh.kernels.hopper.device_functions import hash_of_neurons, store_tile, together
 from bdh.kernels.hopper.gate import gated as gated_tile
-from bdh.kernels.hopper.parts import hash_of_neurons, store_tile, together
 
 TILE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
 

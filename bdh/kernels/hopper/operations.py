@@ -1,12 +1,12 @@
-"""The operations of `bdh.kernels.operations` on a Hopper GPU: Gluon kernels where sizes fit them, else Triton's."""
+"""The operations of `bdh.kernels.layer_operations` on a Hopper GPU: Gluon kernels where sizes fit, else Triton's."""
 
 import torch
 from torch import Tensor
 
 from bdh.kernels.hopper import excite, excite_512, excite_backward, gate, gate_512, gate_backward
-from bdh.kernels.hopper.parts import of_bfloat16
-from bdh.kernels.operations import Dropout, Past
-from bdh.kernels.triton_operations import TritonOperations, dropout_numbers
+from bdh.kernels.hopper.device_functions import of_bfloat16
+from bdh.kernels.layer_operations import Dropout, Past
+from bdh.kernels.triton.operations import TritonOperations, dropout_numbers
 
 
 class HopperOperations(TritonOperations):

@@ -1,0 +1,1 @@
+"""Inference kernels: decoding on CPUs and GPUs, and prefill on GPUs."""

@@ -1,0 +1,1 @@
+"""Training operations in PyTorch, for all devices."""

@@ -1,0 +1,1 @@
+"""Training operations in Triton, for NVIDIA GPUs."""

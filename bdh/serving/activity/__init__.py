@@ -1,0 +1,1 @@
+"""Activity of neurons and synapses during a generation, for the web page."""

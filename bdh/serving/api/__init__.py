@@ -1,0 +1,1 @@
+"""Routes of the OpenAI API: schemas, request handling, streams, errors."""

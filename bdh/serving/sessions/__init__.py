@@ -1,0 +1,1 @@
+"""Sessions: conversations whose state the server keeps."""
