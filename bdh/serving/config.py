@@ -1,16 +1,14 @@
 """All settings of a server: the `serve:` section of a YAML file, `--serve.x.y` flags, `BDH_SERVE__X__Y` variables."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from bdh.errors import BDHError
-from bdh.serving.activity.traces import BrainSettings
 from bdh.serving.auth.host_check import check_names
-from bdh.serving.auth.rate_limits import LimitSettings
-from bdh.serving.identifiers import checked_name
-from bdh.serving.observability.logs import LogSettings
-from bdh.serving.sessions.store import SessionSettings
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of models, keys and sessions: ends in paths, headers, logs
 
 
 @dataclass
@@ -85,6 +83,91 @@ class CorsSettings:
     """
 
     origins: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LimitSettings:
+    """How much a caller may ask for in a minute. More is refused with 429 and a Retry-After header.
+
+    Attributes:
+        requests_per_minute: Of one key that has no limit of its own, or of one address where no keys are asked for;
+            None: any number.
+        tokens_per_minute: Read and written, of one key or address likewise. A request counts with all that it reads and
+            may write from its beginning on, and what it did not use is given back when it ends: it is refused if there
+            is not so much left. One that may write more than the whole limit begins only while no other is in work, and
+            counts against those that follow. None: any number.
+        concurrent_requests: In work at once, of one key or address likewise, counted by each server for itself. None:
+            any number.
+        address_requests_per_minute: From one address, whatever its keys; those refused for a wrong key count too, so
+            that nobody guesses fast. An IPv6 address counts with its /64 network. None: any number.
+        storage: Where it is counted: "memory://", by each server for itself, or "redis://HOST:PORT/DB" (or rediss://),
+            by several servers together. While Redis does not answer, each server counts for itself, and serving goes
+            on; the log has a warning.
+    """
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent_requests: int | None = None
+    address_requests_per_minute: int | None = None
+    storage: str = "memory://"
+
+
+@dataclass
+class SessionSettings:
+    """What sessions may take, each of which has a state of its own.
+
+    Attributes:
+        folder: Where sessions are saved, and where those that do not fit into the memory are until they are used again.
+            None: these are in a temporary folder, and saving is refused.
+        memory_bytes: What the states of sessions in memory may take. Where one more needs room, the one not used for
+            longest is put away on disk; while all others are in use, it waits. There is always room for one.
+        max_sessions: That one key may have, and as many saved ones; more are refused with 429. Where no keys are asked
+            for, everybody together.
+        expire_seconds: After which a session that nobody uses ends. Saved ones stay.
+    """
+
+    folder: str | None = None
+    memory_bytes: int = 1 << 30
+    max_sessions: int = 256
+    expire_seconds: float = 86400.0
+
+
+@dataclass
+class BrainSettings:
+    """What is kept of what models did while they wrote, for requests with `"brain": true`.
+
+    Such a request reads its text a second time, and while it lasts it takes the memory of a state. A token that is kept
+    takes 8 kB at the default sizes, 33 kB if the model writes by the delta rule; a trace that goes on from a session,
+    or from a prompt longer than it keeps, has the state from before its first token too.
+
+    Attributes:
+        enabled: Whether requests may ask for it.
+        max_traces: That are kept. Where there is one too many, the key that has most loses the one that was longest out
+            of use; sooner one that is complete than one that is being written.
+        max_tokens: Of one trace, those of the prompt among them, of which it keeps the last, half of this at most. A
+            text that gets longer goes on without.
+    """
+
+    enabled: bool = True
+    max_traces: int = 16
+    max_tokens: int = 2048
+
+
+@dataclass
+class LogSettings:
+    """What is logged, on stderr.
+
+    Attributes:
+        format: "json", "text", or "auto": text on a terminal, else JSON.
+        level: "debug", "info", "warning" or "error".
+        prompts: Whether prompts and answers are written too. They may hold anything that users say.
+        access: Whether each request gets a line.
+    """
+
+    format: Literal["auto", "json", "text"] = "auto"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    prompts: bool = False
+    access: bool = True
 
 
 @dataclass
@@ -170,6 +253,16 @@ class ServeConfig:
             )
             for model in self.models
         ]
+
+
+def checked_name(name: str, what: str) -> str:
+    """Return a valid name unchanged. Raises BDHError for any other text."""
+    if not NAME.fullmatch(name):
+        raise BDHError(
+            f"{what} is {name[:80]!r}; it must begin with a letter or digit and have 64 of letters, digits, "
+            "dots, dashes and underscores at most"
+        )
+    return name
 
 
 def validate(config: ServeConfig) -> None:

@@ -106,7 +106,7 @@ class ServedModel:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "bdh", "bdh": figures}
 
 
-class Models:
+class ModelRegistry:
     """All models of a server, by name, each in a process of its own. Until one is loaded it is known by its name only.
 
     Args:

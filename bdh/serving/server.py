@@ -13,19 +13,18 @@ from types import FrameType
 import uvicorn
 
 from bdh.errors import BDHError
-from bdh.serving.activity.routes import TraceStore
+from bdh.serving.activity.traces import TraceStore
 from bdh.serving.api.errors import ApiError
 from bdh.serving.api.http_protocol import PatientProtocol
 from bdh.serving.app import create_app
 from bdh.serving.auth.api_keys import KeyStore
 from bdh.serving.auth.host_check import HostCheck, is_loopback
 from bdh.serving.auth.rate_limits import RateLimits
-from bdh.serving.background_tasks import attempt
 from bdh.serving.config import ServeConfig, validate
-from bdh.serving.model_registry import Models, ServedModel
+from bdh.serving.model_registry import ModelRegistry, ServedModel
 from bdh.serving.observability.metrics import Metrics
 from bdh.serving.sessions.peers import Peers
-from bdh.serving.sessions.store import SessionStore
+from bdh.serving.sessions.store import SessionStore, attempt
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class Server:
         config: ServeConfig,
         environment: Mapping[str, str] = os.environ,
         place: str = "",
-        models: Models | None = None,
+        models: ModelRegistry | None = None,
     ):
         validate(config)
         self.config = config
@@ -63,7 +62,7 @@ class Server:
         self.hosts = None if self.keys.required else HostCheck(config.host, config.allowed_hosts)
         self.limits = RateLimits(config.limits)
         self.metrics = Metrics()
-        self.models = models or Models(config)
+        self.models = models or ModelRegistry(config)
         self.sessions = SessionStore(config.sessions, place)
         self.traces = TraceStore(config.brain, place)
         self.peers: Peers | None = None
@@ -212,7 +211,7 @@ class Listener(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(config: ServeConfig, models: Models) -> None:
+def serve(config: ServeConfig, models: ModelRegistry) -> None:
     """Serves models until a signal comes. Raises BDHError if it cannot begin, or a model cannot be loaded."""
     server = Server(config, models=models)
     listening = listen(config.host, config.port)

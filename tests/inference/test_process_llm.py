@@ -25,7 +25,8 @@ from bdh.inference.params import SamplingParams
 from bdh.inference.process_llm import ProcessLLM
 from bdh.model import BDHState
 from bdh.model.export import save_export
-from bdh.serving.activity.traces import BrainSettings, TraceStore
+from bdh.serving.activity.traces import TraceStore
+from bdh.serving.config import BrainSettings
 from tests.inference.small import CHAT, letters, small_llm, small_model
 
 ENDLESS = letters(262, max_new_tokens=10**9)

@@ -7,15 +7,13 @@ from fastapi import APIRouter, Depends, Path, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from bdh.serving.activity.traces import BrainSettings, Trace, TraceStore, Watch
+from bdh.serving.activity.traces import Trace
 from bdh.serving.api.openapi import WRITTEN
 from bdh.serving.api.sse import JSONAnswer, until_gone
 from bdh.serving.auth.authentication import Caller, current_caller
 
 if TYPE_CHECKING:
     from bdh.serving.server import Server
-
-__all__ = ["BrainChunk", "BrainSettings", "TraceStore", "Watch", "router"]
 
 router = APIRouter(prefix="/v1/brain", tags=["brain"])
 

@@ -4,13 +4,13 @@ import asyncio
 import base64
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from bdh.errors import BDHError
 from bdh.serving.activity import trace_rpc
 from bdh.serving.api.errors import bad_request, not_found
+from bdh.serving.config import BrainSettings
 from bdh.serving.sessions.ids import check_place, new_id
 
 if TYPE_CHECKING:
@@ -22,27 +22,6 @@ if TYPE_CHECKING:
 PIECE = 64  # tokens of a prompt that are read at once: others go on in between
 SHOWN = 256  # tokens of a prompt, its last, that are told at once
 NEURON_TOKENS = 32  # that are told of a neuron
-
-
-@dataclass
-class BrainSettings:
-    """What is kept of what models did while they wrote, for requests with `"brain": true`.
-
-    Such a request reads its text a second time, and while it lasts it takes the memory of a state. A token that is kept
-    takes 8 kB at the default sizes, 33 kB if the model writes by the delta rule; a trace that goes on from a session,
-    or from a prompt longer than it keeps, has the state from before its first token too.
-
-    Attributes:
-        enabled: Whether requests may ask for it.
-        max_traces: That are kept. Where there is one too many, the key that has most loses the one that was longest out
-            of use; sooner one that is complete than one that is being written.
-        max_tokens: Of one trace, those of the prompt among them, of which it keeps the last, half of this at most. A
-            text that gets longer goes on without.
-    """
-
-    enabled: bool = True
-    max_traces: int = 16
-    max_tokens: int = 2048
 
 
 class Trace:

@@ -22,8 +22,8 @@ from bdh.serving.api.admission import SAFE, read_body, replaying
 from bdh.serving.api.errors import ApiError, unavailable
 from bdh.serving.api.http_protocol import PatientProtocol
 from bdh.serving.api.sse import JSONAnswer, as_event, error_answer
-from bdh.serving.config import RequestSettings, ServeConfig
-from bdh.serving.observability.logs import LogSettings, incoming_id
+from bdh.serving.config import LogSettings, RequestSettings, ServeConfig
+from bdh.serving.observability.logs import incoming_id
 from bdh.serving.ray.logs import log_to
 from bdh.serving.sessions.ids import DIGITS
 

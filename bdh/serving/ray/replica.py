@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bdh.cli.main import quiet_libraries
 from bdh.serving.app import create_app
 from bdh.serving.config import ServeConfig
-from bdh.serving.model_registry import Models
+from bdh.serving.model_registry import ModelRegistry
 from bdh.serving.ray.logs import log_to
 from bdh.serving.ray.proxy_middleware import REPLICA_HEADER
 from bdh.serving.server import Server
@@ -66,7 +66,7 @@ class Replica:
         log_to(sink, config.logging, name)
         quiet_libraries()
         self.name = name
-        models = Models(config, set_up_logging=partial(log_to, sink, config.logging, name))
+        models = ModelRegistry(config, set_up_logging=partial(log_to, sink, config.logging, name))
         self.server = ReplicaServer(config, environment, place_of_replica(name), models)
         self.server.peers = RayPeers(self)
         await self.server.start()

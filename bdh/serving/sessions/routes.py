@@ -19,7 +19,7 @@ from bdh.serving.api.response_schemas import ChatAnswer, ChatChunk, CompletionAn
 from bdh.serving.api.sse import JSONAnswer
 from bdh.serving.auth.authentication import Caller, current_caller
 from bdh.serving.auth.token_usage import TokenMeter
-from bdh.serving.identifiers import NAME
+from bdh.serving.config import NAME
 from bdh.serving.model_registry import ServedModel
 from bdh.serving.sessions.generation import MessageRequest, MessageWork, WriteRequest, WriteWork
 from bdh.serving.sessions.memory import Kept

@@ -16,8 +16,9 @@ from bdh.inference.async_llm import AsyncLLM
 from bdh.insight.record import raster_of
 from bdh.model import BDHState
 from bdh.serving.activity.routes import BrainChunk, BrainTrace, NeuronDetails, TokenDetails
-from bdh.serving.activity.traces import BrainSettings, TraceStore, Watch
+from bdh.serving.activity.traces import TraceStore, Watch
 from bdh.serving.api.errors import ApiError
+from bdh.serving.config import BrainSettings
 from tests.inference.small import BYTES, CHAT, letters, small_model
 
 PROMPT = list(b"The dragon said: ")

@@ -21,7 +21,8 @@ from bdh.serving.api.errors import TooManyRequests
 from bdh.serving.auth import rate_counters as module
 from bdh.serving.auth.api_keys import Key, hash_of
 from bdh.serving.auth.rate_counters import Usage
-from bdh.serving.auth.rate_limits import LimitSettings, RateHeaders, RateLimits, Reservation, network, shown_duration
+from bdh.serving.auth.rate_limits import RateHeaders, RateLimits, Reservation, network, shown_duration
+from bdh.serving.config import LimitSettings
 
 HERE = "203.0.113.7"
 

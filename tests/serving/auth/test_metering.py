@@ -11,9 +11,8 @@ from fastapi import Request
 from bdh.errors import BDHError, QueueFull
 from bdh.serving.api.errors import TooManyRequests
 from bdh.serving.auth.authentication import Caller, admit_caller, release_caller
-from bdh.serving.auth.rate_limits import LimitSettings
 from bdh.serving.auth.token_usage import TokenMeter
-from bdh.serving.config import ModelSettings, ServeConfig
+from bdh.serving.config import LimitSettings, ModelSettings, ServeConfig
 from bdh.serving.server import Server
 
 CALLER = Caller(None, "203.0.113.7")
