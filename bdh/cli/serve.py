@@ -72,12 +72,12 @@ def serve_on_this_machine(config: ServeConfig, spare: EngineProcess | None) -> N
     configure_logging(config.logging)
     models = ModelRegistry(config, spare)
     try:
-        models.begin()
+        models.start_processes()
         from bdh.serving.server import serve  # takes half a second
 
         serve(config, models)
     finally:
-        models.abandon()
+        models.end_unused_processes()
 
 
 def parsed_config(argv: list[str]) -> ServeConfig:

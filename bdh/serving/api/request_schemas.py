@@ -110,7 +110,7 @@ class SamplingFields(Strict):
     regex: str | None = None
     brain: bool | None = None
 
-    def sampling(
+    def sampling_params(
         self,
         limits: RequestSettings,
         max_tokens: int,
