@@ -14,7 +14,7 @@ import uvicorn
 
 from bdh.errors import BDHError
 from bdh.serving.activity.traces import TraceStore
-from bdh.serving.api.middleware import RequestDrain
+from bdh.serving.api.middleware import MAX_HEAD_BYTES, RequestDrain
 from bdh.serving.app import create_app
 from bdh.serving.auth.api_keys import KeyStore
 from bdh.serving.auth.host_check import HostCheck, is_loopback
@@ -28,7 +28,6 @@ from bdh.serving.sessions.store import SessionStore
 log = logging.getLogger(__name__)
 
 CANCELLED_SECONDS = 3  # for the errors of cancelled requests to reach their clients
-MAX_HEADER_BYTES = 64 << 10
 
 
 class Server:
@@ -185,6 +184,7 @@ def serve(config: ServeConfig, models: ModelRegistry) -> None:
     log.info("serving %s at %s", ", ".join(server.models.settings), address)
     if not server.keys.required and not is_loopback(config.host):
         log.warning("%s is open to the network without API keys: whoever reaches it can use it; see bdh keys", address)
+    logging.getLogger("uvicorn.error").addFilter(adapt_uvicorn_record)
     listener = Listener(
         uvicorn.Config(
             create_app(server),
@@ -194,7 +194,7 @@ def serve(config: ServeConfig, models: ModelRegistry) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             timeout_keep_alive=round(config.requests.idle_seconds) or 1,
             timeout_graceful_shutdown=CANCELLED_SECONDS,
             forwarded_allow_ips=config.trusted_proxies,
@@ -228,6 +228,14 @@ def listen(host: str, port: int, write_timeout: float | None = None) -> socket.s
     if write_timeout is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it; Linux only
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(write_timeout * 1000))
     return listening
+
+
+def adapt_uvicorn_record(record: logging.LogRecord) -> bool:
+    """Filter of uvicorn's log: drops advice that does not apply here, and lowers the level of an expected event."""
+    message = record.getMessage()
+    if "timeout graceful shutdown exceeded" in message:  # some client does not read its response
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+    return "pip install" not in message  # after a proposal of web sockets or HTTP/2, which gets HTTP/1.1
 
 
 def shown_address(listening: socket.socket) -> str:

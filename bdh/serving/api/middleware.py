@@ -16,6 +16,9 @@ from bdh.serving.observability.metrics import Metrics
 HEALTH_PATHS = frozenset({"/health", "/health/live", "/health/ready"})  # probes may use any Host header
 ALWAYS_ADMITTED = HEALTH_PATHS | {"/metrics"}
 SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+CLOSE = {"Connection": "close"}
+MAX_HEAD_BYTES = 64 << 10
+MAX_LENGTH_DIGITS = 19
 STATIC_FILES = "/page"  # its paths are not normalized
 
 
@@ -131,11 +134,16 @@ class AdmissionMiddleware:
 
 
 async def read_body(scope: Scope, receive: Receive, settings: RequestSettings) -> bytes | None:
-    """Read the body of a request; return None if the client disconnects before its end. Raises ApiError 408, 413."""
+    """Read the body of a request; return None if the client disconnects before its end. Raises ApiError 4xx."""
     max_bytes = settings.max_body_bytes
-    for name, value in scope["headers"]:
-        if name == b"content-length" and (not value.isdigit() or int(value[:20]) > max_bytes):
+    headers = dict(scope["headers"])
+    if (length := headers.get(b"content-length")) is not None:
+        if b"transfer-encoding" in headers or not length.isdigit() or len(length) > MAX_LENGTH_DIGITS:
+            raise ApiError(400, "the headers of the request leave the length of its body open", headers=CLOSE)
+        if int(length) > max_bytes:
             raise body_too_large(max_bytes)
+    if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["raw_path"]) > MAX_HEAD_BYTES:
+        raise ApiError(400, f"the head of the request is larger than {MAX_HEAD_BYTES} bytes", headers=CLOSE)
     try:
         async with asyncio.timeout(settings.body_seconds):
             body = bytearray()
@@ -151,7 +159,7 @@ async def read_body(scope: Scope, receive: Receive, settings: RequestSettings) -
             return bytes(body)
     except TimeoutError:
         text = f"the request did not come within {settings.body_seconds:g} seconds"
-        raise ApiError(408, text, headers={"Connection": "close"}, reason="timeout") from None
+        raise ApiError(408, text, headers=CLOSE, reason="timeout") from None
 
 
 def body_too_large(max_bytes: int) -> ApiError:
@@ -159,7 +167,7 @@ def body_too_large(max_bytes: int) -> ApiError:
         413,
         f"the body is larger than this server reads; {max_bytes} bytes is the most",
         code="request_too_large",
-        headers={"Connection": "close"},  # the rest of the body is not read
+        headers=CLOSE,  # the rest of the body is not read
         reason="body_too_large",
     )
 
