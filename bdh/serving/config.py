@@ -88,22 +88,20 @@ class CorsSettings:
 
 @dataclass
 class LimitSettings:
-    """How much a caller may ask for in a minute. More is refused with 429 and a Retry-After header.
+    """Rate limits of callers. Requests beyond them are refused with 429 and a Retry-After header. None is no limit.
 
     Attributes:
-        requests_per_minute: Of one key that has no limit of its own, or of one address where no keys are asked for;
-            None: any number.
-        tokens_per_minute: Read and written, of one key or address likewise. A request counts with all that it reads and
-            may write from its beginning on, and what it did not use is given back when it ends: it is refused if there
-            is not so much left. One that may write more than the whole limit begins only while no other is in work, and
-            counts against those that follow. None: any number.
-        concurrent_requests: In work at once, of one key or address likewise, counted by each server for itself. None:
-            any number.
-        address_requests_per_minute: From one address, whatever its keys; those refused for a wrong key count too, so
-            that nobody guesses fast. An IPv6 address counts with its /64 network. None: any number.
-        storage: Where it is counted: "memory://", by each server for itself, or "redis://HOST:PORT/DB" (or rediss://),
-            by several servers together. While Redis does not answer, each server counts for itself, and serving goes
-            on; the log has a warning.
+        requests_per_minute: Requests per minute of a key without a limit of its own, or of an address without keys.
+        tokens_per_minute: Read and generated tokens per minute, of a key or an address likewise. A request reserves all
+            tokens that it reads and may generate, is refused if fewer are left, and returns the unused ones at its end.
+            A request for more than the whole limit starts only while the caller has no other in flight, and counts
+            against those that follow.
+        concurrent_requests: Requests in flight of a key or an address likewise, counted by each server for itself.
+        address_requests_per_minute: Requests per minute from one address with any keys, including those refused for an
+            invalid key, so that keys cannot be guessed fast. An IPv6 address counts with its /64 network.
+        storage: Location of the counters: "memory://" for each server by itself, or "redis://HOST:PORT/DB" (or
+            rediss://) for several servers together. While Redis does not answer, each server counts for itself, and the
+            log has a warning.
     """
 
     requests_per_minute: int | None = None
@@ -115,16 +113,16 @@ class LimitSettings:
 
 @dataclass
 class SessionSettings:
-    """What sessions may take, each of which has a state of its own.
+    """Limits of sessions, each of which has a state of its own.
 
     Attributes:
-        folder: Where sessions are saved, and where those that do not fit into the memory are until they are used again.
-            None: these are in a temporary folder, and saving is refused.
-        memory_bytes: What the states of sessions in memory may take. Where one more needs room, the one not used for
-            longest is put away on disk; while all others are in use, it waits. There is always room for one.
-        max_sessions: That one key may have, and as many saved ones; more are refused with 429. Where no keys are asked
-            for, everybody together.
-        expire_seconds: After which a session that nobody uses ends. Saved ones stay.
+        folder: Folder of saved sessions, and of those that are offloaded until they are used again. None: offloaded
+            sessions are in a temporary folder, and saving is refused.
+        memory_bytes: Maximum size of the states in memory. Beyond it, the least recently used session is offloaded to
+            disk; while all others are in use, a session waits. One state always fits.
+        max_sessions: Maximum number of sessions of one key, and of saved ones; more are refused with 429. Without keys,
+            of all callers together.
+        expire_seconds: Time after which an unused session ends. Saved sessions stay.
     """
 
     folder: str | None = None

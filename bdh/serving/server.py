@@ -120,7 +120,7 @@ class Server:
         )
 
 
-class Listener(uvicorn.Server):
+class UvicornServer(uvicorn.Server):
     """uvicorn server that drains on the first signal, and cancels the requests in flight on the second."""
 
     def __init__(self, config: uvicorn.Config, server: Server):
@@ -185,7 +185,7 @@ def serve(config: ServeConfig, models: ModelRegistry) -> None:
     if not server.keys.required and not is_loopback(config.host):
         log.warning("%s is open to the network without API keys: whoever reaches it can use it; see bdh keys", address)
     logging.getLogger("uvicorn.error").addFilter(adapt_uvicorn_record)
-    listener = Listener(
+    listener = UvicornServer(
         uvicorn.Config(
             create_app(server),
             http="h11",

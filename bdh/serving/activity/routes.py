@@ -37,13 +37,13 @@ async def whole_trace(trace: OwnTrace) -> Response:
 
 @router.get("/{trace}/tokens/{index}", response_model=TokenDetails, responses=GENERATION_ERRORS)
 async def token(request: Request, trace: OwnTrace, index: Number) -> Response:
-    """What one token did: the neurons it excited, the synapses it wrote and read, and where it read them from."""
+    """The effects of one token: neurons it excited, synapses it wrote and read, and the tokens that it read from."""
     return ModelResponse(await wait_for(request, trace.token(index)))
 
 
 @router.get("/{trace}/neurons/{layer}/{neuron}", response_model=NeuronDetails)
 async def neuron(request: Request, trace: OwnTrace, layer: Number, neuron: Number) -> Response:
-    """Which tokens excited one neuron."""
+    """The tokens that excited one neuron."""
     return ModelResponse(await wait_for(request, trace.neuron(layer, neuron)))
 
 

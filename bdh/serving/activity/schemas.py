@@ -61,17 +61,17 @@ class Source(BaseModel):
 
 
 class BrainLayer(BaseModel):
-    """What a token did in a layer. All lists begin with the strongest, by absolute value."""
+    """Activity of a token in a layer. All lists begin with the strongest, by absolute value."""
 
     layer: int
-    active: int = Field(description="How many neurons fired.")
-    share: float = Field(description="The same as a part of all.")
-    neurons: list[NeuronActivity] = Field(description="Which fired most.", max_length=32)
-    written: list[BrainSynapse] = Field(description="What the token changed.", max_length=16)
+    active: int = Field(description="Number of active neurons.")
+    share: float = Field(description="Share of active neurons.")
+    neurons: list[NeuronActivity] = Field(description="The most active neurons.", max_length=32)
+    written: list[BrainSynapse] = Field(description="Synapses that the token changed.", max_length=16)
     read: list[BrainSynapse] = Field(
-        description="What the past brought the neurons on the right because those on the left fired.", max_length=16
+        description="Input of the receivers from the past, because the senders fired.", max_length=16
     )
-    sources: list[Source] = Field(description="Earlier tokens that it reads most from.", max_length=16)
+    sources: list[Source] = Field(description="Earlier tokens with the largest weights.", max_length=16)
     log_decay: list[float] | None = Field(
         description="Of each head, the logarithm of the part of its synapses that the token retains; null if no "
         "synapses decay."
@@ -83,7 +83,7 @@ class BrainLayer(BaseModel):
 
 
 class TokenDetails(BaseModel):
-    """What one token did."""
+    """Activity at one token, in all layers."""
 
     index: int
     id: int
@@ -98,11 +98,11 @@ class TokenActivity(BaseModel):
 
 
 class NeuronDetails(BaseModel):
-    """What excited one neuron."""
+    """Tokens that excited one neuron."""
 
     layer: int
     neuron: int
     head: int
-    fired: int = Field(description="By how many tokens.")
-    of: int = Field(description="Tokens seen so far.")
-    tokens: list[TokenActivity] = Field(description="Those that excited it most.", max_length=32)
+    fired: int = Field(description="Number of tokens that excited it.")
+    of: int = Field(description="Number of recorded tokens.")
+    tokens: list[TokenActivity] = Field(description="Tokens that excited it most.", max_length=32)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LayerActivity:
+class RecordedToken:
     """Activity at one token: for each layer the share of active neurons, and a raster."""
 
     shares: list[float]
@@ -47,14 +47,14 @@ def skip(llm: "LLM", observer: "Observer", tokens: Sequence[int]) -> None:
     observer.skip(tokens)
 
 
-def read(llm: "LLM", observer: "Observer", tokens: Sequence[int]) -> list[LayerActivity]:
+def read(llm: "LLM", observer: "Observer", tokens: Sequence[int]) -> list[RecordedToken]:
     """Read tokens; return the activity at each."""
     record = observer.record
     start = len(record)
     observer.read(tokens)
     rows = range(start, len(record))
     return [
-        LayerActivity(record.shares[row].tolist(), [raster.tobytes() for raster in record.rasters[row]]) for row in rows
+        RecordedToken(record.shares[row].tolist(), [raster.tobytes() for raster in record.rasters[row]]) for row in rows
     ]
 
 

@@ -53,13 +53,13 @@ class ActivityTrace:
         self.record = record
         self.bins = bins
         self.ids: list[int] = []
-        self.seen: list[trace_rpc.LayerActivity] = []
+        self.seen: list[trace_rpc.RecordedToken] = []
         self.prompt_tokens = 0
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def add(self, tokens: Sequence[int], seen: Sequence[trace_rpc.LayerActivity]) -> None:
+    def add(self, tokens: Sequence[int], seen: Sequence[trace_rpc.RecordedToken]) -> None:
         self.seen += seen
         self.ids += tokens
 

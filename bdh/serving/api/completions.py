@@ -62,7 +62,7 @@ class CompletionHandler(RequestHandler):
         body, served, prompts = self.body, self.served, self.prompts
         only_tokenizes = self.reads_only and not self.scores_prompts
         if only_tokenizes:
-            bound = sum(served.token_bound([one]) if isinstance(one, str) else len(one) for one in prompts)
+            bound = sum(served.token_bound([p]) if isinstance(p, str) else len(p) for p in prompts)
             await self.meter.reserve(bound, is_estimate=True)
             self.prompt_tokens = bound  # until the number is known, also if the client disconnects before
         try:
