@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from bdh.distributed.tensor_parallel import LocalShardLinear
 from bdh.errors import BDHError
 from bdh.kernels.forward_context import Reading, Weights
 from bdh.kernels.fused_layer import NO_GATES, join, neurons
@@ -15,7 +16,6 @@ from bdh.kernels.layer_operations import Operations
 from bdh.kernels.torch.operations import TorchOperations
 from bdh.kernels.torch.workspace import retain_freed_memory
 from bdh.model.configuration_bdh import BDHConfig
-from bdh.model.heads import HereLinear
 from bdh.model.modeling_bdh import BDHLayer, BDHState, Fast, Gates
 
 # What auto takes its forms from: products X o Y of a head in a pass. With fewer, the plain form is as fast.
@@ -190,7 +190,7 @@ def here(linear: nn.Module) -> Tensor:
 def is_plain(layer: BDHLayer) -> bool:
     """Whether the layer's linear maps are what they seem, and nobody looks at what goes through them."""
     return all(
-        type(linear) in (nn.Linear, HereLinear)
+        type(linear) in (nn.Linear, LocalShardLinear)
         and isinstance(linear.weight, nn.Parameter)
         and type(linear.weight.data) in (Tensor, DTensor)
         and linear.bias is None

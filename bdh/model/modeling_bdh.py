@@ -624,10 +624,9 @@ class BDHLayer(GradientCheckpointingLayer):
         self.encoder_v = nn.ModuleList(nn.Linear(D, N, bias=False) for _ in range(h))  # h x (D -> N)
         self.decoder = nn.Linear(h * N, D, bias=False)
         self.gates = BDHGates(config) if config.has_gates else None
-        # Where a token's vector goes to the heads, and where what they made of it comes together again. Between the two
-        # heads know nothing of each other; where they are spread over several devices, this is where these talk.
-        self.part: nn.Module = nn.Identity()
-        self.meet: nn.Module = nn.Identity()
+        # Tensor parallelism over heads replaces these two by collectives; between them, heads are independent.
+        self.copy_to_tensor_parallel: nn.Module = nn.Identity()
+        self.reduce_from_tensor_parallel: nn.Module = nn.Identity()
         # A faster way from the one to the other, for training; it is asked once for all layers of a forward pass, and
         # gives None where it knows no way. Nothing of it is saved with the model.
         self.kernels: Kernels | None = None
@@ -646,13 +645,13 @@ class BDHLayer(GradientCheckpointingLayer):
         `mask` (B, T, 1) is 0 at padding, whose values are then neither seen nor written; `documents` (B, T) keeps
         documents apart. `fast` takes the place of `neurons` and `join`, and needs none of these.
         """
-        seen = self.part(x)  # (B, T, D)
+        seen = self.copy_to_tensor_parallel(x)  # (B, T, D)
         if fast is not None:
             y, S = fast(seen, S)  # (B, T, D), (B, h, N, D)
-            return fast.join(x, self.meet(y)), S  # (B, T, D)
+            return fast.join(x, self.reduce_from_tensor_parallel(y)), S  # (B, T, D)
         assert phases is not None
         y, S = self.neurons(seen, phases, mask, S, documents)  # (B, T, D), (B, h, N, D)
-        return self.join(x, self.meet(y)), S  # (B, T, D)
+        return self.join(x, self.reduce_from_tensor_parallel(y)), S  # (B, T, D)
 
     def join(self, x: Tensor, y: Tensor) -> Tensor:
         """The next x, from this one and what came of it: (B, T, D)."""
