@@ -153,14 +153,14 @@ def make_cases(args: argparse.Namespace) -> dict[str, Case]:
         ),
         "gate": Case(
             "gate",
-            lambda dropout: (op.gated(A, Ev, X, dropout),),
+            lambda dropout: (op.gate_product(A, Ev, X, dropout),),
             lambda p: plain_gate(A, Ev, X, p),
             products * D,
             2 * tensor,
         ),
         "gate_backward": Case(
             "gate_backward",
-            lambda dropout: op.gated_backward(dy, Dec, A, Ev, X, dropout),
+            lambda dropout: op.gate_product_backward(dy, Dec, A, Ev, X, dropout),
             lambda p: plain_gate_backward(dy, Dec, A, Ev, X, p),
             2 * products * D,
             4 * tensor,

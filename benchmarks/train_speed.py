@@ -4,7 +4,7 @@
     python -m benchmarks.train_speed --device cuda --gpus 2
 
 Forms: `published`, the model written as its equations are, all heads at once and all pairs of tokens at once, with one
-tensor a weight; then what `model.kernels` names: `reference`, `chunked`, `triton`. Each measurement is a process of its
+tensor a weight; then what `model.kernels` names: `reference`, `torch`, `triton`. Each measurement is a process of its
 own, which trains on tokens made from a seed; forms take turns, over and over, so that whatever else the machine does
 falls on all alike. A form that runs out of memory is said to have. After a form's name, `+compile` compiles the model
 with torch.compile, `+layer` its layer alone, and `+graph` records the whole step as a CUDA graph.
@@ -49,7 +49,7 @@ CASES = {
     "cpu": ["8x128"],
     "cuda": ["32x512", "2x8192", "16x512@512", "8x2048", "1x32768", "1x131072"],
 }
-FORMS = {"cpu": ["published", "reference", "chunked"], "cuda": ["published+compile", "triton"]}
+FORMS = {"cpu": ["published", "reference", "torch"], "cuda": ["published+compile", "triton"]}
 SIZES: dict[str, dict[str, Any]] = {"cpu": QUICKSTART, "cuda": {}}
 LONGEST = {"published": 8192}  # tokens; the memory that it takes grows with the square of that
 

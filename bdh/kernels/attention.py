@@ -12,8 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from bdh.kernels.forward_context import Reading
-from bdh.kernels.layer_operations import Past
+from bdh.kernels.forward_context import ForwardContext
+from bdh.kernels.layer_operations import SynapseTerms
 from bdh.kernels.products import add_product_
 
 
@@ -28,7 +28,7 @@ class AttentionGradient:
     """
 
     scores: Tensor
-    past: Past | None
+    synapse_terms: SynapseTerms | None
     S: Tensor | None
 
 
@@ -36,10 +36,10 @@ class Attention(Protocol):
     """The attention of one layer in one forward and one backward pass.
 
     Attributes:
-        heads_at_once: Heads that are computed together; divides the number of heads.
+        heads_per_call: Heads that are computed together; divides the number of heads.
     """
 
-    heads_at_once: int
+    heads_per_call: int
 
     def forward(
         self, heads: slice, R: Tensor, S: Tensor | None
@@ -75,25 +75,25 @@ class PlainAttention:
     """See `Attention`: synapses that never decay and to which values are added.
 
     Args:
-        reading: Of the pass.
+        context: Of the forward pass.
         x: Values, (G, C, D) dt.
         B: Sequences.
     """
 
-    heads_at_once = 1
+    heads_per_call = 1
 
-    def __init__(self, reading: Reading, x: Tensor, B: int):
-        self.op, self.chunk_phases, self.documents = reading.operations, reading.chunk_phases, reading.documents
+    def __init__(self, context: ForwardContext, x: Tensor, B: int):
+        self.op, self.chunk_phases, self.documents = context.operations, context.chunk_phases, context.documents
         self.x, self.B, self.c = x, B, len(x) // B
-        self.values = x if self.documents is None else x * self.documents.writes  # (G, C, D)
+        self.values = x if self.documents is None else x * self.documents.writes_state  # (G, C, D)
 
     @property
     def document_ids(self) -> Tensor | None:
-        return None if self.documents is None else self.documents.of  # (G, C)
+        return None if self.documents is None else self.documents.ids  # (G, C)
 
     @property
-    def kept(self) -> Tensor | None:
-        return None if self.documents is None else self.documents.kept  # (B, c)
+    def retention(self) -> Tensor | None:
+        return None if self.documents is None else self.documents.keeps_state  # (B, c)
 
     def forward(
         self, heads: slice, R: Tensor, S: Tensor | None
@@ -103,12 +103,12 @@ class PlainAttention:
         if S is None and self.c == 1:
             return A, None, (P, None)
         U = (R.mT @ self.values).unflatten(0, (self.B, self.c))  # (B, c, N, D)
-        U, end = self.op.scan(U, S, *self.chunk_phases, self.kept)  # (B, c, N, D), (B, N, D)
+        U, end = self.op.scan(U, S, *self.chunk_phases, self.retention)  # (B, c, N, D), (B, N, D)
         U = U.flatten(0, 1)  # (G, N, D)  S before each chunk
         if self.documents is None:
             add_product_(A, R, U)  # (G, C, D)
         else:
-            A += (R @ U) * self.documents.sees_past  # (G, C, D)
+            A += (R @ U) * self.documents.reads_state  # (G, C, D)
         return A, end, (P, U)
 
     def backward(
@@ -128,15 +128,15 @@ class PlainAttention:
             past, before = self.past(R, dA, S, dS, dx)
         return AttentionGradient(self.op.scores_backward(dA, self.x, self.document_ids), past, before)
 
-    def past(self, R: Tensor, dA: Tensor, S: Tensor, dS: Tensor | None, dx: Tensor) -> tuple[Past, Tensor]:
+    def past(self, R: Tensor, dA: Tensor, S: Tensor, dS: Tensor | None, dx: Tensor) -> tuple[SynapseTerms, Tensor]:
         """The backward pass through the synapses, from the last chunk to the first: its `Past`, and dS before."""
         documents = self.documents
-        dA = dA if documents is None else dA * documents.sees_past  # (G, C, D)
+        dA = dA if documents is None else dA * documents.reads_state  # (G, C, D)
         V = (R.mT @ dA).unflatten(0, (self.B, self.c))  # (B, c, N, D)
-        V, before = self.op.scan_backward(V, dS, *self.chunk_phases, self.kept)  # (B, c, N, D), (B, N, D)
+        V, before = self.op.scan_backward(V, dS, *self.chunk_phases, self.retention)  # (B, c, N, D), (B, N, D)
         V = V.flatten(0, 1)  # (G, N, D)  the gradient of what each chunk wrote
         if documents is None:
             add_product_(dx, R, V)  # (G, C, D)
         else:
-            dx += (R @ V) * documents.writes  # (G, C, D)
+            dx += (R @ V) * documents.writes_state  # (G, C, D)
         return (dA, S, self.values, V), before

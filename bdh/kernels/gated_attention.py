@@ -36,10 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdh.kernels.attention import AttentionGradient
-from bdh.kernels.forward_context import Reading
-from bdh.kernels.layer_operations import Past
+from bdh.kernels.forward_context import ForwardContext
+from bdh.kernels.layer_operations import SynapseTerms
 from bdh.kernels.products import add_product_
-from bdh.kernels.torch.gated_operations import turn_rows
+from bdh.kernels.torch.gated_operations import rotate_rows
 from bdh.model.modeling_bdh import KEY_EPS, Gates
 
 
@@ -64,11 +64,11 @@ class ChunkedGates:
     remains: Tensor
 
     @classmethod
-    def cut(cls, gates: Gates, reading: Reading, with_state: bool) -> "ChunkedGates":
+    def split(cls, gates: Gates, context: ForwardContext, with_state: bool) -> "ChunkedGates":
         """From gates of (B, h, T) tokens; those that fill up the last chunk neither decay nor write."""
         some = gates.log_decay if gates.log_decay is not None else gates.write_strength
         assert some is not None
-        (B, h, T), C = some.shape, reading.C
+        (B, h, T), C = some.shape, context.C
         c = -(-T // C)
 
         def chunks(gate: Tensor) -> Tensor:
@@ -82,10 +82,10 @@ class ChunkedGates:
             return cls(u, beta, u, u, u)
         last = u[..., -1:]  # (h, G, 1)
         reads, writes, remains = u.exp(), (last - u).exp(), last.exp().view(h, B, c)
-        if (documents := reading.documents) is not None:
-            reads = reads * documents.sees_past[..., 0]  # (h, G, C)
-            writes = writes * documents.writes[..., 0]  # (h, G, C)
-            remains = remains * documents.kept  # (h, B, c)
+        if (documents := context.documents) is not None:
+            reads = reads * documents.reads_state[..., 0]  # (h, G, C)
+            writes = writes * documents.writes_state[..., 0]  # (h, G, C)
+            remains = remains * documents.keeps_state  # (h, B, c)
         return cls(u, beta, reads, writes, remains)
 
 
@@ -93,7 +93,7 @@ class GatedAttention:
     """See `bdh.kernels.attention.Attention`.
 
     Args:
-        reading: Of the pass.
+        context: Of the forward pass.
         gates: Of the layer.
         x: Values, (G, C, D) dt.
         B: Sequences.
@@ -101,12 +101,12 @@ class GatedAttention:
 
     Attributes:
         d_beta: After the backward pass, the gradient of the write strength, (h, G, C), for "delta".
-        wants_decay: Whether the gradient of log_decay is needed.
+        needs_decay_gradient: Whether the gradient of log_decay is needed.
     """
 
-    def __init__(self, reading: Reading, gates: ChunkedGates, x: Tensor, B: int, with_state: bool):
-        self.op, self.gated_op = reading.operations, reading.operations.gated_attention
-        self.documents, self.chunk_phases = reading.documents, reading.chunk_phases
+    def __init__(self, context: ForwardContext, gates: ChunkedGates, x: Tensor, B: int, with_state: bool):
+        self.op, self.gated_op = context.operations, context.operations.gated_attention
+        self.documents, self.chunk_phases = context.documents, context.chunk_phases
         self.gates, self.x, self.B, self.c = gates, x, B, len(x) // B
         self.with_state = with_state
         self.has_past = with_state or self.c > 1
@@ -114,18 +114,18 @@ class GatedAttention:
         h = len(gates.u)
         # Where chunks follow each other their products are small, so on a GPU all heads take each step together.
         sequential = self.delta and self.has_past
-        self.heads_at_once = h if sequential and self.gated_op.all_heads_at_once else 1
-        self.wants_decay = False
+        self.heads_per_call = h if sequential and self.gated_op.all_heads_per_call else 1
+        self.needs_decay_gradient = False
         self.difference = torch.empty_like(gates.u)  # (h, G, C)  A . E - U . V
         self.d_beta = torch.empty_like(gates.u)  # (h, G, C)
 
     @property
     def document_ids(self) -> Tensor | None:
-        return None if self.documents is None else self.documents.of  # (G, C)
+        return None if self.documents is None else self.documents.ids  # (G, C)
 
     def of_heads(self, per_head: Tensor, heads: slice) -> Tensor:
         """(h, G, C) -> (k * G, C), and (h, B, c) -> (k * B, c)."""
-        return per_head[heads.start] if self.heads_at_once == 1 else per_head[heads].flatten(0, 1)
+        return per_head[heads.start] if self.heads_per_call == 1 else per_head[heads].flatten(0, 1)
 
     def key_scales(self, heads: slice, squares: Tensor) -> tuple[Tensor, Tensor]:
         """a exp(u) and a exp(u_C - u) of some heads, from |R|^2: (k * G, C) -> twice (k * G, C)."""
@@ -149,7 +149,7 @@ class GatedAttention:
         M, inverse, squares = self.gated_op.delta_scores(R, u, beta, self.repeated(heads))  # 2 x (k * G, C, C)
         if self.has_past:
             A, U, Q, states, end = self.forward_chunks(heads, R, M, inverse, beta, squares, S)
-            for_decay = (Q, end) if self.wants_decay else (None, None)
+            for_decay = (Q, end) if self.needs_decay_gradient else (None, None)
             return A, end, (M, A, inverse, U, squares, states, *for_decay)
         U = inverse @ self.gated_op.scaled_difference(beta, self.x)  # (G, C, D)
         A = M @ U  # (G, C, D)
@@ -168,7 +168,7 @@ class GatedAttention:
         states = states.flatten(0, 1)  # (G, N, D)  S before each chunk
         Q = R @ states  # (G, C, D)
         self.gated_op.add_scaled_(A, Q, self.of_heads(self.gates.reads, heads))  # (G, C, D)
-        return A, end, (M, states, *((Q, end) if self.wants_decay else (None, None)))
+        return A, end, (M, states, *((Q, end) if self.needs_decay_gradient else (None, None)))
 
     def forward_chunks(
         self,
@@ -243,7 +243,7 @@ class GatedAttention:
         )  # (k * G, C, D), 2 x (k * G, C)
         self.d_beta[heads] = d_beta.view_as(self.d_beta[heads])  # (k, G, C)
         dP, of_u = self.gated_op.gated_scores_backward(
-            E, U, u, squares, self.repeated(heads), diagonal, M if self.wants_decay else None
+            E, U, u, squares, self.repeated(heads), diagonal, M if self.needs_decay_gradient else None
         )  # (k * G, C, C), (k * G, C)
         if of_u is not None and Q is not None and P is not None:
             of_u += self.gated_op.difference_of_dots(reads, E, Q, writes, U, P)  # (k * G, C)
@@ -264,7 +264,7 @@ class GatedAttention:
         add_product_(dx, M.mT, dA)  # (G, C, D)
         u = self.of_heads(self.gates.u, heads)  # (G, C)
         dP, of_u = self.gated_op.gated_scores_backward(
-            dA, self.x, u, None, self.document_ids, None, M if self.wants_decay else None
+            dA, self.x, u, None, self.document_ids, None, M if self.needs_decay_gradient else None
         )  # (G, C, C), (G, C)
         past, before = None, None
         if states is not None:
@@ -295,7 +295,7 @@ class GatedAttention:
         U: Tensor,
         states: Tensor,
         dS: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Past, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, SynapseTerms, Tensor | None]:
         """The delta rule from the last chunk: V and R G (k * G, C, D), the `Past`, and dS before the first."""
         op = self.gated_op
         written = op.scaled_difference(writes, U)  # (k * G, C, D)
@@ -307,10 +307,10 @@ class GatedAttention:
         if dS is not None or self.with_state:
             state = states.new_zeros(len(states), *states.shape[2:], dtype=cos.dtype)  # (k * B, N, D)  G
             if dS is not None:
-                state.copy_(turn_rows(dS, cos, sin))
+                state.copy_(rotate_rows(dS, cos, sin))
         of_written, P = self.scan(heads, R, W, reading, state, cos, -sin, back=True)  # (k * B, c, N, D), (k * G, C, D)
         V.baddbmm_(inverse.mT, op.scaled_difference(writes, P))  # (k * G, C, D)
-        before = turn_rows(state, cos, -sin) if state is not None and self.with_state else None  # (k * B, N, D)
+        before = rotate_rows(state, cos, -sin) if state is not None and self.with_state else None  # (k * B, N, D)
         return V, P, (reading, states.flatten(0, 1), written, of_written.flatten(0, 1)), before
 
     def keep_decay_gradient(

@@ -13,10 +13,10 @@ class GatedOperations(Protocol):
     """See the equations of `bdh.kernels.gated_attention`.
 
     Attributes:
-        all_heads_at_once: Whether all heads of a layer are computed together where chunks follow each other.
+        all_heads_per_call: Whether all heads of a layer are computed together where chunks follow each other.
     """
 
-    all_heads_at_once: bool
+    all_heads_per_call: bool
 
     def add_scores(self, R: Tensor, u: Tensor, documents: Tensor | None) -> Tensor:
         """M_ts = exp(u_t - u_s) (R_t . R_s) for s < t of the same document, else 0.

@@ -42,7 +42,7 @@ SMALLEST = 2.0**-126  # normal number of float32 and bfloat16: of smaller ones t
 
 # How the synapses tell in the gradient of R: dA (G, C, D), of what each token read of them; S (G, N, D), before each
 # chunk; values (G, C, D), what each token has written; dS (G, N, D), of what each chunk has written. All dt.
-Past = tuple[Tensor, Tensor, Tensor, Tensor]
+SynapseTerms = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Operations(Protocol):
@@ -54,7 +54,7 @@ class Operations(Protocol):
 
     gated_attention: GatedOperations
 
-    def takes(self, dtype: torch.dtype) -> bool:
+    def supports(self, dtype: torch.dtype) -> bool:
         """Whether it can be computed in."""
 
     def excite(
@@ -116,10 +116,10 @@ class Operations(Protocol):
             dY = dZ o X where Y > 0, the gradient before that relu, and dX = dZ o Y. (G, C, N) dt.
         """
 
-    def worth_keeping(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
+    def should_save_activations(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
         """Whether a way back takes less time if X, R and Z of every head are kept for it."""
 
-    def gate_backward_kept(
+    def gate_backward_saved(
         self, dy: Tensor, Dec: Tensor, A: Tensor, X: Tensor, Z: Tensor, dDec: Tensor, dEv: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `gate_backward`, from Z (G, C, N): Y, with what was dropped 0, is Z / X where X is at least SMALLEST.
@@ -128,7 +128,7 @@ class Operations(Protocol):
         """
 
     def excite_backward(
-        self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: Past | None
+        self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: SynapseTerms | None
     ) -> Tensor:
         """The gradient before the relu of `excite`: dX + rope^-1(dR) where X > 0, (G, C, N) dt. May overwrite dX.
 
@@ -170,8 +170,8 @@ class Operations(Protocol):
     def norm_backward(self, gradient: Tensor, A: Tensor, rstd: Tensor) -> Tensor:
         """Back through the `norm` that gave A and rstd: (G, C, D) dt -> (G, C, D) dt."""
 
-    def join(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def add_norm(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
         """LN(x + LN(y)), (B, T, D) float32 at least, and what the way back needs."""
 
-    def join_backward(self, gradient: Tensor, kept: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor]:
+    def add_norm_backward(self, gradient: Tensor, kept: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor]:
         """Back through the `join` that kept this: the gradients of x and y, (B, T, D)."""

@@ -22,9 +22,10 @@ D = 256
 
 @pytest.fixture(scope="module")
 def hopper() -> TritonOperations:
-    from bdh.kernels.hopper.operations import HopperOperations, works
+    from bdh.kernels.hopper.operations import HopperOperations, check_kernels
 
-    assert all(works(torch.device("cuda"), D, 0.1) for D in (256, 512, 96))
+    for D in (256, 512, 96):
+        check_kernels(torch.device("cuda"), D, 0.1)
     return HopperOperations()
 
 
@@ -84,12 +85,12 @@ def test_back_through_what_was_kept(hopper: TritonOperations, sizes: tuple[int, 
     G, C, N = sizes
     A, dy, X = draw(G, C, 512), draw(G, C, 512), draw(G, C, N).relu()
     Ev, Dec = draw(N, 512, scale=0.06), draw(N, 512, scale=0.06).mT
-    Z = TritonOperations().gated(A, Ev, X, Dropout(p, 1234567, 3))  # (G, C, N)
+    Z = TritonOperations().gate_product(A, Ev, X, Dropout(p, 1234567, 3))  # (G, C, N)
     X[..., 0, :2], Z[..., 0, :2] = torch.tensor([1e-39, 2.0**-126]), 0.0  # of the first the reciprocal is infinite
     results = []
     for op in (hopper, TritonOperations()):
         dDec, dEv = torch.empty(N, 512, device="cuda").mT, torch.empty(N, 512, device="cuda")
-        results.append((*op.gate_backward_kept(dy, Dec, A, X, Z, dDec, dEv), dDec, dEv))
+        results.append((*op.gate_backward_saved(dy, Dec, A, X, Z, dDec, dEv), dDec, dEv))
     for found, expected in zip(*results, strict=True):
         assert same(found, expected)
     assert all(result.isfinite().all() for result in results[0])
@@ -119,7 +120,7 @@ def test_what_is_not_a_number_stays_so(hopper: TritonOperations) -> None:
 
 def test_sizes_of_the_default_model_and_twice_as_wide_take_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from bdh.kernels.hopper import device_functions as parts
-    from bdh.kernels.hopper.operations import HopperOperations, once_through
+    from bdh.kernels.hopper.operations import HopperOperations, run_all
 
     ran: list[str] = []
     launch = parts.launch
@@ -129,9 +130,9 @@ def test_sizes_of_the_default_model_and_twice_as_wide_take_these_kernels(monkeyp
         launch(kernel, *given, **more)
 
     monkeypatch.setattr(parts, "launch", noted)
-    once_through(HopperOperations(), 256, 0.1)
+    run_all(HopperOperations(), 256, 0.1)
     assert ran == ["hopper_excite", "hopper_gate", "hopper_gate_backward", *["hopper_excite_backward"] * 2]
     ran.clear()
-    once_through(HopperOperations(), 512, 0.1)
-    gates = ["hopper_gated", "hopper_gated_backward", "hopper_ungated"]
+    run_all(HopperOperations(), 512, 0.1)
+    gates = ["hopper_gate_product", "hopper_gate_product_backward", "hopper_gate_product_backward_saved"]
     assert ran == ["hopper_excite_512", *gates, *["hopper_excite_backward"] * 2]

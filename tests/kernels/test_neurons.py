@@ -17,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from bdh.data.tokenizer import save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
-from bdh.kernels.dispatch import LEAST, Kernels, use_kernels
+from bdh.kernels.dispatch import MIN_PRODUCTS, use_kernels
+from bdh.kernels.fused_layer import FusedLayer
 from bdh.kernels.layer_operations import Dropout
 from bdh.kernels.torch.operations import TorchOperations, keeps
 from bdh.kernels.triton.operations import TILES, Tiles, TritonOperations
@@ -55,13 +56,13 @@ def passed(
     kernels: str,
     x: Tensor,
     state: BDHState | None = None,
-    room: int | None = None,
+    max_saved_bytes: int | None = None,
     **given: Any,
 ) -> list[Tensor]:
     """What comes out of all layers, the synapses after, and the gradients of all that comes in."""
     use_kernels(model.model.layer, kernels, CPU)
-    if room is not None and isinstance(model.model.layer.kernels, Kernels):
-        model.model.layer.kernels.room = room
+    if max_saved_bytes is not None and isinstance(model.model.layer.kernels, FusedLayer):
+        model.model.layer.kernels.max_saved_bytes = max_saved_bytes
     x = x.clone().requires_grad_()
     before = [] if state is None else state.synapses
     carried = {} if state is None else {"past_key_values": BDHState(before, state.position, state.length)}
@@ -114,17 +115,17 @@ def test_so_do_they_in_triton(
     if carried:
         given["state"] = state_of(model, torch.tensor([3, 10**6]), torch.float32)
     expected = passed(model, "reference", x, **given)
-    monkeypatch.setattr("bdh.kernels.dispatch.operations_of", lambda *given: TritonOperations())
+    monkeypatch.setattr("bdh.kernels.dispatch.make_operations", lambda *args: TritonOperations())
     if keeps:
         keep_neurons(monkeypatch)
     # The gradient of the log-decay is a sum of differences, which float32 rounds.
-    assert_close(passed(model, "chunked", x, **given), expected, 1e-5 if decay == "none" else 5e-4)
+    assert_close(passed(model, "torch", x, **given), expected, 1e-5 if decay == "none" else 5e-4)
 
 
 def keep_neurons(monkeypatch: pytest.MonkeyPatch, room: int = 1 << 30) -> None:
     """Lets TritonOperations keep X, R and Z in so many bytes, as those of Hopper do for some sizes."""
-    monkeypatch.setattr(TritonOperations, "worth_keeping", lambda *sizes: True)
-    monkeypatch.setattr("bdh.kernels.dispatch.room_for_neurons", lambda device: room)
+    monkeypatch.setattr(TritonOperations, "should_save_activations", lambda *sizes: True)
+    monkeypatch.setattr("bdh.kernels.dispatch.max_saved_bytes", lambda device: room)
 
 
 @settings(max_examples=150, deadline=None)
@@ -173,7 +174,7 @@ def test_it_is_the_function_of_the_model_and_its_gradient(
     state = state_of(model, torch.arange(B) + start, torch.float64) if with_state else None
     given: dict[str, Any] = {"document_ids": (torch.rand(B, T) < 0.2).cumsum(1)} if with_documents else {}
     expected = passed(model, "reference", x, state, **given)
-    assert_close(passed(model, "chunked", x, state, room, **given), expected, 1e-8)
+    assert_close(passed(model, "torch", x, state, room, **given), expected, 1e-8)
 
 
 @pytest.mark.parametrize("T", [1, 5, 16, 17, 300])  # of chunks of 16; 300 also of one chunk, in blocks
@@ -187,7 +188,7 @@ def test_silent_rows_give_no_activity_and_finite_gradients(T: int, silent: str) 
         else:
             model.model.layer.encoder.weight[:, 0] = -x[0, 0, 0].sign()
             x[:, ::2] = 0
-    results = passed(model, "chunked", x)
+    results = passed(model, "torch", x)
     assert all(one.isfinite().all() for one in results)
     assert_close(results, passed(model, "reference", x), 1e-9)
 
@@ -200,9 +201,9 @@ def test_float32_and_bfloat16_are_as_close_to_the_truth_as_the_plain_form() -> N
     exact = model_of(dtype=torch.float64, **sizes)
     exact.load_state_dict(model.state_dict())
     truth = passed(exact, "reference", x.double(), state.to(dtype=torch.float64))
-    assert_close([y.double() for y in passed(model, "chunked", x, state)], truth, 1e-4)
+    assert_close([y.double() for y in passed(model, "torch", x, state)], truth, 1e-4)
     with torch.autocast("cpu", torch.bfloat16):
-        plain, ours = (passed(model, kernels, x, state) for kernels in ("reference", "chunked"))
+        plain, ours = (passed(model, kernels, x, state) for kernels in ("reference", "torch"))
     assert all(one.dtype == torch.float32 for one in ours)
     assert off(ours, truth) < 1.2 * off(plain, truth) < 0.1
 
@@ -221,11 +222,11 @@ def test_dropout_is_drawn_from_torchs_generator_and_used_alike_both_ways() -> No
     x = torch.randn(2, 12, 8, dtype=torch.float64)  # three chunks, the last with two tokens
     model.config.dropout = 0.3
     torch.manual_seed(7)
-    found = passed(model, "chunked", x)
+    found = passed(model, "torch", x)
     after = torch.get_rng_state()
     torch.manual_seed(7)
-    assert_close(passed(model, "chunked", x), found, 0)
-    assert not torch.allclose(passed(model, "chunked", x)[0], found[0])
+    assert_close(passed(model, "torch", x), found, 0)
+    assert not torch.allclose(passed(model, "torch", x)[0], found[0])
 
     torch.manual_seed(7)
     seed = int(torch.randint(2**63 - 1, ()))
@@ -239,7 +240,7 @@ def test_dropout_is_drawn_from_torchs_generator_and_used_alike_both_ways() -> No
     expected = passed(model.eval(), "reference", x)
     model.config.dropout = 0.3
     state = torch.get_rng_state()
-    assert_close(passed(model, "chunked", x), expected, 1e-10)
+    assert_close(passed(model, "torch", x), expected, 1e-10)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -282,43 +283,45 @@ def test_nothing_of_all_neurons_is_kept_where_there_is_no_room() -> None:
 
     def kept(kernels: str) -> int:
         use_kernels(model.model.layer, kernels, CPU)
-        if isinstance(model.model.layer.kernels, Kernels):
-            model.model.layer.kernels.room = 0
+        if isinstance(model.model.layer.kernels, FusedLayer):
+            model.model.layer.kernels.max_saved_bytes = 0
         return kept_bytes(lambda: model.model(inputs_embeds=x))
 
     weights = sum(p.numel() * p.element_size() for p in model.model.layer.parameters())
     one_tensor = 2 * 20 * 1024 * 8
-    assert kept("chunked") < one_tensor < kept("reference") - weights
+    assert kept("torch") < one_tensor < kept("reference") - weights
     with torch.no_grad():
-        assert kept("chunked") == 0
+        assert kept("torch") == 0
 
 
 def test_a_cpu_keeps_neurons_unless_its_products_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     op = TorchOperations(CPU)
     for fast in (False, True):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
-        assert op.worth_keeping(16, 16, 8, torch.float32) and not op.worth_keeping(16, 16, 8, torch.float16)
-        assert op.worth_keeping(16, 16, 8, torch.bfloat16) != fast
-    assert not TorchOperations(torch.device("cuda")).worth_keeping(16, 16, 8, torch.float32)
+        assert op.should_save_activations(16, 16, 8, torch.float32) and not op.should_save_activations(
+            16, 16, 8, torch.float16
+        )
+        assert op.should_save_activations(16, 16, 8, torch.bfloat16) != fast
+    assert not TorchOperations(torch.device("cuda")).should_save_activations(16, 16, 8, torch.float32)
 
 
 def test_neurons_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(dtype=torch.float32, n_embd=8, n_head=2, mlp_internal_dim_multiplier=32, n_layer=2, dropout=0.2)
     x = torch.randn(2, 20, 8)
-    monkeypatch.setattr("bdh.kernels.dispatch.operations_of", lambda *given: TritonOperations())
+    monkeypatch.setattr("bdh.kernels.dispatch.make_operations", lambda *args: TritonOperations())
     size = 2 * 3 * (2 * 20 * 256 * 4)  # bytes of X, R and Z of both layers
     found = []
     for room in (0, size - 1, size):
         keep_neurons(monkeypatch, room)
-        use_kernels(model.model.layer, "chunked", CPU)
+        use_kernels(model.model.layer, "torch", CPU)
         torch.manual_seed(1)
         found.append(kept_bytes(lambda: model.model(inputs_embeds=x)))
     assert found[0] == found[1] and found[2] - found[1] == size
     torch.manual_seed(1)
-    first = passed(model, "chunked", x)  # with what is kept, and with what is made again
+    first = passed(model, "torch", x)  # with what is kept, and with what is made again
     keep_neurons(monkeypatch, 0)
     torch.manual_seed(1)
-    assert_close(passed(model, "chunked", x), first, 1e-5)
+    assert_close(passed(model, "torch", x), first, 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ where it does not go
@@ -332,14 +335,14 @@ def test_padding_hooks_and_single_tokens_take_the_plain_form() -> None:
     mask[1, :4] = 0
     use_kernels(layer, "reference", CPU)
     expected = model(tokens, attention_mask=mask).logits
-    use_kernels(layer, "chunked", CPU)
+    use_kernels(layer, "torch", CPU)
     assert layer.kernels is not None
     embeds = model.model.embed_tokens(tokens)
     state = BDHState.zeros(model.config, 2, dtype=torch.float64)
 
     def goes(embeds: Tensor, mask: Tensor | None = None, state: BDHState | None = None) -> bool:
         assert layer.kernels is not None
-        return layer.kernels(layer, embeds, mask, state, None) is not None
+        return layer.kernels.begin(layer, embeds, mask, state, None) is not None
 
     assert goes(embeds) and goes(embeds, torch.ones_like(tokens)) and goes(embeds, None, state) and goes(embeds[:, :1])
     assert not goes(embeds, mask) and not goes(embeds[:, :1], None, state)
@@ -357,16 +360,17 @@ def test_auto_leaves_little_work_to_the_plain_form() -> None:
     kernels = model.model.layer.kernels
     assert kernels is not None
     small, large = (torch.zeros(8, T, 8, dtype=torch.float64) for T in (16, 128))
-    assert kernels(model.model.layer, small, None, None, None) is None
-    assert kernels(model.model.layer, large, None, None, None) is not None
+    assert kernels.begin(model.model.layer, small, None, None, None) is None
+    assert kernels.begin(model.model.layer, large, None, None, None) is not None
 
 
 def test_auto_takes_triton_on_hopper_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice alone: there is no such GPU here, and the interpreter stands in for it."""
-    monkeypatch.setattr("bdh.kernels.dispatch.why_no_triton", lambda device: None)
-    monkeypatch.setattr("bdh.kernels.dispatch.operations_of", lambda *given: TritonOperations())
-    monkeypatch.setattr("bdh.kernels.dispatch.room_for_neurons", lambda device: 0)
-    monkeypatch.setitem(LEAST, "triton", 0)
+    monkeypatch.setattr("bdh.kernels.dispatch.triton_unavailable", lambda device: None)
+    monkeypatch.setattr("bdh.kernels.dispatch.make_operations", lambda *args: TritonOperations())
+    monkeypatch.setattr("bdh.kernels.dispatch.max_saved_bytes", lambda device: 0)
+    monkeypatch.setattr("bdh.kernels.dispatch.hopper_unavailable", lambda *args: "no Gluon here")
+    monkeypatch.setitem(MIN_PRODUCTS, "triton", 0)
     model = model_of(dtype=torch.float32, n_embd=16, mlp_internal_dim_multiplier=4)
     layer, x = model.model.layer, torch.randn(2, 7, 16)
     for capability, taken in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
@@ -375,12 +379,12 @@ def test_auto_takes_triton_on_hopper_in_bfloat16(monkeypatch: pytest.MonkeyPatch
         assert (layer.kernels is not None) == taken
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     use_kernels(layer, "auto", torch.device("cuda"))
-    assert layer.kernels is not None and layer.kernels(layer, x, None, None, None) is None
+    assert layer.kernels is not None and layer.kernels.begin(layer, x, None, None, None) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer.kernels(layer, x, None, None, None) is not None
+        assert layer.kernels.begin(layer, x, None, None, None) is not None
     use_kernels(layer, "triton", torch.device("cuda"))
-    assert layer.kernels(layer, x, None, None, None) is not None
-    assert layer.kernels(model.double().model.layer, x.double(), None, None, None) is None  # it knows no float64
+    assert layer.kernels.begin(layer, x, None, None, None) is not None
+    assert layer.kernels.begin(model.double().model.layer, x.double(), None, None, None) is None  # it knows no float64
 
 
 def test_adapters_take_the_plain_form_or_are_refused() -> None:
@@ -390,8 +394,8 @@ def test_adapters_take_the_plain_form_or_are_refused() -> None:
     get_peft_model(model, LoraConfig(r=2, target_modules=["encoder_v.1"]))
     use_kernels(model.model.layer, "auto", CPU)
     assert model.model.layer.kernels is None
-    with pytest.raises(BDHError, match=r"model\.kernels is chunked, but it works on plain weights, and this model has"):
-        use_kernels(model.model.layer, "chunked", CPU)
+    with pytest.raises(BDHError, match=r"model\.kernels is torch, but it works on plain weights, and this model has"):
+        use_kernels(model.model.layer, "torch", CPU)
     with pytest.raises(BDHError, match=r"model\.kernels is triton, but Triton needs an NVIDIA GPU, and the device is"):
         use_kernels(model_of().model.layer, "triton", CPU)
 
@@ -403,10 +407,8 @@ def test_weights_that_are_gathered_when_used_take_the_plain_form_or_are_refused(
         fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
         use_kernels(layer, "auto", CPU)
         assert layer.kernels is None
-        with pytest.raises(
-            BDHError, match=r"model\.kernels is chunked, but it does not work with distributed\.strategy"
-        ):
-            use_kernels(layer, "chunked", CPU)
+        with pytest.raises(BDHError, match=r"model\.kernels is torch, but it does not work with distributed\.strategy"):
+            use_kernels(layer, "torch", CPU)
     finally:
         dist.destroy_process_group()
 
@@ -416,7 +418,7 @@ def test_frozen_weights_leave_the_gradient_of_x() -> None:
     x = torch.randn(2, 7, 8, dtype=torch.float64)
     expected = passed(model, "reference", x)[1]
     model.requires_grad_(False)
-    use_kernels(model.model.layer, "chunked", CPU)
+    use_kernels(model.model.layer, "torch", CPU)
     x.requires_grad_()
     out = model.model(inputs_embeds=x).last_hidden_state
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).sum().backward()
@@ -446,16 +448,16 @@ def test_a_run_learns_the_same_however_it_is_computed(tmp_path: Path) -> None:
 
     jobs: list[tuple[int, list[object]]] = [
         (1, argv("plain", "reference")),
-        (1, argv("carried", "chunked", *carried)),
+        (1, argv("carried", "torch", *carried)),
         (1, argv("plain_carried", "reference", *carried)),
-        (2, argv("heads", "chunked", "--distributed.tensor_parallel", "2")),
-        (1, argv("whole", "chunked", *dropping)),
-        (1, argv("half", "chunked", *dropping, "--training.max_steps", "6")),
+        (2, argv("heads", "torch", "--distributed.tensor_parallel", "2")),
+        (1, argv("whole", "torch", *dropping)),
+        (1, argv("half", "torch", *dropping, "--training.max_steps", "6")),
         (1, ["--resume", "half", "--training.max_steps", "12"]),
-        (1, ["--resume", "plain", "--model.kernels", "chunked", "--training.max_steps", "14"]),
+        (1, ["--resume", "plain", "--model.kernels", "torch", "--training.max_steps", "14"]),
     ]
     said = train_all(jobs, tmp_path)
-    assert "notice: model.kernels was reference and is now chunked" in said
+    assert "notice: model.kernels was reference and is now torch" in said
     found = {run.name: losses(run) for run in tmp_path.iterdir() if (run / "metrics.jsonl").exists()}
     assert found["plain"][14:] and len(found["whole"]) == 14
     assert found["carried"] == pytest.approx(found["plain_carried"], abs=1e-4)

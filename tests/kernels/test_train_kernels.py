@@ -151,8 +151,8 @@ def test_gate_and_its_gradients(sizes: tuple[int, int, int, int], dtype: torch.d
     fired = X.float().requires_grad_()
     expected = fired * F.relu(Y) * keeps(G * C, N, dropout).view(G, C, N)  # (G, C, N)
     dY, dX = torch.autograd.grad(expected, (Y, fired), dy.float() @ Dec.float())
-    assert close(op.gated(A, Ev, X, dropout), expected, dtype)
-    Z, *gradients = op.gated_backward(dy, Dec, A, Ev, X, dropout)
+    assert close(op.gate_product(A, Ev, X, dropout), expected, dtype)
+    Z, *gradients = op.gate_product_backward(dy, Dec, A, Ev, X, dropout)
     for result, wanted in zip((Z, *gradients), (expected, dY, dX), strict=True):
         assert result.dtype == dtype
         assert close(result, wanted, dtype)
@@ -165,7 +165,7 @@ def test_gate_and_its_gradients(sizes: tuple[int, int, int, int], dtype: torch.d
     assert close(dDec, dy.float().flatten(0, 1).mT @ Z.float().flatten(0, 1), dtype)
     assert close(dEv, again[0].float().flatten(0, 1).mT @ A.float().flatten(0, 1), dtype)
     for operations in (op, TorchOperations(torch.device("cpu"))):
-        from_kept = operations.gate_backward_kept(dy, Dec, A, X.detach(), expected.detach().to(dtype), dDec, dEv)
+        from_kept = operations.gate_backward_saved(dy, Dec, A, X.detach(), expected.detach().to(dtype), dDec, dEv)
         for result, wanted in zip(from_kept, (dY, torch.where(X > 0, dX, 0.0)), strict=True):
             assert result.dtype == dtype
             assert close(result, wanted, dtype)
@@ -238,10 +238,10 @@ def test_join_and_its_gradients(sizes: tuple[int, int, int]) -> None:
     x, y, gradient = draw(*sizes).requires_grad_(), draw(*sizes).requires_grad_(), draw(*sizes)
     D = sizes[-1:]
     expected = F.layer_norm(x + F.layer_norm(y, D, eps=1e-5), D, eps=1e-5)
-    result, kept = op.join(x.detach(), y.detach(), 1e-5)
+    result, kept = op.add_norm(x.detach(), y.detach(), 1e-5)
     assert close(result, expected, torch.float32)
     wanted = torch.autograd.grad(expected, (x, y), gradient)
-    for found, right in zip(op.join_backward(gradient, kept, 1e-5), wanted, strict=True):
+    for found, right in zip(op.add_norm_backward(gradient, kept, 1e-5), wanted, strict=True):
         assert close(found, right, torch.float32)
 
 
@@ -252,7 +252,9 @@ def test_silent_tokens() -> None:
     assert not X.any()
     assert not R.any()
     assert not op.scores(R, None).any()
-    for result in op.gated_backward(draw(G, C, D), draw(D, N), draw(G, C, D), draw(N, D), X, NOTHING_DROPPED)[:2]:
+    for result in op.gate_product_backward(draw(G, C, D), draw(D, N), draw(G, C, D), draw(N, D), X, NOTHING_DROPPED)[
+        :2
+    ]:
         assert not result.any()
     assert not op.excite_backward(draw(G, C, C), R, X, draw(G, C, N), cos, sin, None).any()
 
@@ -263,7 +265,7 @@ def test_silent_tokens() -> None:
 def kept_by(dropout: Dropout, G: int, C: int, N: int) -> Tensor:
     """Which products stay, (G, C, N): those of neurons that all fire and answer."""
     ones = torch.ones(G, C, N)
-    return op.gated(ones[..., :8].contiguous(), torch.ones(N, 8), ones, dropout) > 0
+    return op.gate_product(ones[..., :8].contiguous(), torch.ones(N, 8), ones, dropout) > 0
 
 
 @pytest.mark.parametrize("p", [0.1, 0.9])
@@ -299,13 +301,13 @@ def all_results(G: int, C: int, D: int, N: int, dtype: torch.dtype) -> list[Tens
     x, E, dP = draw(G, C, D, dtype=dtype), draw(N, D, dtype=dtype), draw(G, C, C, dtype=dtype)
     dA, S, values, dS = (draw(G, size, D, dtype=dtype) for size in (C, N, C, N))
     X, R = op.excite(x, E, cos, sin)
-    Z, dY, dX = op.gated_backward(dA, E.mT, x, E, X, DROPPED)
+    Z, dY, dX = op.gate_product_backward(dA, E.mT, x, E, X, DROPPED)
     results = [
         X,
         R,
         op.scores(R, None),
         op.scores_backward(dA, values, None),
-        op.gated(x, E, X, DROPPED),
+        op.gate_product(x, E, X, DROPPED),
         Z,
         dY,
         dX.clone(),

@@ -195,7 +195,7 @@ def program(descs, key, first_kept, steps, parts, SLOTS: gl.constexpr, DROPOUT: 
 
 
 @gluon.jit(do_not_specialize=["key", "first_kept", "steps", "parts"])
-def hopper_gated(
+def hopper_gate_product(
     A_desc,  # (M, D), normalised
     Ev_desc,  # (N, D)
     X_desc,  # (M, N)
@@ -210,7 +210,7 @@ def hopper_gated(
 
 
 @gluon.jit(do_not_specialize=["key", "first_kept", "steps", "parts"])
-def hopper_gated_backward(
+def hopper_gate_product_backward(
     A_desc,  # (M, D), normalised
     Ev_desc,  # (N, D)
     X_desc,  # (M, N)
@@ -227,7 +227,7 @@ def hopper_gated_backward(
 
 
 @gluon.jit(do_not_specialize=["key", "first_kept", "steps", "parts"])
-def hopper_ungated(
+def hopper_gate_product_backward_saved(
     dy_desc,  # (M, D)
     Dec_desc,  # (N, D)
     X_desc,  # (M, N)
@@ -259,7 +259,7 @@ def start(kernel: Any, A: Tensor, Ev: Tensor, tensors: tuple[Tensor, ...], key: 
     run(kernel, blocks * parts, arguments, DROPOUT=dropped > 0)
 
 
-def gated(A: Tensor, Ev: Tensor, X: Tensor, key: int, dropped: int) -> Tensor:
+def gate_product(A: Tensor, Ev: Tensor, X: Tensor, key: int, dropped: int) -> Tensor:
     """Z = X o relu(A Ev^T), dropped, (M, N).
 
     Args:
@@ -270,11 +270,13 @@ def gated(A: Tensor, Ev: Tensor, X: Tensor, key: int, dropped: int) -> Tensor:
         dropped: How many of 2^16 random numbers drop.
     """
     Z = torch.empty_like(X)  # (M, N)
-    start(hopper_gated, A, Ev, (X, Z), key, dropped)
+    start(hopper_gate_product, A, Ev, (X, Z), key, dropped)
     return Z
 
 
-def gated_backward(A: Tensor, Ev: Tensor, X: Tensor, dX: Tensor, key: int, dropped: int) -> tuple[Tensor, Tensor]:
+def gate_product_backward(
+    A: Tensor, Ev: Tensor, X: Tensor, dX: Tensor, key: int, dropped: int
+) -> tuple[Tensor, Tensor]:
     """Z and dY, (M, N); dX over dZ.
 
     Args:
@@ -286,19 +288,19 @@ def gated_backward(A: Tensor, Ev: Tensor, X: Tensor, dX: Tensor, key: int, dropp
         dropped: How many of 2^16 random numbers drop.
     """
     Z, dY = torch.empty_like(X), torch.empty_like(X)  # (M, N)
-    start(hopper_gated_backward, A, Ev, (X, Z, dX, dY), key, dropped)
+    start(hopper_gate_product_backward, A, Ev, (X, Z, dX, dY), key, dropped)
     return Z, dY
 
 
-def ungated(dy: Tensor, Dec: Tensor, X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
+def gate_product_backward_saved(dy: Tensor, Dec: Tensor, X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
     """dY and dX, (M, N), of dZ = dy Dec^T, which is never written.
 
     Args:
         dy: (M, D) bfloat16.
         Dec: (N, D) bfloat16.
         X: (M, N) bfloat16.
-        Z: As `gated` made it, (M, N) bfloat16.
+        Z: As `gate_product` returns it, (M, N) bfloat16.
     """
     dX, dY = torch.empty_like(X), torch.empty_like(X)  # (M, N)
-    start(hopper_ungated, dy, Dec, (X, Z, dX, dY), 0, 0)
+    start(hopper_gate_product_backward_saved, dy, Dec, (X, Z, dX, dY), 0, 0)
     return dY, dX

@@ -14,7 +14,7 @@ class TorchGatedOperations:
         workspace: For results that are needed within an operation only.
     """
 
-    all_heads_at_once = False
+    all_heads_per_call = False
 
     def __init__(self, workspace: Workspace):
         self.workspace = workspace
@@ -110,7 +110,7 @@ class TorchGatedOperations:
             states[:, i] = S
             Q[:, i] = R[:, i] @ states[:, i]
             Y[:, i] -= W[:, i] @ Q[:, i]
-            S = turn_rows(S * remains[:, i, None, None] + R[:, i].mT @ Y[:, i], cos, -sin)  # (B, N, D)
+            S = rotate_rows(S * remains[:, i, None, None] + R[:, i].mT @ Y[:, i], cos, -sin)  # (B, N, D)
         if state is not None:
             state.copy_(S)
         return states, Q
@@ -150,7 +150,7 @@ def chunk_order(R: Tensor, back: bool) -> list[int]:
     return [*(reversed(chunks) if back else chunks)]
 
 
-def turn_rows(S: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_rows(S: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns synapses (..., N, D) by phases (N/2), or (..., N/2), of their neurons."""
     even, odd = S.unflatten(-2, (-1, 2)).unbind(-2)  # 2 x (..., N/2, D)
     cos, sin = cos[..., None], sin[..., None]  # (..., N/2, 1)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bdh.kernels.gated_operations import GatedOperations
-from bdh.kernels.layer_operations import SMALLEST, Dropout, Past
+from bdh.kernels.layer_operations import SMALLEST, Dropout, SynapseTerms
 from bdh.kernels.products import add_product_, product_into
-from bdh.kernels.torch.gated_operations import TorchGatedOperations, turn_rows
+from bdh.kernels.torch.gated_operations import TorchGatedOperations, rotate_rows
 from bdh.kernels.torch.workspace import Workspace
 
 PIECE = 1 << 18  # numbers of a tensor (G, C, N) that are turned at once, so that a processor's cache holds them
@@ -27,7 +27,7 @@ class TorchOperations:
         self.turning: tuple[Tensor, ...] = ()  # cos and sin, and what `phases` has made of them
         self.lying: tuple[Tensor, ...] = ()  # dy, and what `transposed` has made of it
 
-    def takes(self, dtype: torch.dtype) -> bool:
+    def supports(self, dtype: torch.dtype) -> bool:
         return True
 
     def excite(
@@ -82,10 +82,10 @@ class TorchOperations:
             drop_(Z, kept), drop_(dZ, kept)
         dX = torch.mul(dZ, Y, out=self.workspace.take("dX", X.shape, X.dtype))  # (G, C, N)
         dY = self.where_positive_(dZ.mul_(X), Y)  # (G, C, N)
-        self.weights_gradients(dy, Z, dY, A, dDec, dEv)
+        self.fill_weight_gradients(dy, Z, dY, A, dDec, dEv)
         return dY, dX
 
-    def worth_keeping(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
+    def should_save_activations(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
         """On a CPU, but not where its matrix units multiply bfloat16: new memory takes as long there as products.
 
         Nor in float16, in which Z / X may be too small or too large a number.
@@ -94,23 +94,23 @@ class TorchOperations:
             return False
         return dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported()
 
-    def gate_backward_kept(
+    def gate_backward_saved(
         self, dy: Tensor, Dec: Tensor, A: Tensor, X: Tensor, Z: Tensor, dDec: Tensor, dEv: Tensor
     ) -> tuple[Tensor, Tensor]:
         dZ = self.product("dZ", dy, Dec)  # (G, C, N)
         dX = torch.clamp_min(X, SMALLEST, out=self.workspace.take("dX", X.shape, X.dtype))  # (G, C, N)
         torch.div(Z, dX, out=dX).mul_(dZ)
         dY = self.where_positive_(dZ.mul_(X), Z)  # (G, C, N)
-        self.weights_gradients(dy, Z, dY, A, dDec, dEv)
+        self.fill_weight_gradients(dy, Z, dY, A, dDec, dEv)
         return dY, dX
 
-    def weights_gradients(self, dy: Tensor, Z: Tensor, dY: Tensor, A: Tensor, dDec: Tensor, dEv: Tensor) -> None:
+    def fill_weight_gradients(self, dy: Tensor, Z: Tensor, dY: Tensor, A: Tensor, dDec: Tensor, dEv: Tensor) -> None:
         """Fills dDec (D, N) with dy^T Z and dEv (N, D) with dY^T A."""
         product_into(dDec, self.transposed(dy), Z.flatten(0, 1))  # (D, N)
         product_into(dEv, dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
 
     def excite_backward(
-        self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: Past | None
+        self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: SynapseTerms | None
     ) -> Tensor:
         dR = torch.bmm(dP, R, out=self.workspace.take("Y", R.shape, R.dtype))  # (G, C, N)
         if past is not None:
@@ -124,7 +124,7 @@ class TorchOperations:
             S = torch.zeros_like(U[:, 0], dtype=cos.dtype)  # (B, N, D)
         for chunk in range(U.shape[1]):
             after = S if kept is None else S * kept[:, chunk, None, None]  # (B, N, D)
-            after = turn_rows(after + U[:, chunk], cos, -sin)  # (B, N, D)
+            after = rotate_rows(after + U[:, chunk], cos, -sin)  # (B, N, D)
             U[:, chunk] = S
             S = after
         return U, S
@@ -134,7 +134,7 @@ class TorchOperations:
     ) -> tuple[Tensor, Tensor]:
         g = torch.zeros_like(V[:, 0], dtype=cos.dtype) if dS is None else dS  # (B, N, D)
         for chunk in reversed(range(V.shape[1])):
-            turned = turn_rows(g, cos, sin)  # (B, N, D)
+            turned = rotate_rows(g, cos, sin)  # (B, N, D)
             g = turned if kept is None else turned * kept[:, chunk, None, None]  # (B, N, D)
             g = g + V[:, chunk]  # (B, N, D)
             V[:, chunk] = turned
@@ -151,14 +151,14 @@ class TorchOperations:
         of_A: Tensor = backward(gradient, A, A.shape[-1:], zeros, ones, None, None, [True, False, False])[0]
         return of_A * rstd.to(of_A.dtype)  # (G, C, D)
 
-    def join(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def add_norm(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
         D = x.shape[-1:]
         normalised, *of_y = torch.native_layer_norm(y, D, None, None, eps)  # (B, T, D), 2 x (B, T, 1)
         total = x + normalised  # (B, T, D)
         result, *of_total = torch.native_layer_norm(total, D, None, None, eps)  # (B, T, D), 2 x (B, T, 1)
         return result, (y, *of_y, total, *of_total)
 
-    def join_backward(self, gradient: Tensor, kept: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor]:
+    def add_norm_backward(self, gradient: Tensor, kept: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor]:
         def back(gradient: Tensor, came: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
             backward = torch.ops.aten.native_layer_norm_backward
             result: Tensor

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bdh.kernels.attention import AttentionGradient
-from bdh.kernels.forward_context import Reading
+from bdh.kernels.forward_context import ForwardContext
 from bdh.kernels.gated_attention import ChunkedGates, sums_over_later_tokens
 from bdh.kernels.products import add_product_
 from bdh.kernels.torch.workspace import Workspace
@@ -34,24 +34,24 @@ class SingleChunkAttention:
     """See `bdh.kernels.attention.Attention`; no synapses come in or go out.
 
     Args:
-        reading: Of the pass.
+        context: Of the forward pass.
         gates: Of the layer.
         x: Values, (B, C, D) dt.
         workspace: For results that are needed within a pass of a head only.
         same_decay: Whether all sequences have the same u; the weights of pairs are then computed for one of them.
 
     Attributes:
-        wants_decay: Whether the gradient of log_decay is needed.
+        needs_decay_gradient: Whether the gradient of log_decay is needed.
     """
 
-    heads_at_once = 1
+    heads_per_call = 1
 
-    def __init__(self, reading: Reading, gates: ChunkedGates, x: Tensor, workspace: Workspace, same_decay: bool):
-        self.document_ids = None if reading.documents is None else reading.documents.of  # (B, C)
+    def __init__(self, context: ForwardContext, gates: ChunkedGates, x: Tensor, workspace: Workspace, same_decay: bool):
+        self.document_ids = None if context.documents is None else context.documents.ids  # (B, C)
         self.gates, self.x, self.workspace = gates, x, workspace
         self.same_decay = same_decay and self.document_ids is None
         self.written_u = gates.u if gates.beta is None else gates.u - gates.beta.log()  # (h, B, C)  inf at padding
-        self.wants_decay = False
+        self.needs_decay_gradient = False
         self.read, self.written = torch.empty_like(gates.u), torch.empty_like(gates.u)  # (h, B, C)  A . E and U . V
 
     def forward(
@@ -95,7 +95,7 @@ class SingleChunkAttention:
             add_product_(dx, L.mT, dA)  # (B, C, D)
             H = dA @ self.x.mT  # (B, C, C)
         read, written = self.read[heads.start], self.written[heads.start]  # (B, C)
-        if self.wants_decay or K is not None:
+        if self.needs_decay_gradient or K is not None:
             products = torch.mul(L, H, out=self.workspace.take("products", L.shape, L.dtype))  # (B, C, C)
             torch.sum(products, -1, dtype=read.dtype, out=read)
             torch.sum(products, -2, dtype=read.dtype, out=written)

@@ -15,7 +15,7 @@ SIDE = 64  # rows of a block of the inverse
 class TritonGatedOperations:
     """See `GatedOperations`."""
 
-    all_heads_at_once = True
+    all_heads_per_call = True
 
     def add_scores(self, R: Tensor, u: Tensor, documents: Tensor | None) -> Tensor:
         return pairs("scores", R, R, documents, u=u)[0]

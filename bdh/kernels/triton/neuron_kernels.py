@@ -129,7 +129,7 @@ def gate(
 
 
 @triton.jit
-def gate_backward_kept(
+def gate_backward_saved(
     X,  # (M, N)
     Z,  # (M, N)
     dX,  # (M, N): dZ; left as dX

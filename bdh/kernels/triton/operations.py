@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from bdh.kernels.gated_operations import GatedOperations
-from bdh.kernels.layer_operations import Dropout, Past
+from bdh.kernels.layer_operations import Dropout, SynapseTerms
 from bdh.kernels.products import add_product_, product_into
 from bdh.kernels.triton import neuron_kernels, token_kernels
 from bdh.kernels.triton.launch import cdiv, launch
@@ -52,7 +52,7 @@ TILES: dict[str, dict[torch.dtype, Tiles]] = {
     "gate_backward": {torch.bfloat16: Tiles(64, 64, 64, 4, 3, 1), torch.float32: Tiles(64, 64, 32, 4, 2)},
     "scores_backward": {torch.bfloat16: Tiles(64, 64, 64, 4, 3), torch.float32: Tiles(64, 64, 32, 4, 2)},
     "excite_backward": {torch.bfloat16: Tiles(4, 256, 0, 8, 1), torch.float32: Tiles(16, 256, 0, 4, 1)},
-    "gate_backward_kept": {torch.bfloat16: Tiles(4, 256, 0, 8, 1), torch.float32: Tiles(16, 256, 0, 4, 1)},
+    "gate_backward_saved": {torch.bfloat16: Tiles(4, 256, 0, 8, 1), torch.float32: Tiles(16, 256, 0, 4, 1)},
     "norm": {torch.bfloat16: Tiles(8, 0, 0, 4, 1), torch.float32: Tiles(4, 0, 0, 4, 1)},
     "advance": {torch.bfloat16: Tiles(8, 128, 0, 1, 1), torch.float32: Tiles(8, 128, 0, 1, 1)},
     "scan": {torch.bfloat16: Tiles(2, 256, 0, 1, 2), torch.float32: Tiles(2, 256, 0, 1, 2)},
@@ -89,7 +89,7 @@ class TritonOperations:
             self.turning = cos, sin, side_by_side(cos, sin)
         return self.turning[2]
 
-    def takes(self, dtype: torch.dtype) -> bool:
+    def supports(self, dtype: torch.dtype) -> bool:
         return dtype in TILES["excite"]
 
     def excite(
@@ -117,11 +117,11 @@ class TritonOperations:
     def gate(
         self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout, Dec: Tensor, y: Tensor, keep: bool = False
     ) -> Tensor | None:
-        Z = self.gated(A, Ev, X, dropout)  # (G, C, N)
+        Z = self.gate_product(A, Ev, X, dropout)  # (G, C, N)
         add_product_(y, Z, Dec.mT)  # (G, C, D)
         return Z if keep else None
 
-    def gated(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
+    def gate_product(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
         """Z, (G, C, N)."""
         G, C, N = X.shape
         D = A.shape[2]
@@ -147,11 +147,11 @@ class TritonOperations:
         dDec: Tensor,
         dEv: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        Z, dY, dX = self.gated_backward(dy, Dec, A, Ev, X, dropout)  # (G, C, N)
-        weights_gradients(dy, Z, dY, A, dDec, dEv)
+        Z, dY, dX = self.gate_product_backward(dy, Dec, A, Ev, X, dropout)  # (G, C, N)
+        fill_weight_gradients(dy, Z, dY, A, dDec, dEv)
         return dY, dX
 
-    def gated_backward(
+    def gate_product_backward(
         self, dy: Tensor, Dec: Tensor, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Z, dY, dX, (G, C, N)."""
@@ -169,31 +169,31 @@ class TritonOperations:
         )  # fmt: skip
         return Z, dY, dX
 
-    def worth_keeping(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
+    def should_save_activations(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
         return False
 
-    def gate_backward_kept(
+    def gate_backward_saved(
         self, dy: Tensor, Dec: Tensor, A: Tensor, X: Tensor, Z: Tensor, dDec: Tensor, dEv: Tensor
     ) -> tuple[Tensor, Tensor]:
-        dY, dX = self.ungated(dy, Dec, X, Z)  # (G, C, N)
-        weights_gradients(dy, Z, dY, A, dDec, dEv)
+        dY, dX = self.gate_product_backward_saved(dy, Dec, X, Z)  # (G, C, N)
+        fill_weight_gradients(dy, Z, dY, A, dDec, dEv)
         return dY, dX
 
-    def ungated(self, dy: Tensor, Dec: Tensor, X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
+    def gate_product_backward_saved(self, dy: Tensor, Dec: Tensor, X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
         """dY, dX, (G, C, N)."""
         G, C, N = X.shape
         dX = dy @ Dec  # (G, C, N)  dZ, for the time being
         dY = torch.empty_like(X)  # (G, C, N)
-        tiles = fitted("gate_backward_kept", X, G * C, N, 1)
+        tiles = fitted("gate_backward_saved", X, G * C, N, 1)
         run(
-            neuron_kernels.gate_backward_kept, (cdiv(N, tiles.columns), cdiv(G * C, tiles.rows)), tiles,
+            neuron_kernels.gate_backward_saved, (cdiv(N, tiles.columns), cdiv(G * C, tiles.rows)), tiles,
             X, Z, dX, dY, G * C, N, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
             EVEN=divide((G * C, tiles.rows), (N, tiles.columns)),
         )  # fmt: skip
         return dY, dX
 
     def excite_backward(
-        self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: Past | None
+        self, dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: SynapseTerms | None
     ) -> Tensor:
         dR = torch.bmm(dP, R)  # (G, C, N)
         if past is not None:
@@ -227,19 +227,19 @@ class TritonOperations:
         over_rows(token_kernels.norm_backward, A.dtype, A.shape, gradient, A, rstd, result)
         return result
 
-    def join(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def add_norm(self, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
         result = torch.empty_like(x)  # (B, T, D)
-        over_rows(token_kernels.join, x.dtype, x.shape, x, y, result, eps)
+        over_rows(token_kernels.add_norm, x.dtype, x.shape, x, y, result, eps)
         return result, (x, y)
 
-    def join_backward(self, gradient: Tensor, kept: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor]:
+    def add_norm_backward(self, gradient: Tensor, kept: tuple[Tensor, ...], eps: float) -> tuple[Tensor, Tensor]:
         x, y = kept
         dx, dy = torch.empty_like(x), torch.empty_like(y)  # (B, T, D)
-        over_rows(token_kernels.join_backward, x.dtype, x.shape, gradient, x, y, dx, dy, eps)
+        over_rows(token_kernels.add_norm_backward, x.dtype, x.shape, gradient, x, y, dx, dy, eps)
         return dx, dy
 
 
-def weights_gradients(dy: Tensor, Z: Tensor, dY: Tensor, A: Tensor, dDec: Tensor, dEv: Tensor) -> None:
+def fill_weight_gradients(dy: Tensor, Z: Tensor, dY: Tensor, A: Tensor, dDec: Tensor, dEv: Tensor) -> None:
     """Fills dDec (D, N) with dy^T Z and dEv (N, D) with dY^T A."""
     product_into(dDec.mT, Z.flatten(0, 1).mT, dy.flatten(0, 1))  # (N, D)
     product_into(dEv, dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)

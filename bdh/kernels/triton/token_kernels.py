@@ -247,7 +247,7 @@ def norm_backward(
 
 
 @triton.jit
-def join(
+def add_norm(
     x,  # (M, D)
     y,  # (M, D)
     result,  # (M, D), out
@@ -268,7 +268,7 @@ def join(
 
 
 @triton.jit
-def join_backward(
+def add_norm_backward(
     gradient,  # (M, D)
     x,  # (M, D)
     y,  # (M, D)
