@@ -1,4 +1,4 @@
-"""The parts of a decoding step on a CPU, each in several forms: why `bdh.kernels.decode.cpu` is as it is.
+"""The parts of a decoding step on a CPU, each in several forms: which of them `bdh.kernels.decode` uses, and why.
 
     python -m benchmarks.decode_cpu_parts [--rows 1 8] [--rounds 25]
 
@@ -19,17 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdh import BDHConfig
-from bdh.kernels.decode.cpu import (
-    Int4Matrices,
-    Int8Matrices,
-    Int8WeightMatrices,
-    PackedMatrices,
+from bdh.kernels.decode.cpu_step import (
     flush,
     lazy_zeros,
     read_pending,
     rotate_pairs,
     runs_of,
     sum_rows,
+)
+from bdh.kernels.decode.cpu_weights import (
+    Int4Matrices,
+    Int8Matrices,
+    Int8WeightMatrices,
+    PackedMatrices,
 )
 from benchmarks.record import save
 

@@ -1,4 +1,4 @@
-"""The runner for CPUs: one token a sequence by `bdh.kernels.decode.cpu`, prompts through the model's own forward."""
+"""The runner for CPUs: one token a sequence by `bdh.kernels.decode`, prompts through the model's own forward."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,23 +9,22 @@ from torch import Tensor
 
 from bdh.errors import BDHError
 from bdh.inference.runner import PREFILL_ALIGNMENT, pieces
-from bdh.kernels.decode.cpu import (
-    INT4_GROUP,
+from bdh.kernels.decode.cpu_step import (
     Decays,
     DecayStep,
-    Phases,
     Run,
+    SlotPhases,
     TokenGates,
     flush,
     flush_gated,
     lazy_zeros,
-    make_matrices,
     read_gated_pending,
     read_pending,
     rotate_pairs,
     runs_of,
     sum_rows,
 )
+from bdh.kernels.decode.cpu_weights import INT4_GROUP, make_matrices
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import KEY_EPS
 
@@ -98,7 +97,7 @@ class CPURunner:
         self.decoder_rows = layer.decoder.weight.detach().T.contiguous()  # (n, D)
         self.allocate()
         self.decays = None if config.decay == "none" else Decays(config.n_layer, n_slots, h, MAX_PENDING)
-        self.phases = Phases(n_slots, N, config.rope_theta, MAX_PENDING)
+        self.phases = SlotPhases(n_slots, N, config.rope_theta, MAX_PENDING)
         self.few_rows = FEW_ROWS if h * N * D >= LARGE else 0
         self.position = [0] * n_slots  # tokens read
         self.flushed = [0] * n_slots  # how many of these are in the synapses; the others are pending

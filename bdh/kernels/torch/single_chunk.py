@@ -1,4 +1,4 @@
-"""The attention of a head with decay and with the delta rule where each sequence is one chunk, in PyTorch.
+"""Attention with decay and with the delta rule for sequences of one chunk, in PyTorch.
 
 Equations and names as in `bdh.kernels.gated_attention`, without synapses. With the weights of pairs of tokens
 
@@ -13,8 +13,8 @@ and backward, with H = E x^T for "add" and E (x - A)^T = E x^T (I - K)^T for "de
     dx = K^T dA,    E = dA for "add", dA - dx for "delta"
     dM o (weights of M) = W o H,    A . E = row sums of L o H,    U . V = column sums of L o H
 
-So that the passes beside the products are over (C, C), not over (C, D): on a CPU that multiplies bfloat16 in hardware
-they take as long as the products do.
+Thus elementwise operations are over (C, C), not over (C, D); on a CPU that multiplies bfloat16 in hardware they take as
+long as the products.
 """
 
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ from bdh.model.modeling_bdh import KEY_EPS
 
 
 class SingleChunkAttention:
-    """See `bdh.kernels.attention.Attention`; no synapses come in or go out.
+    """`bdh.kernels.attention.Attention` without synapses before or after.
 
     Args:
         context: Of the forward pass.
         gates: Of the layer.
         x: Values, (B, C, D) dt.
-        workspace: For results that are needed within a pass of a head only.
-        same_decay: Whether all sequences have the same u; the weights of pairs are then computed for one of them.
+        workspace: For short-lived results.
+        same_decay: Whether all sequences have the same u, so that the weights of pairs are computed for one of them.
 
     Attributes:
         needs_decay_gradient: Whether the gradient of log_decay is needed.
@@ -76,13 +76,7 @@ class SingleChunkAttention:
         return K @ self.x, None, (W, L, K, length * key)
 
     def backward(
-        self,
-        heads: slice,
-        R: Tensor,
-        dA: Tensor,
-        saved: Sequence[Tensor | None],
-        dS: Tensor | None,
-        dx: Tensor,
+        self, heads: slice, R: Tensor, dA: Tensor, saved: Sequence[Tensor | None], dS: Tensor | None, dx: Tensor
     ) -> AttentionGradient:
         W, L, K, key_scale = saved  # the last two are None for "add"
         assert W is not None and L is not None
@@ -107,7 +101,7 @@ class SingleChunkAttention:
         return AttentionGradient(dP, None, None)
 
     def pair_weights(self, of_t: Tensor, of_s: Tensor, dtype: torch.dtype) -> Tensor:
-        """exp(of_t - of_s) for s < t of the same document, else 0: (B, C) twice -> (B, C, C)."""
+        """Return exp(of_t - of_s) for s < t of the same document, else 0: (B, C) twice -> (B, C, C)."""
         weights = self.workspace.take("weights", (*of_t.shape, of_t.shape[-1]), of_t.dtype)  # (B, C, C)
         torch.sub(of_t[:, :, None], of_s[:, None, :], out=weights)
         weights.exp_().tril_(-1)  # what may be infinite above the diagonal is 0 then
@@ -116,7 +110,7 @@ class SingleChunkAttention:
         return weights.to(dtype, copy=True)
 
     def decay_gradient(self) -> Tensor:
-        """The gradient of log_decay after the backward pass, (h, B, C)."""
+        """Return the gradient of log_decay after the backward pass, (h, B, C)."""
         return sums_over_later_tokens(self.read - self.written, len(self.x))
 
     @property

@@ -76,7 +76,7 @@ class TritonGatedOperations:
         states, Q = start_scan(R, Y, state, back)  # (B, c, N, D), (B, c, C, D)
         order = chunk_order(R, back)
         R_of, W_of, Y_of, Q_of, S_of, remains_of = (each.unbind(1) for each in (R, W, Y, Q, states, remains))
-        # In bfloat16 the state is a sum of two tensors, so that it keeps the digits of both: see the kernel.
+        # In bfloat16 the state is a sum of two tensors, for more precision: see the kernel.
         rest = None if Y.dtype == torch.float32 else torch.empty_like(S_of[0])  # (B, N, D)
         end = None if state is None else torch.empty_like(S_of[0])  # (B, N, D)
         before = None if state is None else S_of[order[0]]  # (B, N, D)
@@ -120,7 +120,7 @@ def advance(
     sin: Tensor,
     after: Tensor,
 ) -> None:
-    """after = rope_(-C)(remains before + written), (B, N, D) dt; `rest` is what dt has no digits for, in and out."""
+    """Compute after = rope_(-C)(remains before + written), (B, N, D) dt; `rest` is the rounding error, in and out."""
     B, N, D = written.shape
     tiles = TILES["advance"][after.dtype]
     columns = min(tiles.columns, triton.next_power_of_2(D))
@@ -133,7 +133,7 @@ def advance(
 
 
 def over_chunks(kernel: object, like: Tensor, *arguments: object) -> None:
-    """Launches a kernel that takes some rows of one chunk of (G, C, D)."""
+    """Launch a kernel over rows of the chunks of (G, C, D)."""
     G, C, D = like.shape
     rows = min(TILES["norm"][like.dtype].rows, triton.next_power_of_2(C))
     constants = {"ROWS": rows, "WIDTH": triton.next_power_of_2(D)}
@@ -141,7 +141,7 @@ def over_chunks(kernel: object, like: Tensor, *arguments: object) -> None:
 
 
 def over_rows(kernel: object, like: Tensor, *arguments: object, **constants: object) -> None:
-    """Launches a kernel that takes some rows of (G, C, D)."""
+    """Launch a kernel over rows of (G, C, D)."""
     G, C, D = like.shape
     rows = TILES["norm"][like.dtype].rows
     constants |= {"ROWS": rows, "WIDTH": triton.next_power_of_2(D)}

@@ -68,7 +68,7 @@ def test_prefill_and_decoding_equal_the_model(
 
 
 @torch.inference_mode()
-def test_decoding_for_longer_than_the_waiting_list() -> None:
+def test_decoding_beyond_the_pending_tokens() -> None:
     model = model_of(1, 2, 8, 4)
     tokens = torch.randint(37, (1, 40))
     expected = model(tokens).logits[0]  # (T, V)
@@ -97,7 +97,7 @@ GATES = [
 def test_decay_and_the_delta_rule_equal_the_model(
     gates: dict[str, Any], sizes: tuple[int, int, int, int], matrix_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two sequences with different numbers of waiting pairs, past the waiting list; states carried, prompts read."""
+    """Two sequences with different numbers of pending tokens, past a flush; with carried states and prompts."""
     monkeypatch.setattr(runner_cuda, "MATRIX_BATCH", matrix_batch)
     model = model_of(*sizes, **gates)
     runner, reference = CUDARunner(model, 4), ModelRunner(model, 4)
@@ -190,7 +190,7 @@ def test_state_goes_between_runner_and_model_at_a_far_position() -> None:
 
 
 @torch.inference_mode()
-def test_a_row_does_not_depend_on_who_is_beside_it() -> None:
+def test_a_row_does_not_depend_on_other_rows() -> None:
     model = model_of(1, 2, 8, 4)
     alone, together = CUDARunner(model, 3), CUDARunner(model, 3)
     for runner in (alone, together):

@@ -1,4 +1,4 @@
-"""The neurons' work head by head against the model's plain form and its autograd."""
+"""The fused layer against the model's own code and autograd."""
 
 import json
 from collections.abc import Callable
@@ -7,20 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from bdh.data.tokenizer import save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
-from bdh.errors import BDHError
-from bdh.kernels.dispatch import MIN_PRODUCTS, use_kernels
+from bdh.kernels.dispatch import use_kernels
 from bdh.kernels.fused_layer import FusedLayer
 from bdh.kernels.layer_operations import Dropout
-from bdh.kernels.torch.operations import TorchOperations, keeps
+from bdh.kernels.torch.operations import dropout_mask
 from bdh.kernels.triton.operations import TILES, Tiles, TritonOperations
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import STATE
@@ -31,7 +27,7 @@ from tests.training.launching import SMALL, train_all
 CPU = torch.device("cpu")
 
 
-def model_of(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> BDHForCausalLM:
+def make_model(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> BDHForCausalLM:
     torch.manual_seed(seed)
     usual = {"n_layer": 1, "n_embd": 6, "n_head": 2, "mlp_internal_dim_multiplier": 8, "vocab_size": 11, "dropout": 0.0}
     model = BDHForCausalLM(BDHConfig(**{**usual, "initializer_range": 0.4, **sizes})).to(dtype).train()
@@ -42,31 +38,31 @@ def model_of(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) ->
 
 
 def half_lives(decay: str, n_head: int) -> dict[str, Any]:
-    """Short ones, and a last head that never decays."""
+    """Return short half-lives, and a last head that never decays."""
     return {} if decay == "none" else {"decay_half_lives": [0.5 * 4**k for k in range(n_head - 1)] + [None]}
 
 
-def state_of(model: BDHForCausalLM, position: Tensor, dtype: torch.dtype) -> BDHState:
+def random_state(model: BDHForCausalLM, position: Tensor, dtype: torch.dtype) -> BDHState:
     zeros = BDHState.zeros(model.config, len(position), dtype=dtype).synapses
     return BDHState([torch.randn_like(S).requires_grad_() for S in zeros], position, int(position.max()))
 
 
-def passed(
+def run(
     model: BDHForCausalLM,
     kernels: str,
     x: Tensor,
     state: BDHState | None = None,
     max_saved_bytes: int | None = None,
-    **given: Any,
+    **kwargs: Any,
 ) -> list[Tensor]:
-    """What comes out of all layers, the synapses after, and the gradients of all that comes in."""
+    """Return the output of all layers, the synapses after, and the gradients of all inputs and weights."""
     use_kernels(model.model.layer, kernels, CPU)
     if max_saved_bytes is not None and isinstance(model.model.layer.kernels, FusedLayer):
         model.model.layer.kernels.max_saved_bytes = max_saved_bytes
     x = x.clone().requires_grad_()
     before = [] if state is None else state.synapses
     carried = {} if state is None else {"past_key_values": BDHState(before, state.position, state.length)}
-    out = model.model(inputs_embeds=x, use_cache=state is not None, **carried, **given)
+    out = model.model(inputs_embeds=x, use_cache=state is not None, **carried, **kwargs)
     results = [out.last_hidden_state, *([] if state is None else getattr(out, STATE).synapses)]
     random = torch.Generator().manual_seed(5)
     loss = sum((y * torch.randn(y.shape, generator=random, dtype=torch.float64)).sum() for y in results)
@@ -82,7 +78,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
         assert (a - b).norm() <= tolerance * (1 + b.norm())
 
 
-GATED = [  # decay, write, T, chunk, carried, keeps
+GATED = [  # decay, write, T, chunk, carried, saves
     ("gated", "add", 13, 16, False, False),
     ("gated", "add", 21, 8, True, True),
     ("gated", "delta", 13, 16, False, False),
@@ -92,40 +88,40 @@ GATED = [  # decay, write, T, chunk, carried, keeps
 
 
 @pytest.mark.parametrize(
-    ("decay", "write", "T", "chunk", "carried", "keeps"),
+    ("decay", "write", "T", "chunk", "carried", "saves"),
     [
         *(
-            ("none", "add", T, chunk, carried, keeps)
+            ("none", "add", T, chunk, carried, saves)
             for T, chunk in [(1, 8), (13, 16), (21, 8)]
             for carried in [False, True]
-            for keeps in [False, True]
+            for saves in [False, True]
         ),
         *GATED,
     ],
 )
-def test_so_do_they_in_triton(
-    decay: str, write: str, T: int, chunk: int, carried: bool, keeps: bool, monkeypatch: pytest.MonkeyPatch
+def test_triton_equals_the_model(
+    decay: str, write: str, T: int, chunk: int, carried: bool, saves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for kernel in TILES:  # so that small sizes take several
         monkeypatch.setitem(TILES[kernel], torch.float32, Tiles(16, 16, 16, 4, 2))
     sizes: dict[str, Any] = {"n_embd": 20, "mlp_internal_dim_multiplier": 3, "n_layer": 2, "chunk_size": chunk}
-    model = model_of(dtype=torch.float32, **sizes, decay=decay, write=write, **half_lives(decay, 2))
+    model = make_model(dtype=torch.float32, **sizes, decay=decay, write=write, **half_lives(decay, 2))
     x = torch.randn(2, T, 20)
-    given: dict[str, Any] = {"document_ids": torch.arange(T).expand(2, T) // 5}
+    kwargs: dict[str, Any] = {"document_ids": torch.arange(T).expand(2, T) // 5}
     if carried:
-        given["state"] = state_of(model, torch.tensor([3, 10**6]), torch.float32)
-    expected = passed(model, "reference", x, **given)
+        kwargs["state"] = random_state(model, torch.tensor([3, 10**6]), torch.float32)
+    expected = run(model, "reference", x, **kwargs)
     monkeypatch.setattr("bdh.kernels.dispatch.make_operations", lambda *args: TritonOperations())
-    if keeps:
-        keep_neurons(monkeypatch)
+    if saves:
+        enable_saving(monkeypatch)
     # The gradient of the log-decay is a sum of differences, which float32 rounds.
-    assert_close(passed(model, "torch", x, **given), expected, 1e-5 if decay == "none" else 5e-4)
+    assert_close(run(model, "torch", x, **kwargs), expected, 1e-5 if decay == "none" else 5e-4)
 
 
-def keep_neurons(monkeypatch: pytest.MonkeyPatch, room: int = 1 << 30) -> None:
-    """Lets TritonOperations keep X, R and Z in so many bytes, as those of Hopper do for some sizes."""
+def enable_saving(monkeypatch: pytest.MonkeyPatch, max_bytes: int = 1 << 30) -> None:
+    """Make TritonOperations save X, R and Z in so many bytes, as those of Hopper do for some sizes."""
     monkeypatch.setattr(TritonOperations, "should_save_activations", lambda *sizes: True)
-    monkeypatch.setattr("bdh.kernels.dispatch.max_saved_bytes", lambda device: room)
+    monkeypatch.setattr("bdh.kernels.dispatch.max_saved_bytes", lambda device: max_bytes)
 
 
 @settings(max_examples=150, deadline=None)
@@ -141,11 +137,11 @@ def keep_neurons(monkeypatch: pytest.MonkeyPatch, room: int = 1 << 30) -> None:
     start=st.sampled_from([0, 3, 1000, 10**6]),
     with_state=st.booleans(),
     with_documents=st.booleans(),
-    room=st.sampled_from([0, 1 << 30]),
+    max_bytes=st.sampled_from([0, 1 << 30]),
     decay=st.sampled_from(["none", "fixed", "gated"]),
     write=st.sampled_from(["add", "delta"]),
 )
-def test_it_is_the_function_of_the_model_and_its_gradient(
+def test_outputs_and_gradients_equal_those_of_the_model(
     seed: int,
     B: int,
     h: int,
@@ -157,7 +153,7 @@ def test_it_is_the_function_of_the_model_and_its_gradient(
     start: int,
     with_state: bool,
     with_documents: bool,
-    room: int,
+    max_bytes: int,
     decay: str,
     write: str,
 ) -> None:
@@ -169,18 +165,18 @@ def test_it_is_the_function_of_the_model_and_its_gradient(
         "mlp_internal_dim_multiplier": multiplier,
         "chunk_size": chunk,
     }
-    model = model_of(seed, **sizes, decay=decay, write=write, **half_lives(decay, h))
+    model = make_model(seed, **sizes, decay=decay, write=write, **half_lives(decay, h))
     x = torch.randn(B, T, D, dtype=torch.float64)
-    state = state_of(model, torch.arange(B) + start, torch.float64) if with_state else None
-    given: dict[str, Any] = {"document_ids": (torch.rand(B, T) < 0.2).cumsum(1)} if with_documents else {}
-    expected = passed(model, "reference", x, state, **given)
-    assert_close(passed(model, "torch", x, state, room, **given), expected, 1e-8)
+    state = random_state(model, torch.arange(B) + start, torch.float64) if with_state else None
+    kwargs: dict[str, Any] = {"document_ids": (torch.rand(B, T) < 0.2).cumsum(1)} if with_documents else {}
+    expected = run(model, "reference", x, state, **kwargs)
+    assert_close(run(model, "torch", x, state, max_bytes, **kwargs), expected, 1e-8)
 
 
 @pytest.mark.parametrize("T", [1, 5, 16, 17, 300])  # of chunks of 16; 300 also of one chunk, in blocks
 @pytest.mark.parametrize("silent", ["tokens", "neurons"])
 def test_silent_rows_give_no_activity_and_finite_gradients(T: int, silent: str) -> None:
-    model = model_of(n_embd=8, chunk_size=16 if T < 300 else 300)
+    model = make_model(n_embd=8, chunk_size=16 if T < 300 else 300)
     x = torch.randn(2, T, 8, dtype=torch.float64)
     with torch.no_grad():
         if silent == "neurons":
@@ -188,28 +184,28 @@ def test_silent_rows_give_no_activity_and_finite_gradients(T: int, silent: str) 
         else:
             model.model.layer.encoder.weight[:, 0] = -x[0, 0, 0].sign()
             x[:, ::2] = 0
-    results = passed(model, "torch", x)
-    assert all(one.isfinite().all() for one in results)
-    assert_close(results, passed(model, "reference", x), 1e-9)
+    results = run(model, "torch", x)
+    assert all(result.isfinite().all() for result in results)
+    assert_close(results, run(model, "reference", x), 1e-9)
 
 
 def test_float32_and_bfloat16_are_as_close_to_the_truth_as_the_plain_form() -> None:
     sizes: dict[str, Any] = {"n_layer": 3, "n_embd": 32, "n_head": 4, "chunk_size": 16, "initializer_range": 0.2}
-    model = model_of(dtype=torch.float32, **sizes)
+    model = make_model(dtype=torch.float32, **sizes)
     x = torch.randn(4, 40, 32)
-    state = state_of(model, torch.tensor([0, 5, 100, 1000]), torch.float32)
-    exact = model_of(dtype=torch.float64, **sizes)
+    state = random_state(model, torch.tensor([0, 5, 100, 1000]), torch.float32)
+    exact = make_model(dtype=torch.float64, **sizes)
     exact.load_state_dict(model.state_dict())
-    truth = passed(exact, "reference", x.double(), state.to(dtype=torch.float64))
-    assert_close([y.double() for y in passed(model, "torch", x, state)], truth, 1e-4)
+    truth = run(exact, "reference", x.double(), state.to(dtype=torch.float64))
+    assert_close([y.double() for y in run(model, "torch", x, state)], truth, 1e-4)
     with torch.autocast("cpu", torch.bfloat16):
-        plain, ours = (passed(model, kernels, x, state) for kernels in ("reference", "torch"))
-    assert all(one.dtype == torch.float32 for one in ours)
+        plain, ours = (run(model, kernels, x, state) for kernels in ("reference", "torch"))
+    assert all(result.dtype == torch.float32 for result in ours)
     assert off(ours, truth) < 1.2 * off(plain, truth) < 0.1
 
 
 def off(found: list[Tensor], truth: list[Tensor]) -> float:
-    """By how much tensors are off in the mean, as a part of their norms."""
+    """Return the mean relative error of tensors."""
     return sum(((a - b).norm() / b.norm()).item() for a, b in zip(found, truth, strict=True)) / len(truth)
 
 
@@ -218,53 +214,37 @@ def off(found: list[Tensor], truth: list[Tensor]) -> float:
 
 def test_dropout_is_drawn_from_torchs_generator_and_used_alike_both_ways() -> None:
     """Against the plain form with the masks that the seed stands for, which a hook applies before the decoder."""
-    model = model_of(n_head=3, mlp_internal_dim_multiplier=6, n_embd=8, chunk_size=5)
+    model = make_model(n_head=3, mlp_internal_dim_multiplier=6, n_embd=8, chunk_size=5)
     x = torch.randn(2, 12, 8, dtype=torch.float64)  # three chunks, the last with two tokens
     model.config.dropout = 0.3
     torch.manual_seed(7)
-    found = passed(model, "torch", x)
+    found = run(model, "torch", x)
     after = torch.get_rng_state()
     torch.manual_seed(7)
-    assert_close(passed(model, "torch", x), found, 0)
-    assert not torch.allclose(passed(model, "torch", x)[0], found[0])
+    assert_close(run(model, "torch", x), found, 0)
+    assert not torch.allclose(run(model, "torch", x)[0], found[0])
 
     torch.manual_seed(7)
     seed = int(torch.randint(2**63 - 1, ()))
     assert torch.equal(torch.get_rng_state(), after)
-    masks = [keeps(torch.empty(6, 5, 16), Dropout(0.3, seed, head)) for head in range(3)]  # 3 x (G, C, N)
+    masks = [dropout_mask(torch.empty(6, 5, 16), Dropout(0.3, seed, head)) for head in range(3)]  # 3 x (G, C, N)
     mask = torch.cat([kept.view(2, 15, 16)[:, :12] != 0 for kept in masks], dim=-1) / 0.7  # (B, T, n)
     model.config.dropout = 0.0
     hook = model.model.layer.decoder.register_forward_pre_hook(lambda module, given: (given[0] * mask,))
-    assert_close(found, passed(model, "reference", x), 1e-10)
+    assert_close(found, run(model, "reference", x), 1e-10)
     hook.remove()
-    expected = passed(model.eval(), "reference", x)
+    expected = run(model.eval(), "reference", x)
     model.config.dropout = 0.3
     state = torch.get_rng_state()
-    assert_close(passed(model, "torch", x), expected, 1e-10)
+    assert_close(run(model, "torch", x), expected, 1e-10)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.99])
-def test_dropout_drops_its_share_of_everything(p: float) -> None:
-    """By neuron, by token, by neighbours and between heads, as chance would have it."""
-    size, tokens, N = (8, 64, 512), 512, 512
-    kept = [keeps(torch.empty(size), Dropout(p, 12345, head)).view(tokens, N) != 0 for head in range(2)]
-    sure = 5 * (p * (1 - p)) ** 0.5  # five standard deviations of one draw
-    for dropped in (~kept[0], ~kept[1]):
-        assert abs(dropped.double().mean() - p) < sure / (tokens * N) ** 0.5
-        assert (dropped.double().mean(0) - p).abs().max() < sure / tokens**0.5
-        assert (dropped.double().mean(1) - p).abs().max() < sure / N**0.5
-        for shifts in ((0, 1), (1, 0), (1, 1), (64, 0), (7, 8)):
-            both = (dropped & dropped.roll(shifts, (0, 1))).double().mean()
-            assert abs(both - p * p) < 5 * p / (tokens * N) ** 0.5
-    assert abs((~kept[0] & ~kept[1]).double().mean() - p * p) < 5 * p / (tokens * N) ** 0.5
 
 
 # ------------------------------------------------------------------------------------------------ memory
 
 
-def kept_bytes(work: Callable[[], Any]) -> int:
-    """Bytes of all that a forward pass keeps for the backward pass; `work` returns what came out, to stay alive."""
+def saved_bytes(work: Callable[[], Any]) -> int:
+    """Return the bytes that a forward pass saves for its backward pass; `work` returns the results, to keep them."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -278,57 +258,46 @@ def kept_bytes(work: Callable[[], Any]) -> int:
 
 
 def test_nothing_of_all_neurons_is_kept_where_there_is_no_room() -> None:
-    model = model_of(n_embd=8, n_head=4, mlp_internal_dim_multiplier=128)  # 1024 neurons
+    model = make_model(n_embd=8, n_head=4, mlp_internal_dim_multiplier=128)  # 1024 neurons
     x = torch.randn(2, 20, 8, dtype=torch.float64)
 
-    def kept(kernels: str) -> int:
+    def saved(kernels: str) -> int:
         use_kernels(model.model.layer, kernels, CPU)
         if isinstance(model.model.layer.kernels, FusedLayer):
             model.model.layer.kernels.max_saved_bytes = 0
-        return kept_bytes(lambda: model.model(inputs_embeds=x))
+        return saved_bytes(lambda: model.model(inputs_embeds=x))
 
     weights = sum(p.numel() * p.element_size() for p in model.model.layer.parameters())
     one_tensor = 2 * 20 * 1024 * 8
-    assert kept("torch") < one_tensor < kept("reference") - weights
+    assert saved("torch") < one_tensor < saved("reference") - weights
     with torch.no_grad():
-        assert kept("torch") == 0
-
-
-def test_a_cpu_keeps_neurons_unless_its_products_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    op = TorchOperations(CPU)
-    for fast in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
-        assert op.should_save_activations(16, 16, 8, torch.float32) and not op.should_save_activations(
-            16, 16, 8, torch.float16
-        )
-        assert op.should_save_activations(16, 16, 8, torch.bfloat16) != fast
-    assert not TorchOperations(torch.device("cuda")).should_save_activations(16, 16, 8, torch.float32)
+        assert saved("torch") == 0
 
 
 def test_neurons_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of(dtype=torch.float32, n_embd=8, n_head=2, mlp_internal_dim_multiplier=32, n_layer=2, dropout=0.2)
+    model = make_model(dtype=torch.float32, n_embd=8, n_head=2, mlp_internal_dim_multiplier=32, n_layer=2, dropout=0.2)
     x = torch.randn(2, 20, 8)
     monkeypatch.setattr("bdh.kernels.dispatch.make_operations", lambda *args: TritonOperations())
     size = 2 * 3 * (2 * 20 * 256 * 4)  # bytes of X, R and Z of both layers
     found = []
-    for room in (0, size - 1, size):
-        keep_neurons(monkeypatch, room)
+    for max_bytes in (0, size - 1, size):
+        enable_saving(monkeypatch, max_bytes)
         use_kernels(model.model.layer, "torch", CPU)
         torch.manual_seed(1)
-        found.append(kept_bytes(lambda: model.model(inputs_embeds=x)))
+        found.append(saved_bytes(lambda: model.model(inputs_embeds=x)))
     assert found[0] == found[1] and found[2] - found[1] == size
     torch.manual_seed(1)
-    first = passed(model, "torch", x)  # with what is kept, and with what is made again
-    keep_neurons(monkeypatch, 0)
+    first = run(model, "torch", x)  # with what is kept, and with what is made again
+    enable_saving(monkeypatch, 0)
     torch.manual_seed(1)
-    assert_close(passed(model, "torch", x), first, 1e-5)
+    assert_close(run(model, "torch", x), first, 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ where it does not go
 
 
 def test_padding_hooks_and_single_tokens_take_the_plain_form() -> None:
-    model = model_of(n_layer=2, n_embd=8).eval()
+    model = make_model(n_layer=2, n_embd=8).eval()
     layer = model.model.layer
     tokens = torch.randint(11, (2, 9))
     mask = torch.ones_like(tokens)
@@ -354,69 +323,10 @@ def test_padding_hooks_and_single_tokens_take_the_plain_form() -> None:
     assert len(seen) == 2 and goes(embeds)
 
 
-def test_auto_leaves_little_work_to_the_plain_form() -> None:
-    model = model_of(n_embd=8, mlp_internal_dim_multiplier=64)  # 256 neurons a head
-    use_kernels(model.model.layer, "auto", CPU)
-    kernels = model.model.layer.kernels
-    assert kernels is not None
-    small, large = (torch.zeros(8, T, 8, dtype=torch.float64) for T in (16, 128))
-    assert kernels.begin(model.model.layer, small, None, None, None) is None
-    assert kernels.begin(model.model.layer, large, None, None, None) is not None
-
-
-def test_auto_takes_triton_on_hopper_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice alone: there is no such GPU here, and the interpreter stands in for it."""
-    monkeypatch.setattr("bdh.kernels.dispatch.triton_unavailable", lambda device: None)
-    monkeypatch.setattr("bdh.kernels.dispatch.make_operations", lambda *args: TritonOperations())
-    monkeypatch.setattr("bdh.kernels.dispatch.max_saved_bytes", lambda device: 0)
-    monkeypatch.setattr("bdh.kernels.dispatch.hopper_unavailable", lambda *args: "no Gluon here")
-    monkeypatch.setitem(MIN_PRODUCTS, "triton", 0)
-    model = model_of(dtype=torch.float32, n_embd=16, mlp_internal_dim_multiplier=4)
-    layer, x = model.model.layer, torch.randn(2, 7, 16)
-    for capability, taken in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        use_kernels(layer, "auto", torch.device("cuda"))
-        assert (layer.kernels is not None) == taken
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    use_kernels(layer, "auto", torch.device("cuda"))
-    assert layer.kernels is not None and layer.kernels.begin(layer, x, None, None, None) is None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer.kernels.begin(layer, x, None, None, None) is not None
-    use_kernels(layer, "triton", torch.device("cuda"))
-    assert layer.kernels.begin(layer, x, None, None, None) is not None
-    assert layer.kernels.begin(model.double().model.layer, x.double(), None, None, None) is None  # it knows no float64
-
-
-def test_adapters_take_the_plain_form_or_are_refused() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model = model_of(n_embd=8)
-    get_peft_model(model, LoraConfig(r=2, target_modules=["encoder_v.1"]))
-    use_kernels(model.model.layer, "auto", CPU)
-    assert model.model.layer.kernels is None
-    with pytest.raises(BDHError, match=r"model\.kernels is torch, but it works on plain weights, and this model has"):
-        use_kernels(model.model.layer, "torch", CPU)
-    with pytest.raises(BDHError, match=r"model\.kernels is triton, but Triton needs an NVIDIA GPU, and the device is"):
-        use_kernels(model_of().model.layer, "triton", CPU)
-
-
-def test_weights_that_are_gathered_when_used_take_the_plain_form_or_are_refused() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        layer = model_of(n_embd=8).model.layer
-        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
-        use_kernels(layer, "auto", CPU)
-        assert layer.kernels is None
-        with pytest.raises(BDHError, match=r"model\.kernels is torch, but it does not work with distributed\.strategy"):
-            use_kernels(layer, "torch", CPU)
-    finally:
-        dist.destroy_process_group()
-
-
 def test_frozen_weights_leave_the_gradient_of_x() -> None:
-    model = model_of(n_embd=8)
+    model = make_model(n_embd=8)
     x = torch.randn(2, 7, 8, dtype=torch.float64)
-    expected = passed(model, "reference", x)[1]
+    expected = run(model, "reference", x)[1]
     model.requires_grad_(False)
     use_kernels(model.model.layer, "torch", CPU)
     x.requires_grad_()
