@@ -1,4 +1,4 @@
-"""The parts of a decoding step on a CPU, each in several forms: which of them `bdh.kernels.decode` uses, and why.
+"""Speed of the parts of a decoding step on a CPU, each in several implementations, for `bdh.kernels.decode`.
 
     python -m benchmarks.decode_cpu_parts [--rows 1 8] [--rounds 25]
 

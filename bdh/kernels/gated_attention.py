@@ -173,14 +173,7 @@ class GatedAttention:
         return A, end, (M, states, *((Q, end) if self.needs_decay_gradient else (None, None)))
 
     def forward_chunks(
-        self,
-        heads: slice,
-        R: Tensor,
-        M: Tensor,
-        inverse: Tensor,
-        beta: Tensor,
-        squares: Tensor,
-        S: Tensor | None,
+        self, heads: slice, R: Tensor, M: Tensor, inverse: Tensor, beta: Tensor, squares: Tensor, S: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Return A, U and Q (k * G, C, D), S before each chunk (k * B, c, N, D), and the last S, for the delta rule.
 
@@ -199,15 +192,7 @@ class GatedAttention:
         return A, U, Q, states, state
 
     def scan(
-        self,
-        heads: slice,
-        R: Tensor,
-        W: Tensor,
-        Y: Tensor,
-        state: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        back: bool,
+        self, heads: slice, R: Tensor, W: Tensor, Y: Tensor, state: Tensor | None, cos: Tensor, sin: Tensor, back: bool
     ) -> tuple[Tensor, Tensor]:
         """Call `GatedOperations.scan_delta`: (k * G, ...) -> the states (k * B, c, N, D) and Q (k * G, C, D)."""
         remains = self.of_heads(self.gates.remains, heads)  # (k * B, c)

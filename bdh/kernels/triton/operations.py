@@ -31,7 +31,6 @@ class Tiles:
         warps: Warps of a program.
         stages: Software pipelining stages.
         group: Rows of tiles that share the cache.
-        registers: Limit for a thread; None leaves it to the compiler.
     """
 
     rows: int
@@ -40,7 +39,6 @@ class Tiles:
     warps: int
     stages: int
     group: int = 8
-    registers: int | None = None
 
 
 # By kernel, for bfloat16 and for float32; `benchmarks/kernel_speed.py --tune` measures others.
@@ -337,7 +335,4 @@ def all_divisible(*sizes: tuple[int, int]) -> bool:
 
 def run(kernel: Any, grid: tuple[int, ...], tiles: Tiles, *arguments: object, **constants: object) -> None:
     assert all(argument.is_contiguous() for argument in arguments if isinstance(argument, Tensor))
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    if tiles.registers is not None:
-        options["maxnreg"] = tiles.registers
-    launch(kernel, grid, arguments, constants, **options)
+    launch(kernel, grid, arguments, constants, num_warps=tiles.warps, num_stages=tiles.stages)
