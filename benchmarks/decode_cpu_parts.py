@@ -24,7 +24,7 @@ from bdh.kernels.decode.cpu_step import (
     lazy_zeros,
     read_pending,
     rotate_pairs,
-    runs_of,
+    split_runs,
     sum_rows,
 )
 from bdh.kernels.decode.cpu_weights import (
@@ -85,7 +85,7 @@ def writing(rows: int) -> Forms:
     forms: Forms = {"one token, addr_": lambda: table.addr_(R[0, :, 0].flatten(), x[0, 0])}
     for W in (8, 16, 32):
         forms[f"{W} tokens, baddbmm_ (each {W} tokens)"] = partial(flush, S[0], R[0, :, :W], x[0, :W])
-        forms[f"{W // 2} pending tokens read"] = partial(read_pending, R[:, :, 0], A, R, x, runs_of([0], [W // 2]))
+        forms[f"{W // 2} pending tokens read"] = partial(read_pending, R[:, :, 0], A, R, x, split_runs([0], [W // 2]))
     return forms
 
 

@@ -12,8 +12,8 @@ from bdh.inference.runner import PREFILL_ALIGNMENT, pieces
 from bdh.kernels.decode.cpu_step import (
     Decays,
     DecayStep,
-    Run,
     SlotPhases,
+    SlotRun,
     TokenGates,
     flush,
     flush_gated,
@@ -21,7 +21,7 @@ from bdh.kernels.decode.cpu_step import (
     read_gated_pending,
     read_pending,
     rotate_pairs,
-    runs_of,
+    split_runs,
     sum_rows,
 )
 from bdh.kernels.decode.cpu_weights import INT4_GROUP, make_matrices
@@ -48,7 +48,7 @@ class DecodeStep:
     """
 
     phases: Tensor
-    runs: list[Run]
+    runs: list[SlotRun]
     starts: list[int]
     pending_rows: tuple[Tensor, Tensor]
     decays: DecayStep | None
@@ -180,7 +180,7 @@ class CPURunner:
         ]
         return DecodeStep(
             phases=self.phases.at(slots, [self.position[slot] for slot in slots]),
-            runs=runs_of(slots, counts),
+            runs=split_runs(slots, counts),
             starts=[slot * self.h * self.N for slot in slots],
             pending_rows=(torch.tensor(heads), torch.tensor(first)),
             decays=None if self.decays is None else self.decays.begin(slots, counts),

@@ -77,17 +77,12 @@ class PlainAttention:
     heads_per_call = 1
 
     def __init__(self, context: ForwardContext, x: Tensor, B: int):
-        self.op, self.chunk_phases, self.documents = context.operations, context.chunk_phases, context.documents
+        self.op, self.chunk_phases = context.operations, context.chunk_phases
+        self.documents = documents = context.documents
+        self.document_ids = None if documents is None else documents.ids  # (G, C)
+        self.retention = None if documents is None else documents.keeps_state  # (B, c)
         self.x, self.B, self.c = x, B, len(x) // B
-        self.values = x if self.documents is None else x * self.documents.writes_state  # (G, C, D)
-
-    @property
-    def document_ids(self) -> Tensor | None:
-        return None if self.documents is None else self.documents.ids  # (G, C)
-
-    @property
-    def retention(self) -> Tensor | None:
-        return None if self.documents is None else self.documents.keeps_state  # (B, c)
+        self.values = x if documents is None else x * documents.writes_state  # (G, C, D)
 
     def forward(
         self, heads: slice, R: Tensor, S: Tensor | None

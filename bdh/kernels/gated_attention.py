@@ -52,7 +52,7 @@ class ChunkedGates:
         beta: Write strength, (h, G, C); None for "add".
         reads: exp(u), 0 for tokens that do not see the synapses before their chunk: (h, G, C).
         writes: exp(u_C - u), 0 for tokens that do not remain in the synapses after their chunk: (h, G, C).
-        remains: exp(u_C), 0 for chunks that begin a document: (h, B, c).
+        retention: exp(u_C), 0 for chunks that begin a document: (h, B, c).
 
     The last three are u for single chunks without a state.
     """
@@ -61,32 +61,32 @@ class ChunkedGates:
     beta: Tensor | None
     reads: Tensor
     writes: Tensor
-    remains: Tensor
+    retention: Tensor
 
     @classmethod
     def split(cls, gates: Gates, context: ForwardContext, with_state: bool) -> "ChunkedGates":
         """Split gates of (B, h, T) tokens; padding of the last chunk neither decays nor writes."""
-        some = gates.log_decay if gates.log_decay is not None else gates.write_strength
-        assert some is not None
-        (B, h, T), C = some.shape, context.C
+        any_gate = gates.log_decay if gates.log_decay is not None else gates.write_strength
+        assert any_gate is not None
+        (B, h, T), C = any_gate.shape, context.C
         c = -(-T // C)
 
         def chunks(gate: Tensor) -> Tensor:
             padded = F.pad(gate, (0, c * C - T)) if c * C > T else gate  # (B, h, c * C)
             return padded.transpose(0, 1).contiguous().view(h, B * c, C)  # (h, G, C)
 
-        log_decay = some.new_zeros(h, B * c, C) if gates.log_decay is None else chunks(gates.log_decay)  # (h, G, C)
+        log_decay = any_gate.new_zeros(h, B * c, C) if gates.log_decay is None else chunks(gates.log_decay)  # (h, G, C)
         beta = None if gates.write_strength is None else chunks(gates.write_strength)  # (h, G, C)
         u = log_decay.cumsum(-1)  # (h, G, C)
         if c == 1 and not with_state:
             return cls(u, beta, u, u, u)
         last = u[..., -1:]  # (h, G, 1)
-        reads, writes, remains = u.exp(), (last - u).exp(), last.exp().view(h, B, c)
+        reads, writes, retention = u.exp(), (last - u).exp(), last.exp().view(h, B, c)
         if (documents := context.documents) is not None:
             reads = reads * documents.reads_state[..., 0]  # (h, G, C)
             writes = writes * documents.writes_state[..., 0]  # (h, G, C)
-            remains = remains * documents.keeps_state  # (h, B, c)
-        return cls(u, beta, reads, writes, remains)
+            retention = retention * documents.keeps_state  # (h, B, c)
+        return cls(u, beta, reads, writes, retention)
 
 
 class GatedAttention:
@@ -106,7 +106,8 @@ class GatedAttention:
 
     def __init__(self, context: ForwardContext, gates: ChunkedGates, x: Tensor, B: int, with_state: bool):
         self.op, self.gated_op = context.operations, context.operations.gated_attention
-        self.documents, self.chunk_phases = context.documents, context.chunk_phases
+        self.document_ids = None if context.documents is None else context.documents.ids  # (G, C)
+        self.chunk_phases = context.chunk_phases
         self.gates, self.x, self.B, self.c = gates, x, B, len(x) // B
         self.with_state = with_state
         self.has_past = with_state or self.c > 1
@@ -118,10 +119,6 @@ class GatedAttention:
         self.needs_decay_gradient = False
         self.difference = torch.empty_like(gates.u)  # (h, G, C)  A . E - U . V
         self.d_beta = torch.empty_like(gates.u)  # (h, G, C)
-
-    @property
-    def document_ids(self) -> Tensor | None:
-        return None if self.documents is None else self.documents.ids  # (G, C)
 
     def of_heads(self, per_head: Tensor, heads: slice) -> Tensor:
         """Select heads: (h, G, C) -> (k * G, C), and (h, B, c) -> (k * B, c)."""
@@ -165,8 +162,8 @@ class GatedAttention:
             return A, None, (M, None, None, None)
         values = self.gated_op.scaled_difference(self.of_heads(self.gates.writes, heads), self.x)  # (G, C, D)
         written = (R.mT @ values).unflatten(0, (self.B, self.c))  # (B, c, N, D)
-        remains = self.of_heads(self.gates.remains, heads)  # (B, c)
-        states, end = self.op.scan(written, S, *self.chunk_phases, remains)  # (B, c, N, D), (B, N, D)
+        retention = self.of_heads(self.gates.retention, heads)  # (B, c)
+        states, end = self.op.scan(written, S, *self.chunk_phases, retention)  # (B, c, N, D), (B, N, D)
         states = states.flatten(0, 1)  # (G, N, D)  S before each chunk
         Q = R @ states  # (G, C, D)
         self.gated_op.add_scaled_(A, Q, self.of_heads(self.gates.reads, heads))  # (G, C, D)
@@ -195,9 +192,9 @@ class GatedAttention:
         self, heads: slice, R: Tensor, W: Tensor, Y: Tensor, state: Tensor | None, cos: Tensor, sin: Tensor, back: bool
     ) -> tuple[Tensor, Tensor]:
         """Call `GatedOperations.scan_delta`: (k * G, ...) -> the states (k * B, c, N, D) and Q (k * G, C, D)."""
-        remains = self.of_heads(self.gates.remains, heads)  # (k * B, c)
+        retention = self.of_heads(self.gates.retention, heads)  # (k * B, c)
         R, W, Y = (each.unflatten(0, (-1, self.c)) for each in (R, W, Y))  # (k * B, c, ...)
-        states, Q = self.gated_op.scan_delta(R, W, Y, remains, state, cos, sin, back)
+        states, Q = self.gated_op.scan_delta(R, W, Y, retention, state, cos, sin, back)
         return states, Q.flatten(0, 1)
 
     # -------------------------------------------------------------------------------------------------- backward
@@ -246,8 +243,8 @@ class GatedAttention:
             reads, writes = self.of_heads(self.gates.reads, heads), self.of_heads(self.gates.writes, heads)  # (G, C)
             read_gradient = self.gated_op.scaled_difference(reads, dA)  # (G, C, D)
             of_states = (R.mT @ read_gradient).unflatten(0, (self.B, self.c))  # (B, c, N, D)
-            remains = self.of_heads(self.gates.remains, heads)  # (B, c)
-            of_written, dS_before = self.op.scan_backward(of_states, dS, *self.chunk_phases, remains)
+            retention = self.of_heads(self.gates.retention, heads)  # (B, c)
+            of_written, dS_before = self.op.scan_backward(of_states, dS, *self.chunk_phases, retention)
             of_written = of_written.flatten(0, 1)  # (G, N, D)
             P = R @ of_written  # (G, C, D)
             self.gated_op.add_scaled_(dx, P, writes)  # (G, C, D)

@@ -84,19 +84,19 @@ class GatedOperations(Protocol):
         R: Tensor,
         W: Tensor,
         Y: Tensor,
-        remains: Tensor,
+        retention: Tensor,
         state: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         back: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Scan the state over chunks: Q = R state, Y -= W Q, state = rope_(-C)(remains state + R^T Y).
+        """Scan the state over chunks: Q = R state, Y -= W Q, state = rope_(-C)(retention state + R^T Y).
 
         Args:
             R: (B, c, C, N) dt.
             W: (B, c, C, C) dt, or its transpose in memory.
             Y: (B, c, C, D) dt; changed in place.
-            remains: (B, c) wide.
+            retention: (B, c) wide.
             state: Before the first chunk, (B, N, D) wide; overwritten with the one after the last. None for zeros, if
                 the last state is not needed.
             cos: Of C tokens, (N/2) wide.

@@ -13,7 +13,7 @@ from torch import Tensor
 from bdh.errors import BDHError
 from bdh.inference.runner import ModelRunner, make_runner
 from bdh.inference.runner_cpu import MAX_PENDING, SHORT, CPURunner, DecodeStep
-from bdh.kernels.decode.cpu_step import SlotPhases, lazy_zeros, rotate_pairs, runs_of, sum_rows
+from bdh.kernels.decode.cpu_step import SlotPhases, lazy_zeros, rotate_pairs, split_runs, sum_rows
 from bdh.kernels.decode.cpu_weights import (
     FEW,
     INT4_GROUP,
@@ -393,7 +393,7 @@ def test_sums_of_rows(dtype: torch.dtype, slots: list[int], density: float, seed
 def test_runs_take_every_row_once(order: list[int], size: int, seed: int) -> None:
     slots, counts = order[:size], np.random.default_rng(seed).integers(0, 4, size).tolist()
     seen: list[int] = []
-    for run in runs_of(slots, counts):
+    for run in split_runs(slots, counts):
         rows = range(run.rows.start, run.rows.stop)
         assert [slots[row] for row in rows] == list(range(run.slots.start, run.slots.stop))
         is_pending = torch.ones(len(rows), 1, run.longest).bool() if run.is_pending is None else run.is_pending

@@ -28,16 +28,16 @@ def test_auto_leaves_little_work_to_the_plain_form() -> None:
 
 
 def test_auto_takes_triton_on_hopper_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice alone: there is no such GPU here, and the interpreter stands in for it."""
+    """Test the choice only, with Triton's interpreter instead of such a GPU."""
     monkeypatch.setattr("bdh.kernels.dispatch.triton_unavailable", lambda device: None)
     monkeypatch.setattr("bdh.kernels.dispatch.make_operations", lambda *args: TritonOperations())
     monkeypatch.setattr("bdh.kernels.dispatch.max_saved_bytes", lambda device: 0)
-    monkeypatch.setattr("bdh.kernels.dispatch.hopper_unavailable", lambda *args: "no Gluon here")
+    monkeypatch.setattr("bdh.kernels.dispatch.hopper_unavailable", lambda *args: "Gluon is missing")
     monkeypatch.setitem(MIN_PRODUCTS, "triton", 0)
     model = make_model(dtype=torch.float32, n_embd=16, mlp_internal_dim_multiplier=4)
     layer, x = model.model.layer, torch.randn(2, 7, 16)
     for capability, taken in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         use_kernels(layer, "auto", torch.device("cuda"))
         assert (layer.kernels is not None) == taken
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -71,9 +71,9 @@ def run(
     return [*results, *torch.autograd.grad(loss, wanted)]
 
 
-def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
+def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert (a - b).norm() <= tolerance * (1 + b.norm())
 
@@ -201,12 +201,12 @@ def test_float32_and_bfloat16_are_as_close_to_the_truth_as_the_plain_form() -> N
     with torch.autocast("cpu", torch.bfloat16):
         plain, ours = (run(model, kernels, x, state) for kernels in ("reference", "torch"))
     assert all(result.dtype == torch.float32 for result in ours)
-    assert off(ours, truth) < 1.2 * off(plain, truth) < 0.1
+    assert relative_error(ours, truth) < 1.2 * relative_error(plain, truth) < 0.1
 
 
-def off(found: list[Tensor], truth: list[Tensor]) -> float:
+def relative_error(actual: list[Tensor], truth: list[Tensor]) -> float:
     """Return the mean relative error of tensors."""
-    return sum(((a - b).norm() / b.norm()).item() for a, b in zip(found, truth, strict=True)) / len(truth)
+    return sum(((a - b).norm() / b.norm()).item() for a, b in zip(actual, truth, strict=True)) / len(truth)
 
 
 # ------------------------------------------------------------------------------------------------ dropout
@@ -218,11 +218,11 @@ def test_dropout_is_drawn_from_torchs_generator_and_used_alike_both_ways() -> No
     x = torch.randn(2, 12, 8, dtype=torch.float64)  # three chunks, the last with two tokens
     model.config.dropout = 0.3
     torch.manual_seed(7)
-    found = run(model, "torch", x)
+    actual = run(model, "torch", x)
     after = torch.get_rng_state()
     torch.manual_seed(7)
-    assert_close(run(model, "torch", x), found, 0)
-    assert not torch.allclose(run(model, "torch", x)[0], found[0])
+    assert_close(run(model, "torch", x), actual, 0)
+    assert not torch.allclose(run(model, "torch", x)[0], actual[0])
 
     torch.manual_seed(7)
     seed = int(torch.randint(2**63 - 1, ()))
@@ -231,7 +231,7 @@ def test_dropout_is_drawn_from_torchs_generator_and_used_alike_both_ways() -> No
     mask = torch.cat([kept.view(2, 15, 16)[:, :12] != 0 for kept in masks], dim=-1) / 0.7  # (B, T, n)
     model.config.dropout = 0.0
     hook = model.model.layer.decoder.register_forward_pre_hook(lambda module, given: (given[0] * mask,))
-    assert_close(found, run(model, "reference", x), 1e-10)
+    assert_close(actual, run(model, "reference", x), 1e-10)
     hook.remove()
     expected = run(model.eval(), "reference", x)
     model.config.dropout = 0.3
@@ -279,15 +279,15 @@ def test_neurons_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -
     x = torch.randn(2, 20, 8)
     monkeypatch.setattr("bdh.kernels.dispatch.make_operations", lambda *args: TritonOperations())
     size = 2 * 3 * (2 * 20 * 256 * 4)  # bytes of X, R and Z of both layers
-    found = []
+    actual = []
     for max_bytes in (0, size - 1, size):
         enable_saving(monkeypatch, max_bytes)
         use_kernels(model.model.layer, "torch", CPU)
         torch.manual_seed(1)
-        found.append(saved_bytes(lambda: model.model(inputs_embeds=x)))
-    assert found[0] == found[1] and found[2] - found[1] == size
+        actual.append(saved_bytes(lambda: model.model(inputs_embeds=x)))
+    assert actual[0] == actual[1] and actual[2] - actual[1] == size
     torch.manual_seed(1)
-    first = run(model, "torch", x)  # with what is kept, and with what is made again
+    first = run(model, "torch", x)  # from saved activations; below from recomputed ones
     enable_saving(monkeypatch, 0)
     torch.manual_seed(1)
     assert_close(run(model, "torch", x), first, 1e-5)
@@ -368,11 +368,11 @@ def test_a_run_learns_the_same_however_it_is_computed(tmp_path: Path) -> None:
     ]
     said = train_all(jobs, tmp_path)
     assert "notice: model.kernels was reference and is now torch" in said
-    found = {run.name: losses(run) for run in tmp_path.iterdir() if (run / "metrics.jsonl").exists()}
-    assert found["plain"][14:] and len(found["whole"]) == 14
-    assert found["carried"] == pytest.approx(found["plain_carried"], abs=1e-4)
-    assert found["heads"] == pytest.approx(found["plain"][:14], abs=1e-4)
-    assert found["half"] == found["whole"] != pytest.approx(found["heads"], abs=1e-4)
+    actual = {run.name: losses(run) for run in tmp_path.iterdir() if (run / "metrics.jsonl").exists()}
+    assert actual["plain"][14:] and len(actual["whole"]) == 14
+    assert actual["carried"] == pytest.approx(actual["plain_carried"], abs=1e-4)
+    assert actual["heads"] == pytest.approx(actual["plain"][:14], abs=1e-4)
+    assert actual["half"] == actual["whole"] != pytest.approx(actual["heads"], abs=1e-4)
     assert "kernels" not in json.loads((tmp_path / "carried" / "model" / "config.json").read_text())
 
 

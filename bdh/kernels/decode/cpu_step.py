@@ -64,7 +64,7 @@ def sum_rows(activity: Tensor, table: Tensor, starts: Sequence[int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Run:
+class SlotRun:
     """Rows of a batch in consecutive slots, so that they are one slice of a pool.
 
     Attributes:
@@ -80,7 +80,7 @@ class Run:
     is_pending: Tensor | None
 
 
-def runs_of(slots: Sequence[int], counts: Sequence[int]) -> list[Run]:
+def split_runs(slots: Sequence[int], counts: Sequence[int]) -> list[SlotRun]:
     """Split a batch into runs. Its rows are in `slots`, with `counts` pending tokens each."""
     cuts = [b for b in range(1, len(slots)) if slots[b] != slots[b - 1] + 1]
     runs = []
@@ -89,11 +89,11 @@ def runs_of(slots: Sequence[int], counts: Sequence[int]) -> list[Run]:
         is_pending = None
         if min(counts[start:stop]) < longest:
             is_pending = torch.arange(longest) < torch.tensor(counts[start:stop])[:, None, None]  # (rows, 1, longest)
-        runs.append(Run(slice(start, stop), slice(slots[start], slots[stop - 1] + 1), longest, is_pending))
+        runs.append(SlotRun(slice(start, stop), slice(slots[start], slots[stop - 1] + 1), longest, is_pending))
     return runs
 
 
-def read_pending(R: Tensor, A: Tensor, pending_R: Tensor, pending_x: Tensor, runs: Sequence[Run]) -> None:
+def read_pending(R: Tensor, A: Tensor, pending_R: Tensor, pending_x: Tensor, runs: Sequence[SlotRun]) -> None:
     """Add the sum over pending tokens of (R . R_s) x_s to A.
 
     Args:
@@ -244,7 +244,7 @@ class DecayStep:
 
 
 def read_gated_pending(
-    R: Tensor, A: Tensor, since: Tensor | None, pending_R: Tensor, pending_U: Tensor, runs: Sequence[Run]
+    R: Tensor, A: Tensor, since: Tensor | None, pending_R: Tensor, pending_U: Tensor, runs: Sequence[SlotRun]
 ) -> None:
     """Replace A by g A + the sum over pending tokens of g_s (R . R_s) U_s, where g is the retention since then.
 

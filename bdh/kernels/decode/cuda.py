@@ -407,7 +407,7 @@ def flush_pending(
     if pending_c is not None:
         list_c = pending_c + (slot_row * (n // N) + k) * W
         c_newest = tl.load(list_c + count - 1)
-        remains = tl.exp(c_newest - tl.load(list_c + w, mask=w < count, other=0.0))  # (W)
-        x = (x.to(tl.float32) * remains[:, None]).to(pending_x.dtype.element_ty)  # (W, D)
+        retention = tl.exp(c_newest - tl.load(list_c + w, mask=w < count, other=0.0))  # (W)
+        x = (x.to(tl.float32) * retention[:, None]).to(pending_x.dtype.element_ty)  # (W, D)
         before *= tl.exp(c_newest)
     tl.store(tile, before + tl.dot(R, x, input_precision="ieee"), mask=inside)

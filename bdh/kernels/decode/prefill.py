@@ -52,7 +52,7 @@ def rotate_tokens(
 def scan_synapses(
     R,  # (h, T, N)
     x,  # (T, D); (h, T, D) with decay: scaled by the retention until the end of the chunk
-    remains,  # (h, T / C) float32: retention of the synapses over each chunk; None without decay
+    retention,  # (h, T / C) float32: retention of the synapses over each chunk; None without decay
     S,  # (n, D) float32: before the first token; out: after the last
     before,  # (h, T / C, N, D), out: before each chunk
     T,
@@ -74,13 +74,13 @@ def scan_synapses(
     inside = (j < N)[:, None] & (d < D)[None, :]
     tile = j.to(tl.int64)[:, None] * D + d[None, :]
     total = tl.load(S + k * N * D + tile, mask=inside, other=0.0)  # (ROWS, COLUMNS) float32
-    if remains is not None:
+    if retention is not None:
         x += k * T * D
     for chunk in range(0, T // C):
         place = before + (k * (T // C) + chunk) * N * D
         tl.store(place + tile, total.to(before.dtype.element_ty), mask=inside)
-        if remains is not None:
-            total *= tl.load(remains + k * (T // C) + chunk)
+        if retention is not None:
+            total *= tl.load(retention + k * (T // C) + chunk)
         for start in range(chunk * C, (chunk + 1) * C, TOKENS):
             t = (start + tl.arange(0, TOKENS)).to(tl.int64)
             R_t = tl.load(R + (k * T + t)[None, :] * N + j[:, None], mask=(j < N)[:, None], other=0.0)  # (ROWS, TOKENS)
@@ -186,14 +186,14 @@ def attend_delta(R: Tensor, x: Tensor, S: Tensor, u: Tensor | None, beta: Tensor
     U = torch.bmm(inverse, x_c).view(h, chunks, C, D)
     inverse = (inverse * to_past[:, None, :]).view(h, chunks, C, C)
     to_end = ((u[:, -1:] - u).exp() * a).view(h, chunks, C, 1)  # scale of U at the end of its chunk
-    remains = u[:, -1].exp().view(h, chunks, 1, 1)
+    retention = u[:, -1].exp().view(h, chunks, 1, 1)
     R_c = R_c.view(h, chunks, C, N)
     past = torch.empty_like(U)  # (h, chunks, C, D)
     for c in range(chunks):
         past[:, c] = wide_product(R_c[:, c], S.to(R.dtype))  # (h, C, D)
         U[:, c] = torch.baddbmm(U[:, c], inverse[:, c], past[:, c], alpha=-1)  # (h, C, D)
         written = wide_product(R_c[:, c].mT, (to_end[:, c] * U[:, c]).to(R.dtype))  # (h, N, D)
-        torch.addcmul(written, S, remains[:, c], out=S)
+        torch.addcmul(written, S, retention[:, c], out=S)
     past = past.view(h * chunks, C, D) * to_past[..., None]  # (h chunks, C, D)
     return torch.baddbmm(past, M, U.view(h * chunks, C, D)).view(h, chunks * C, D)
 

@@ -98,7 +98,7 @@ class TorchGatedOperations:
         R: Tensor,
         W: Tensor,
         Y: Tensor,
-        remains: Tensor,
+        retention: Tensor,
         state: Tensor | None,
         cos: Tensor,
         sin: Tensor,
@@ -110,7 +110,7 @@ class TorchGatedOperations:
             states[:, i] = S
             Q[:, i] = R[:, i] @ states[:, i]
             Y[:, i] -= W[:, i] @ Q[:, i]
-            S = rotate_rows(S * remains[:, i, None, None] + R[:, i].mT @ Y[:, i], cos, -sin)  # (B, N, D)
+            S = rotate_rows(S * retention[:, i, None, None] + R[:, i].mT @ Y[:, i], cos, -sin)  # (B, N, D)
         if state is not None:
             state.copy_(S)
         return states, Q

@@ -272,19 +272,19 @@ def advance(
     before,  # (B, N, D), or None: zeros; B strided
     rest,  # (B, N, D), or None: the rest that rounding took from `before`; then of `after`
     written,  # (B, N, D)
-    remains,  # (B) float32, strided
+    retention,  # (B) float32, strided
     cos,  # (HALF) float32
     sin,  # (HALF) float32
     after,  # (B, N, D), out; B strided
     before_stride,
-    remains_stride,
+    retention_stride,
     after_stride,
     HALF,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """rope_(-C)(remains state + written), of PAIRS pairs of neurons and BLOCK_D values of each.
+    """rope_(-C)(retention state + written), of PAIRS pairs of neurons and BLOCK_D values of each.
 
     The state is the sum of a tensor of its dtype and `rest`, which rounding took from it: two bfloat16 tensors are
     faster to read and write than one of float32, and the products of the next chunk need the first of them.
@@ -303,7 +303,7 @@ def advance(
     if rest is not None:
         rest += b * size
     if before is not None:
-        share = tl.load(remains + b * remains_stride)
+        share = tl.load(retention + b * retention_stride)
         before += b * before_stride
         state = tl.load(before + tile, mask=inside, other=0.0).to(tl.float32)  # (PAIRS, BLOCK_D)
         state_odd = tl.load(before + tile + D, mask=inside, other=0.0).to(tl.float32)  # (PAIRS, BLOCK_D)

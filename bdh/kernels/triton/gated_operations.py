@@ -67,7 +67,7 @@ class TritonGatedOperations:
         R: Tensor,
         W: Tensor,
         Y: Tensor,
-        remains: Tensor,
+        retention: Tensor,
         state: Tensor | None,
         cos: Tensor,
         sin: Tensor,
@@ -75,7 +75,7 @@ class TritonGatedOperations:
     ) -> tuple[Tensor, Tensor]:
         states, Q = start_scan(R, Y, state, back)  # (B, c, N, D), (B, c, C, D)
         order = chunk_order(R, back)
-        R_of, W_of, Y_of, Q_of, S_of, remains_of = (each.unbind(1) for each in (R, W, Y, Q, states, remains))
+        R_of, W_of, Y_of, Q_of, S_of, retention_of = (each.unbind(1) for each in (R, W, Y, Q, states, retention))
         # In bfloat16 the state is a sum of two tensors, for more precision: see the kernel.
         rest = None if Y.dtype == torch.float32 else torch.empty_like(S_of[0])  # (B, N, D)
         end = None if state is None else torch.empty_like(S_of[0])  # (B, N, D)
@@ -90,7 +90,7 @@ class TritonGatedOperations:
                 Y_of[i].baddbmm_(W_of[i], Q_of[i], alpha=-1)  # (B, C, D)
             if after is not None:
                 written = torch.bmm(R_of[i].mT, Y_of[i])  # (B, N, D)
-                advance(before, rest, written, remains_of[i], cos, sin, after)
+                advance(before, rest, written, retention_of[i], cos, sin, after)
             before = after
         if state is not None and end is not None:
             state.copy_(end if rest is None else torch.add(end, rest.to(state.dtype)))
@@ -115,19 +115,19 @@ def advance(
     before: Tensor | None,
     rest: Tensor | None,
     written: Tensor,
-    remains: Tensor,
+    retention: Tensor,
     cos: Tensor,
     sin: Tensor,
     after: Tensor,
 ) -> None:
-    """Compute after = rope_(-C)(remains before + written), (B, N, D) dt; `rest` is the rounding error, in and out."""
+    """Compute after = rope_(-C)(retention before + written), (B, N, D) dt; `rest` is the rounding error, in and out."""
     B, N, D = written.shape
     tiles = TILES["advance"][after.dtype]
     columns = min(tiles.columns, triton.next_power_of_2(D))
-    strides = (0 if before is None else before.stride(0), remains.stride(0), after.stride(0))
+    strides = (0 if before is None else before.stride(0), retention.stride(0), after.stride(0))
     launch(
         gated_kernels.advance, (cdiv(N // 2, tiles.rows), cdiv(D, columns), B),
-        (before, rest, written, remains, cos, sin, after, *strides, N // 2),
+        (before, rest, written, retention, cos, sin, after, *strides, N // 2),
         {"D": D, "PAIRS": tiles.rows, "BLOCK_D": columns}, num_warps=tiles.warps,
     )  # fmt: skip
 

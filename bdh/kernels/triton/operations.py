@@ -92,17 +92,10 @@ class TritonOperations:
     def excite(
         self, x: Tensor, E: Tensor, cos: Tensor, sin: Tensor, save: bool = False, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        G, C, D = x.shape
-        N = E.shape[0]
+        (G, C, _), N = x.shape, len(E)
         X = x.new_empty(G, C, N)  # (G, C, N)
         R = torch.empty_like(X) if out is None else out  # (G, C, N)
-        tiles = tiles_for("excite", x, G * C, N, D)
-        run(
-            neuron_kernels.excite, (cdiv(G * C, tiles.rows) * cdiv(N, tiles.columns),), tiles,
-            x, E, self.phases(cos, sin), X, R, G * C, C, N,
-            D=D, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
-            EVEN=all_divisible((G * C, tiles.rows), (N, tiles.columns), (D, tiles.depth)),
-        )  # fmt: skip
+        run_product("excite", neuron_kernels.excite, x, E, (self.phases(cos, sin), X, R, G * C, C, N))
         return X, R
 
     def scores(self, R: Tensor, documents: Tensor | None) -> Tensor:
@@ -121,16 +114,9 @@ class TritonOperations:
     def gate_product(self, A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
         """Return Z, (G, C, N)."""
         G, C, N = X.shape
-        D = A.shape[2]
         Z = torch.empty_like(X)  # (G, C, N)
-        tiles = tiles_for("gate", A, G * C, N, D)
-        run(
-            neuron_kernels.gate, (cdiv(G * C, tiles.rows) * cdiv(N, tiles.columns),), tiles,
-            A, Ev, X, Z, *dropout_numbers(dropout), G * C, N,
-            D=D, DROPOUT=dropout.p > 0,
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
-            EVEN=all_divisible((G * C, tiles.rows), (N, tiles.columns), (D, tiles.depth)),
-        )  # fmt: skip
+        arguments = (X, Z, *dropout_numbers(dropout), G * C, N)
+        run_product("gate", neuron_kernels.gate, A, Ev, arguments, DROPOUT=dropout.p > 0)
         return Z
 
     def gate_backward(
@@ -145,17 +131,10 @@ class TritonOperations:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return Z, dY, dX, (G, C, N)."""
         G, C, N = X.shape
-        D = A.shape[2]
         dX = dy @ Dec  # (G, C, N)  dZ, overwritten
         Z, dY = torch.empty_like(X), torch.empty_like(X)  # (G, C, N)
-        tiles = tiles_for("gate_backward", A, G * C, N, D)
-        run(
-            neuron_kernels.gate_backward, (cdiv(G * C, tiles.rows) * cdiv(N, tiles.columns),), tiles,
-            A, Ev, X, dX, Z, dY, *dropout_numbers(dropout), G * C, N,
-            D=D, DROPOUT=dropout.p > 0,
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
-            EVEN=all_divisible((G * C, tiles.rows), (N, tiles.columns), (D, tiles.depth)),
-        )  # fmt: skip
+        arguments = (X, dX, Z, dY, *dropout_numbers(dropout), G * C, N)
+        run_product("gate_backward", neuron_kernels.gate_backward, A, Ev, arguments, DROPOUT=dropout.p > 0)
         return Z, dY, dX
 
     def should_save_activations(self, C: int, N: int, D: int, dtype: torch.dtype) -> bool:
@@ -234,6 +213,19 @@ def fill_weight_gradients(dy: Tensor, Z: Tensor, dY: Tensor, A: Tensor, dDec: Te
     """Fill dDec (D, N) with dy^T Z and dEv (N, D) with dY^T A."""
     product_into(dDec.mT, Z.flatten(0, 1).mT, dy.flatten(0, 1))  # (N, D)
     product_into(dEv, dY.flatten(0, 1).mT, A.flatten(0, 1))  # (N, D)
+
+
+def run_product(
+    name: str, kernel: Any, a: Tensor, b: Tensor, arguments: tuple[object, ...], **constants: object
+) -> None:
+    """Launch a kernel over tiles of a b^T: a (G, C, D), b (N, D), its other arguments, and its constants after D."""
+    M, (N, D) = a.shape[:-1].numel(), b.shape
+    tiles = tiles_for(name, a, M, N, D)
+    run(
+        kernel, (cdiv(M, tiles.rows) * cdiv(N, tiles.columns),), tiles, a, b, *arguments, D=D, **constants,
+        BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
+        EVEN=all_divisible((M, tiles.rows), (N, tiles.columns), (D, tiles.depth)),
+    )  # fmt: skip
 
 
 def pairs(
