@@ -1,4 +1,4 @@
-"""The parts of a decoding step on a CPU, each in several forms: why `bdh.kernels.decode.cpu` is as it is.
+"""Speed of the parts of a decoding step on a CPU, each in several implementations, for `bdh.kernels.decode`.
 
     python -m benchmarks.decode_cpu_parts [--rows 1 8] [--rounds 25]
 
@@ -19,17 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdh import BDHConfig
-from bdh.kernels.decode.cpu import (
-    Int4Matrices,
-    Int8Matrices,
-    Int8WeightMatrices,
-    PackedMatrices,
+from bdh.kernels.decode.cpu_step import (
     flush,
     lazy_zeros,
     read_pending,
     rotate_pairs,
-    runs_of,
+    split_runs,
     sum_rows,
+)
+from bdh.kernels.decode.cpu_weights import (
+    Int4Matrices,
+    Int8Matrices,
+    Int8WeightMatrices,
+    PackedMatrices,
 )
 from benchmarks.record import save
 
@@ -83,7 +85,7 @@ def writing(rows: int) -> Forms:
     forms: Forms = {"one token, addr_": lambda: table.addr_(R[0, :, 0].flatten(), x[0, 0])}
     for W in (8, 16, 32):
         forms[f"{W} tokens, baddbmm_ (each {W} tokens)"] = partial(flush, S[0], R[0, :, :W], x[0, :W])
-        forms[f"{W // 2} pending tokens read"] = partial(read_pending, R[:, :, 0], A, R, x, runs_of([0], [W // 2]))
+        forms[f"{W // 2} pending tokens read"] = partial(read_pending, R[:, :, 0], A, R, x, split_runs([0], [W // 2]))
     return forms
 
 

@@ -1,12 +1,11 @@
-"""The Triton operations of training on a GPU, beside the plain PyTorch form of it, compiled by torch.compile.
+"""Speed of the Triton operations of training on a GPU, relative to plain PyTorch compiled by torch.compile.
 
     python -m benchmarks.kernel_speed [--tokens 16384] [--chunk 512] [--width 256] [--neurons 8192] [--tune]
 
-Prints, by operation, milliseconds of both, how many times faster ours is, TFLOP/s of the products that have to be done,
-GB/s of what has to be read and written, and the largest difference from the plain form, relative to the largest number.
-The clone that `excite_backward` is given, as it overwrites what it gets, is measured with it. With --tune it measures
-other tiles for each kernel instead and prints the fastest, as `TILES` wants them; those that do not compile, or take
-more registers or shared memory than there are, are named and left out.
+Prints, by operation, milliseconds of both, their ratio, TFLOP/s of the necessary products, GB/s of the necessary reads
+and writes, and the largest difference from the plain form, relative to the largest number. `excite_backward` overwrites
+an argument, so its time includes a clone. With --tune it measures other tiles for each kernel instead and prints the
+fastest, in the form of `TILES`; tiles that do not compile, or exceed registers or shared memory, are reported.
 Needs torch and Triton only.
 """
 
@@ -31,14 +30,14 @@ op = TritonOperations()
 
 @dataclass(frozen=True)
 class Case:
-    """An operation on some tensors.
+    """An operation on given tensors.
 
     Attributes:
-        kernel: Its name in `TILES`.
-        ours: By Triton, with a dropout.
-        plain: The same results in PyTorch, with a probability of dropping.
-        flops: Of the products that have to be done.
-        nbytes: What has to be read and written.
+        kernel: Name in `TILES`.
+        ours: The operation in Triton, with a dropout.
+        plain: The same in PyTorch, with a dropout probability.
+        flops: Of the necessary products.
+        nbytes: Of the necessary reads and writes.
     """
 
     kernel: str
@@ -82,22 +81,22 @@ def plain_gate_backward(dy: Tensor, Dec: Tensor, A: Tensor, Ev: Tensor, X: Tenso
 
 
 def plain_excite_backward(
-    dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, past: Sequence[Tensor] | None
+    dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, cos: Tensor, sin: Tensor, terms: Sequence[Tensor] | None
 ) -> Results:
     dR = dP @ R  # (G, C, N)
-    if past is not None:
-        dA, S, values, dS = past
+    if terms is not None:
+        dA, S, values, dS = terms
         dR = dR + dA @ S.mT + values @ dS.mT  # (G, C, N)
     return ((dX + rope(dR, cos, -sin)).where(X > 0, 0),)  # (G, C, N)
 
 
 def plain_scan(U: Tensor, cos: Tensor, sin: Tensor) -> Results:
     S = torch.zeros_like(U[:, 0], dtype=torch.float32)  # (B, N, D)
-    before = []
+    states = []
     for written in U.unbind(1):
-        before.append(S.to(U.dtype))
+        states.append(S.to(U.dtype))
         S = rope((S + written).mT, cos, -sin).mT  # (B, N, D)
-    return torch.stack(before, 1), S  # (B, c, N, D)
+    return torch.stack(states, 1), S  # (B, c, N, D)
 
 
 def plain_scan_backward(V: Tensor, cos: Tensor, sin: Tensor) -> Results:
@@ -114,7 +113,7 @@ def plain_scan_backward(V: Tensor, cos: Tensor, sin: Tensor) -> Results:
 
 
 def make_cases(args: argparse.Namespace) -> dict[str, Case]:
-    """The operations by name, on random tensors as a layer has them."""
+    """Return the operations by name, on random tensors with the scale of a layer's."""
     dtype, C, D, N = getattr(torch, args.dtype), args.chunk, args.width, args.neurons
     G = args.tokens // C
     M, side = G * C, triton.cdiv(C, 128)
@@ -122,16 +121,16 @@ def make_cases(args: argparse.Namespace) -> dict[str, Case]:
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device="cuda") * scale).to(dtype)
 
-    turn = 65536.0 ** (-torch.arange(0, N, 2, device="cuda") / N)  # (N/2)
-    angle = torch.arange(C, device="cuda")[:, None] * turn  # (C, N/2)
+    turns_per_token = 65536.0 ** (-torch.arange(0, N, 2, device="cuda") / N)  # (N/2)
+    angle = torch.arange(C, device="cuda")[:, None] * turns_per_token  # (C, N/2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)  # (C, N/2)
-    ends = (C * turn).cos(), (C * turn).sin()  # (N/2) float32
+    ends = (C * turns_per_token).cos(), (C * turns_per_token).sin()  # (N/2) float32
     x, A, dy, E, Ev, Dec = (draw(*shape) for shape in ((G, C, D),) * 3 + ((N, D),) * 3)
     E, Ev, Dec = E * 0.1, Ev * 0.1, (Dec * 0.1).mT  # (N, D), (N, D), (D, N)
     X, R = op.excite(x, E, cos, sin)  # (G, C, N)
     dX, dP = draw(G, C, N), draw(G, C, C, scale=0.1)
     dP = dP + dP.mT  # (G, C, C)
-    past = draw(G, C, D), draw(G, N, D, scale=0.1), draw(G, C, D), draw(G, N, D, scale=0.1)
+    terms = draw(G, C, D), draw(G, N, D, scale=0.1), draw(G, C, D), draw(G, N, D, scale=0.1)
     tensor, products, chunks = M * N * dtype.itemsize, 2.0 * M * N, G * N * D * dtype.itemsize
     c = max(d for d in range(1, 5) if G % d == 0)  # chunks of a sequence
     U = draw(G // c, c, N, D)
@@ -153,14 +152,14 @@ def make_cases(args: argparse.Namespace) -> dict[str, Case]:
         ),
         "gate": Case(
             "gate",
-            lambda dropout: (op.gated(A, Ev, X, dropout),),
+            lambda dropout: (op.gate_product(A, Ev, X, dropout),),
             lambda p: plain_gate(A, Ev, X, p),
             products * D,
             2 * tensor,
         ),
         "gate_backward": Case(
             "gate_backward",
-            lambda dropout: op.gated_backward(dy, Dec, A, Ev, X, dropout),
+            lambda dropout: op.gate_product_backward(dy, Dec, A, Ev, X, dropout),
             lambda p: plain_gate_backward(dy, Dec, A, Ev, X, p),
             2 * products * D,
             4 * tensor,
@@ -188,8 +187,8 @@ def make_cases(args: argparse.Namespace) -> dict[str, Case]:
         ),
         "excite_backward_carried": Case(
             "excite_backward",
-            lambda _: (op.excite_backward(dP, R, X, dX.clone(), cos, sin, past),),
-            lambda _: plain_excite_backward(dP, R, X, dX, cos, sin, past),
+            lambda _: (op.excite_backward(dP, R, X, dX.clone(), cos, sin, terms),),
+            lambda _: plain_excite_backward(dP, R, X, dX, cos, sin, terms),
             products * (C + 2 * D),
             4 * tensor + 2 * chunks,
         ),
@@ -218,7 +217,7 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def difference(results: Results, expected: Results) -> float:
-    """The largest, relative to the largest number of a result."""
+    """Return the largest difference, relative to the largest number of a result."""
     return max(
         ((result.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-20)).item()
         for result, wanted in zip(results, expected, strict=True)
@@ -226,7 +225,7 @@ def difference(results: Results, expected: Results) -> float:
 
 
 def compare(name: str, case: Case, p: float) -> None:
-    """Measures an operation and prints its row."""
+    """Measure an operation and print its row."""
     expected = case.plain(0.0)
     off = difference(case.ours(Dropout()), expected)
     del expected
@@ -243,7 +242,7 @@ def compare(name: str, case: Case, p: float) -> None:
 
 
 def candidates(kernel: str) -> Iterator[Tiles]:
-    """Tiles worth a try, for bfloat16: those of which sums and tiles may fit into registers and shared memory."""
+    """Yield tiles to measure, for bfloat16, that may fit into registers and shared memory."""
     if kernel == "scan":
         for rows, columns, warps in itertools.product((1, 2, 4, 8), (128, 256), (2, 4, 8)):
             yield Tiles(rows, columns, 0, warps, 2)
@@ -268,11 +267,11 @@ def candidates(kernel: str) -> Iterator[Tiles]:
 
 
 def tune(name: str, case: Case, args: argparse.Namespace) -> None:
-    """Measures a kernel with other tiles, and prints the fastest."""
+    """Measure a kernel with other tiles, and print the fastest."""
     table = triton_operations.TILES[case.kernel]
     dtype, dropout = getattr(torch, args.dtype), Dropout(args.p, 1, 0)
-    before, took = table[dtype], {}
-    for tiles in (before, *candidates(case.kernel)):
+    default, took = table[dtype], {}
+    for tiles in (default, *candidates(case.kernel)):
         table[dtype] = tiles
         try:
             case.ours(dropout)
@@ -280,11 +279,11 @@ def tune(name: str, case: Case, args: argparse.Namespace) -> None:
             took[tiles] = milliseconds(lambda: case.ours(dropout))
         except Exception as error:  # of many kinds, from the compiler's passes to the driver
             print(f"  {name}: {tiles} left out: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
-    table[dtype] = before
-    print(f"{name}: {took.get(before, float('nan')):.3f} ms as it is; best:")
+    table[dtype] = default
+    print(f"{name}: {took.get(default, float('nan')):.3f} ms as it is; best:")
     for tiles, ms in sorted(took.items(), key=lambda pair: pair[1])[:6]:
         numbers = f"{tiles.rows}, {tiles.columns}, {tiles.depth}, {tiles.warps}, {tiles.stages}, {tiles.group}"
-        print(f"  {ms:8.3f} ms  Tiles({numbers}, registers={tiles.registers})", flush=True)
+        print(f"  {ms:8.3f} ms  Tiles({numbers})", flush=True)
 
 
 def main() -> None:

@@ -1,18 +1,18 @@
-"""How fast a model trains, by form of the neurons' work and by length of the sequences, and how much memory it takes.
+"""Training speed and memory, by implementation of the layer and by length of the sequences.
 
     python -m benchmarks.train_speed --device cpu
     python -m benchmarks.train_speed --device cuda --gpus 2
 
-Forms: `published`, the model written as its equations are, all heads at once and all pairs of tokens at once, with one
-tensor a weight; then what `model.kernels` names: `reference`, `chunked`, `triton`. Each measurement is a process of its
-own, which trains on tokens made from a seed; forms take turns, over and over, so that whatever else the machine does
-falls on all alike. A form that runs out of memory is said to have. After a form's name, `+compile` compiles the model
-with torch.compile, `+layer` its layer alone, and `+graph` records the whole step as a CUDA graph.
+Forms: `published`, the equations written in PyTorch for all heads and all pairs of tokens, with one tensor for each
+weight; and the values of `model.kernels`: `reference`, `torch`, `triton`. Each measurement is a separate process, which
+trains on tokens made from a seed; forms are measured in turn, several times, so that other load on the machine affects
+all of them. A form that runs out of memory is reported as such. After a form's name, `+compile` compiles the model with
+torch.compile, `+layer` its layer alone, and `+graph` records the whole step as a CUDA graph.
 
-Writes results/train_speed_DEVICE.json, anew after each case, and in the end a picture beside it: tokens/s of the median
-step and how many times the first form's that is, turn by turn; peak memory (of a CPU: of the process, without what it
-took before there was a model); on a GPU the share of what its matrix units did when nothing but a large product was
-asked of them, the model's own products counted once (what is worked out again counts for nothing).
+Writes results/train_speed_DEVICE.json after each case, and in the end a plot: tokens/s of the median step, and its
+ratio to the first form, by turn; peak memory (on a CPU that of the process, less its memory before the model was
+created); on a GPU the FLOP/s of the model's products, without recomputation, as a share of those of a large matrix
+product.
 
 A case is ROWSxLENGTH, or ROWSxLENGTH@WIDTH for another n_embd. On a CPU the model is the quickstart's; on a GPU it is
 the default one. With several GPUs each takes another case, and all forms of a case go to the same.
@@ -49,13 +49,13 @@ CASES = {
     "cpu": ["8x128"],
     "cuda": ["32x512", "2x8192", "16x512@512", "8x2048", "1x32768", "1x131072"],
 }
-FORMS = {"cpu": ["published", "reference", "chunked"], "cuda": ["published+compile", "triton"]}
+FORMS = {"cpu": ["published", "reference", "torch"], "cuda": ["published+compile", "triton"]}
 SIZES: dict[str, dict[str, Any]] = {"cpu": QUICKSTART, "cuda": {}}
 LONGEST = {"published": 8192}  # tokens; the memory that it takes grows with the square of that
 
 
 class Published(nn.Module):
-    """The model as its equations are written; see the module's docstring."""
+    """The equations of the model in plain PyTorch; see the module's docstring."""
 
     def __init__(self, config: BDHConfig):
         super().__init__()
@@ -93,24 +93,24 @@ class Published(nn.Module):
         return (X * angle.cos() + partner * angle.sin()).to(X.dtype)
 
 
-def worker(given: dict[str, Any]) -> None:
-    """One measurement, in this process; prints what was found."""
-    device, (form, *ways) = torch.device(given["device"]), given["form"].split("+")
+def worker(job: dict[str, Any]) -> None:
+    """Run one measurement in this process and print its result."""
+    device, (form, *options) = torch.device(job["device"]), job["form"].split("+")
     before = resident()
     torch.manual_seed(0)
-    config = BDHConfig(**given["model"])
+    config = BDHConfig(**job["model"])
     model: nn.Module = Published(config) if form == "published" else BDHForCausalLM(config)
     model.to(device).train()
     if isinstance(model, BDHForCausalLM):
         use_kernels(model.model.layer, form, device)
-        if "layer" in ways:
+        if "layer" in options:
             model.model.layer.compile()
     optimizer = adamw(model.named_parameters(), TrainingConfig())
-    forward: Any = torch.compile(model) if "compile" in ways else model
-    precision = torch.autocast(device.type, torch.bfloat16) if given["precision"] == "bfloat16" else nullcontext()
-    B, T = given["rows"], given["length"]
+    forward: Any = torch.compile(model) if "compile" in options else model
+    precision = torch.autocast(device.type, torch.bfloat16) if job["precision"] == "bfloat16" else nullcontext()
+    B, T = job["rows"], job["length"]
 
-    def learn(tokens: Tensor) -> Tensor:
+    def train_step(tokens: Tensor) -> Tensor:
         with precision:
             logits = forward(tokens[:, :-1]) if form == "published" else forward(tokens[:, :-1], use_cache=False).logits
             loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
@@ -121,31 +121,31 @@ def worker(given: dict[str, Any]) -> None:
         return loss.detach()
 
     seconds, losses = [], []
-    step_of: Callable[[Tensor], Tensor] = learn
-    for step in range(given["warm"] + given["steps"]):
-        if step == given["warm"] and "graph" in ways:
-            step_of = recorded(learn, optimizer, torch.zeros(B, T + 1, dtype=torch.int64, device=device))
+    step_of: Callable[[Tensor], Tensor] = train_step
+    for step in range(job["warm"] + job["steps"]):
+        if step == job["warm"] and "graph" in options:
+            step_of = record_graph(train_step, optimizer, torch.zeros(B, T + 1, dtype=torch.int64, device=device))
         draw = torch.Generator().manual_seed(step)
         # Bytes that depend on the one before, so that there is something to learn.
         tokens = torch.randint(0, 16, (B, T + 1), generator=draw).cumsum(1).remainder(256).to(device)
-        began = time.perf_counter()
+        started = time.perf_counter()
         losses.append(step_of(tokens).item())  # waits for the device
-        if step >= given["warm"]:
-            seconds.append(time.perf_counter() - began)
+        if step >= job["warm"]:
+            seconds.append(time.perf_counter() - started)
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident() - before
     speed = B * T / statistics.median(seconds)
     found = {"tokens_per_second": speed, "peak_memory_bytes": memory, "last_loss": losses[-1]}
     if device.type == "cuda":
-        del model, optimizer, forward, learn, step_of
+        del model, optimizer, forward, train_step, step_of
         found["share_of_ceiling"] = speed * flops_per_token(config, T) / ceiling()
         found["gpu"] = torch.cuda.get_device_name()
     print("FOUND", json.dumps(found))
 
 
-def recorded(
-    learn: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, tokens: Tensor
+def record_graph(
+    train_step: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, tokens: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    """A whole step as one CUDA graph. What dropout drops is recorded with it: this is for speed alone."""
+    """Record a whole step as one CUDA graph. Its dropout never changes, so it is for measurements of speed only."""
     for group in optimizer.param_groups:
         group["capturable"] = True
     for state in optimizer.state.values():
@@ -153,10 +153,10 @@ def recorded(
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        loss = learn(tokens)
+        loss = train_step(tokens)
 
-    def replay(given: Tensor) -> Tensor:
-        tokens.copy_(given)
+    def replay(job: Tensor) -> Tensor:
+        tokens.copy_(job)
         graph.replay()
         return loss
 
@@ -164,7 +164,7 @@ def recorded(
 
 
 def ceiling() -> float:
-    """FLOP/s of this GPU in a product of two matrices of bfloat16, 8192 on each side, over a second."""
+    """Return this GPU's FLOP/s in products of two bfloat16 matrices, 8192 x 8192, measured for a second."""
     torch.cuda.empty_cache()
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
     times = []
@@ -181,70 +181,70 @@ def ceiling() -> float:
 
 
 def resident() -> int:
-    """The most bytes of memory that this process has ever had."""
+    """Return the peak memory of this process in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def measure(given: dict[str, Any], gpu: int | None) -> dict[str, Any] | None:
-    """A measurement in a process of its own; None where memory did not do."""
-    command = [sys.executable, "-m", "benchmarks.train_speed", "--worker", json.dumps(given)]
+def measure(job: dict[str, Any], gpu: int | None) -> dict[str, Any] | None:
+    """Run a measurement in a new process; return None if it runs out of memory."""
+    command = [sys.executable, "-m", "benchmarks.train_speed", "--worker", json.dumps(job)]
     env = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible(gpu)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     found: dict[str, Any] | None = json.loads(lines[0].removeprefix("FOUND ")) if lines else None
     if found is None and "OutOfMemoryError" not in done.stderr and done.returncode != -9:
-        raise SystemExit(f"{given}: {done.stderr[-4000:]}")
-    print(given["form"], given["rows"], given["length"], given["model"], found or "out of memory", flush=True)
+        raise SystemExit(f"{job}: {done.stderr[-4000:]}")
+    print(job["form"], job["rows"], job["length"], job["model"], found or "out of memory", flush=True)
     return found
 
 
-def measure_case(case: str, forms: list[str], given: dict[str, Any], turns: int, gpu: int | None) -> dict[str, Any]:
-    """All forms of a case, in turn."""
+def measure_case(case: str, forms: list[str], job: dict[str, Any], turns: int, gpu: int | None) -> dict[str, Any]:
+    """Measure all forms of a case, in turn."""
     shape, _, width = case.partition("@")
     rows, length = (int(size) for size in shape.split("x"))
-    sizes = {**given["model"], **({"n_embd": int(width)} if width else {})}
-    able = [form for form in forms if length <= LONGEST.get(form.split("+")[0], length)]
-    given = {**given, "rows": rows, "length": length, "model": sizes}
-    found = [{form: measure({**given, "form": form}, gpu) for form in able} for _ in range(turns)]
-    return {"rows": rows, "length": length, **summary(able, found, forms[0])}
+    sizes = {**job["model"], **({"n_embd": int(width)} if width else {})}
+    allowed = [form for form in forms if length <= LONGEST.get(form.split("+")[0], length)]
+    job = {**job, "rows": rows, "length": length, "model": sizes}
+    found = [{form: measure({**job, "form": form}, gpu) for form in allowed} for _ in range(turns)]
+    return {"rows": rows, "length": length, **summary(allowed, found, forms[0])}
 
 
 def summary(forms: list[str], turns: list[dict[str, dict[str, Any] | None]], first: str) -> dict[str, Any]:
-    """What the turns came to, by form, and how many times the first one's, where that was measured."""
+    """Summarize the turns by form, with ratios to the first form."""
     result: dict[str, Any] = {}
     for form in forms:
         found = [(turn[form], turn.get(first)) for turn in turns]
-        own = [one for one, _ in found if one is not None]
-        if not own:
+        results = [one for one, _ in found if one is not None]
+        if not results:
             result[form] = "out of memory"
             continue
         ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in found if a is not None and b is not None]
         result[form] = {
-            "tokens_per_second": round(statistics.median(one["tokens_per_second"] for one in own), 1),
-            "peak_memory_bytes": max(one["peak_memory_bytes"] for one in own),
-            "last_loss": own[-1]["last_loss"],
+            "tokens_per_second": round(statistics.median(one["tokens_per_second"] for one in results), 1),
+            "peak_memory_bytes": max(one["peak_memory_bytes"] for one in results),
+            "last_loss": results[-1]["last_loss"],
         }
         if ratios:
             result[form][f"times_{first}"] = [round(ratio, 3) for ratio in ratios]
-        if "gpu" in own[0]:
-            result[form]["share_of_ceiling"] = round(statistics.median(one["share_of_ceiling"] for one in own), 3)
-            result[form]["gpu"] = own[0]["gpu"]
+        if "gpu" in results[0]:
+            result[form]["share_of_ceiling"] = round(statistics.median(one["share_of_ceiling"] for one in results), 3)
+            result[form]["gpu"] = results[0]["gpu"]
     return result
 
 
 def draw(cases: dict[str, dict[str, Any]], name: str) -> None:
-    """Microseconds and memory of a token against the length of a sequence, by form: those of the usual width."""
+    """Plot time and memory of a token against the length of a sequence, by form, for the default width."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     cost, memory = figure.subplots(1, 2)
-    usual = sorted((one for case, one in cases.items() if "@" not in case), key=lambda one: one["length"])
-    for form in dict.fromkeys(form for one in usual for form in one if isinstance(one[form], dict)):
-        having = [one for one in usual if isinstance(one.get(form), dict)]
-        lengths = [one["length"] for one in having]
-        cost.plot(lengths, [1e6 / one[form]["tokens_per_second"] for one in having], "o-", label=form)
-        each = [one[form]["peak_memory_bytes"] / (one["rows"] * one["length"]) / 2**20 for one in having]
+    default_width = sorted((one for case, one in cases.items() if "@" not in case), key=lambda one: one["length"])
+    for form in dict.fromkeys(form for one in default_width for form in one if isinstance(one[form], dict)):
+        measured = [one for one in default_width if isinstance(one.get(form), dict)]
+        lengths = [one["length"] for one in measured]
+        cost.plot(lengths, [1e6 / one[form]["tokens_per_second"] for one in measured], "o-", label=form)
+        each = [one[form]["peak_memory_bytes"] / (one["rows"] * one["length"]) / 2**20 for one in measured]
         memory.plot(lengths, each, "o-", label=form)
     for axes, label in ((cost, "microseconds a token"), (memory, "peak memory a token of a step, MiB")):
         axes.set(ylim=(0, None), xlabel="tokens of a sequence", ylabel=label)
@@ -270,28 +270,28 @@ def main() -> None:
         worker(args.worker)
         return
     forms = args.forms or FORMS[args.device]
-    given = {name: getattr(args, name) for name in ("device", "precision", "steps", "warm")}
-    given["model"] = SIZES[args.device]
-    free: SimpleQueue[int | None] = SimpleQueue()
+    job = {name: getattr(args, name) for name in ("device", "precision", "steps", "warm")}
+    job["model"] = SIZES[args.device]
+    free_gpus: SimpleQueue[int | None] = SimpleQueue()
     for gpu in range(args.gpus) if args.device == "cuda" else [None]:
-        free.put(gpu)
+        free_gpus.put(gpu)
 
     names = args.cases or CASES[args.device]
-    figures = {"device": args.device, "precision": args.precision, "model": given["model"], "steps": args.steps}
+    figures = {"device": args.device, "precision": args.precision, "model": job["model"], "steps": args.steps}
     name = args.name or f"train_speed_{args.device}"
     cases: dict[str, dict[str, Any]] = {}
-    writing = Lock()
+    lock = Lock()
 
     def work(case: str) -> None:
-        gpu = free.get()
+        gpu = free_gpus.get()
         try:
-            found = measure_case(case, forms, given, args.turns, gpu)
+            found = measure_case(case, forms, job, args.turns, gpu)
         finally:
-            free.put(gpu)
-        with writing:  # after each, so that what is cut short has lost nothing
+            free_gpus.put(gpu)
+        with lock:  # after each, so that what is cut short has lost nothing
             cases[case] = found
-            having = {case: cases[case] for case in names if case in cases}
-            print(save(name, {"complete": len(cases) == len(names), **figures, "cases": having}))
+            measured = {case: cases[case] for case in names if case in cases}
+            print(save(name, {"complete": len(cases) == len(names), **figures, "cases": measured}))
 
     with ThreadPoolExecutor(args.gpus) as pool:
         list(pool.map(work, names))

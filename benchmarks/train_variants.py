@@ -1,13 +1,13 @@
-"""How fast models with decay and with the delta rule train beside the published one, in one process.
+"""Training speed of models with decay and with the delta rule, relative to the published one, in one process.
 
     python -m benchmarks.train_variants --device cuda
     python -m benchmarks.train_variants --device cpu --turns 9
 
-The variants of a case take turns of a few steps, over and over, so that whatever else the machine does falls on all
-alike; a figure is the median over turns of the time of `none` in the same turn, divided by the variant's. Each step is
-the whole of it: forward, backward, clipping, AdamW. On a CPU the model is the quickstart's; on a GPU the default one.
+The variants of a case are measured in turns of a few steps, so that other load on the machine affects all of them; a
+ratio is the median over turns of the time of `none` divided by that of the variant. A step includes forward, backward,
+clipping and AdamW. On a CPU the model is the quickstart's; on a GPU the default one.
 
-Writes results/train_variants_DEVICE.json, anew after each case.
+Writes results/train_variants_DEVICE.json after each case.
 """
 
 import argparse
@@ -40,7 +40,7 @@ WARM = 3  # steps before the first turn
 
 
 def training_step(variant: str, device: torch.device, rows: int, length: int) -> Callable[[], None]:
-    """A whole training step of a new model of a variant, on tokens made from a seed."""
+    """Return a training step of a new model of a variant, on tokens made from a seed."""
     torch.manual_seed(0)
     model = BDHForCausalLM(BDHConfig(**SIZES[device.type], **VARIANTS[variant])).to(device).train()
     use_kernels(model.model.layer, "auto", device)
@@ -65,7 +65,7 @@ def bfloat16(device: torch.device) -> bool:
 
 
 def seconds(device: torch.device, work: Callable[[], object], times: int) -> float:
-    """Wall time of some calls, until the device is done."""
+    """Return the wall time of some calls, including the work on the device."""
     wait(device)
     started = time.perf_counter()
     for _ in range(times):
@@ -80,7 +80,7 @@ def wait(device: torch.device) -> None:
 
 
 def compare(case: str, device: torch.device, turns: int) -> dict[str, Any]:
-    """A case's figures, by variant."""
+    """Measure a case, by variant."""
     rows, length = map(int, case.split("x"))
     steps = {name: training_step(name, device, rows, length) for name in VARIANTS}
     memory = {}

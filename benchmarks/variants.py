@@ -176,13 +176,13 @@ def use_checked_kernels(
     use_kernels(layer, "auto", device)
     if layer.kernels is None:
         return {"form": "reference"}
-    fast = layer.kernels
+    kernels = layer.kernels
     rows = 2 + (1 << 24) // (256 * layer.config.neurons_per_head) if device.type == "cuda" else 8
     tokens = torch.randint(0, 256, (rows, 513), generator=torch.Generator().manual_seed(0)).to(device)  # (rows, 513)
     vectors: list[Tensor] = []
     gradients: list[dict[str, Tensor]] = []
     model.eval()
-    for layer.kernels in (None, fast):
+    for layer.kernels in (None, kernels):
         state: BDHState | None = None
         parts = []
         with torch.no_grad(), precision():

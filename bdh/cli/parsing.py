@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from bdh.errors import BDHError, error_text
-from bdh.training.config import TrainConfig, validate
+from bdh.training.config import KERNEL_ALIASES, TrainConfig, validate
 
 
 def ready_configs() -> dict[str, str]:
@@ -78,9 +78,10 @@ class Parser(ArgumentParser):
             raise BDHError(f"the output cannot be written: {error_text(error)}") from error
 
     def format_help(self, *args: Any, **options: Any) -> str:
-        """The help text; types are in words, and are left out beside choices."""
+        """The help text; types are in words, and are left out beside choices. Aliases of values are left out."""
         text = re.sub(rf"\(type:\s+{_FUNCTION},\s+", "(", super().format_help(*args, **options))
         text = re.sub(rf"(,\s+type:\s+{_FUNCTION})|(\s+\(type:\s+{_FUNCTION}\))", "", text)
+        text = re.sub(rf",\s*'?({'|'.join(KERNEL_ALIASES)})'?(?=[,}}\]])", "", text)
         return re.sub(r"<class\s+'(?:\w+\.)*(\w+)'>", r"\1", text)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -153,7 +154,8 @@ def _nearest(word: str, known: list[str], prefix: str = "") -> str:
 
 
 def _choices(kind: str) -> list[str]:
-    return re.findall(r"'([^']+)'", kind) if kind.startswith("typing.Literal") else []
+    found = re.findall(r"'([^']+)'", kind) if kind.startswith("typing.Literal") else []
+    return [choice for choice in found if choice not in KERNEL_ALIASES]
 
 
 def _kind(kind: str) -> str:

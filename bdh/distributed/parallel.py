@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bdh.distributed.head_sharding import SHARD_DIMS, HeadShardedLinear, local_shard
 from bdh.distributed.processes import Processes
+from bdh.distributed.tensor_parallel import HeadNames, shard_model
 from bdh.model import BDHForCausalLM
-from bdh.model.heads import HeadNames, part_of
 from bdh.model.modeling_bdh import BDHLayer
 
 LARGE = 2**24  # parameters from which a matrix is sharded by head; smaller ones are cheaper in fewer messages
@@ -52,7 +52,7 @@ class ParallelModel:
         self.model = model
         mesh, config = processes.mesh, processes.config
         if mesh is not None and config.tensor_parallel > 1:
-            self.model, self.names = part_of(model, mesh["heads"])
+            self.model, self.names = shard_model(model, mesh["heads"])
         offload = mesh is not None and config.strategy == "fsdp" and config.cpu_offload
         if not offload:
             self.model.to(processes.device)
@@ -111,7 +111,7 @@ class ParallelModel:
             linear = getattr(layer, name)
             # Parts are sharded along D: rows of the decoder, columns of the encoder, which FSDP splits evenly only.
             even = dim == 1 or layer.config.n_embd % shards == 0
-            # With LoRA or tensor parallelism (`bdh.model.heads`) it is another class.
+            # With LoRA or tensor parallelism (`bdh.distributed.tensor_parallel`) it is another class.
             if type(linear) is not nn.Linear or linear.weight.numel() < LARGE or not even:
                 unsplit.append(linear)
                 continue
@@ -196,7 +196,7 @@ class ParallelModel:
         mesh = self.processes.mesh
         if mesh is None or mesh["heads"].size() == 1:
             return metrics
-        parts = self.processes.gather({self.names.whole(name): value for name, value in metrics.items()})
+        parts = self.processes.gather({self.names.global_name(name): value for name, value in metrics.items()})
         parts = parts[: mesh["heads"].size()]  # other data-parallel ranks have the same values
         combined = {}
         for name in dict.fromkeys(name for part in parts for name in part):

@@ -5,7 +5,6 @@ and tested against it.
 """
 
 import copy
-import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bdh.errors import BDHError
+from bdh.kernels.dispatch import choose_decode_kernels
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -171,12 +171,13 @@ def make_runner(model: BDHForCausalLM, n_slots: int, dtype: str = "auto", quanti
         raise BDHError(f"quantization is {quantization}; it must be one of {', '.join(QUANTIZATIONS)}")
     if quantization is not None and device != "cpu":
         raise BDHError(f"quantization {quantization} runs on the CPU only; leave it out on {device}")
-    if device == "cpu":
+    kernels = choose_decode_kernels(model.device)
+    if kernels == "torch":
         from bdh.inference.runner_cpu import CPURunner
 
         return CPURunner(model, n_slots, DTYPES[dtype], quantization)
     model = cast(model, DTYPES[dtype])
-    if device == "cuda" and importlib.util.find_spec("triton") is not None:  # there is none for some systems
+    if kernels == "triton":
         from bdh.inference.runner_cuda import CUDARunner
 
         return CUDARunner(model, n_slots)

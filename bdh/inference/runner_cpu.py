@@ -1,4 +1,4 @@
-"""The runner for CPUs: one token a sequence by `bdh.kernels.decode.cpu`, prompts through the model's own forward."""
+"""The runner for CPUs: one token a sequence by `bdh.kernels.decode`, prompts through the model's own forward."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,23 +9,22 @@ from torch import Tensor
 
 from bdh.errors import BDHError
 from bdh.inference.runner import PREFILL_ALIGNMENT, pieces
-from bdh.kernels.decode.cpu import (
-    INT4_GROUP,
+from bdh.kernels.decode.cpu_step import (
     Decays,
     DecayStep,
-    Phases,
-    Run,
+    SlotPhases,
+    SlotRun,
     TokenGates,
     flush,
     flush_gated,
     lazy_zeros,
-    make_matrices,
     read_gated_pending,
     read_pending,
     rotate_pairs,
-    runs_of,
+    split_runs,
     sum_rows,
 )
+from bdh.kernels.decode.cpu_weights import INT4_GROUP, make_matrices
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import KEY_EPS
 
@@ -49,7 +48,7 @@ class DecodeStep:
     """
 
     phases: Tensor
-    runs: list[Run]
+    runs: list[SlotRun]
     starts: list[int]
     pending_rows: tuple[Tensor, Tensor]
     decays: DecayStep | None
@@ -98,7 +97,7 @@ class CPURunner:
         self.decoder_rows = layer.decoder.weight.detach().T.contiguous()  # (n, D)
         self.allocate()
         self.decays = None if config.decay == "none" else Decays(config.n_layer, n_slots, h, MAX_PENDING)
-        self.phases = Phases(n_slots, N, config.rope_theta, MAX_PENDING)
+        self.phases = SlotPhases(n_slots, N, config.rope_theta, MAX_PENDING)
         self.few_rows = FEW_ROWS if h * N * D >= LARGE else 0
         self.position = [0] * n_slots  # tokens read
         self.flushed = [0] * n_slots  # how many of these are in the synapses; the others are pending
@@ -181,7 +180,7 @@ class CPURunner:
         ]
         return DecodeStep(
             phases=self.phases.at(slots, [self.position[slot] for slot in slots]),
-            runs=runs_of(slots, counts),
+            runs=split_runs(slots, counts),
             starts=[slot * self.h * self.N for slot in slots],
             pending_rows=(torch.tensor(heads), torch.tensor(first)),
             decays=None if self.decays is None else self.decays.begin(slots, counts),

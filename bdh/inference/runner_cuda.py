@@ -10,7 +10,17 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from bdh.kernels.decode.cuda import answer, begin, fire_and_read, fold, gate, halved, head, interleaved, settle
+from bdh.kernels.decode.cuda import (
+    add_norm,
+    embed_tokens,
+    excite_and_attend,
+    flush_pending,
+    gate,
+    gate_and_decode,
+    halved,
+    interleaved,
+    project_logits,
+)
 from bdh.kernels.decode.prefill import attend_chunks, attend_delta, gate_tokens, rotate_tokens, scan_synapses
 from bdh.model import BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import BDHGates
@@ -27,13 +37,13 @@ class DecodeTiles:
     """Tile sizes of the kernels of a decoding step.
 
     Attributes:
-        split: Programs that share a head of a sequence in `fire_and_read`: enough to keep the GPU busy, few enough to
-            sum up again.
-        parts: Programs that share a head in `answer`.
-        pairs: Rotary pairs that `fire_and_read` takes at a time.
-        rows: Neurons that `answer` takes at a time.
-        read_warps: Warps of `fire_and_read`.
-        answer_warps: Warps of `answer`.
+        split: Programs that share a head of a sequence in `excite_and_attend`: enough to keep the GPU busy, few enough
+            that their sums are added quickly.
+        parts: Programs that share a head in `gate_and_decode`.
+        pairs: Rotary pairs that `excite_and_attend` takes at a time.
+        rows: Neurons that `gate_and_decode` takes at a time.
+        read_warps: Warps of `excite_and_attend`.
+        answer_warps: Warps of `gate_and_decode`.
     """
 
     split: int
@@ -160,7 +170,7 @@ class CUDARunner:
         pending = torch.tensor([slots, [self.n_pending[slot] for slot in slots]], device=self.device)  # (2, F)
         rows, by_head = 32, self.gates is not None
         blocks = self.config.n_head * triton.cdiv(self.N, rows) if by_head else triton.cdiv(self.n, rows)
-        fold[(blocks, len(slots), self.config.n_layer)](
+        flush_pending[(blocks, len(slots), self.config.n_layer)](
             pending, self.S, self.pending_R, self.pending_x, self.pending_c, len(slots), self.n_slots, self.n, self.D,
             self.N, BY_HEAD=by_head, DELTA=self.delta, ROWS=rows, W=MAX_PENDING, BLOCK_D=block(self.D), num_warps=8,
         )  # fmt: skip
@@ -237,14 +247,14 @@ class CUDARunner:
         D, half, eps, wide = self.D, self.N // 2, config.layer_norm_eps, block(self.D)
         cos, sin = step.phases
         fused, gated = B < MATRIX_BATCH, self.gates is not None
-        begin[(B, triton.cdiv(half, 256))](
+        embed_tokens[(B, triton.cdiv(half, 256))](
             step.inputs, self.embed, self.turns_per_token, step.x, step.v, cos, sin, B, D, half, eps,
             BLOCK_D=wide, BLOCK=256,
         )  # fmt: skip
         for i in range(config.n_layer):
             if not fused:
                 torch.mm(step.v, self.encoder.T, out=step.X)
-            fire_and_read[(config.n_head * tiles.split, B)](
+            excite_and_attend[(config.n_head * tiles.split, B)](
                 step.inputs, step.v, cos, sin, self.encoder, self.S[i], self.pending_R[i], self.pending_x[i],
                 None if self.pending_c is None else self.pending_c[i], step.x if gated else None,
                 self.gate_weights, self.gate_constants, step.squares if self.delta else None,
@@ -253,7 +263,7 @@ class CUDARunner:
                 PAIRS=tiles.pairs, W=MAX_PENDING, BLOCK_P=8, BLOCK_D=wide, num_warps=tiles.read_warps,
             )  # fmt: skip
             (self.answer_rows if fused else self.answer_batch)(step)
-        head[(triton.cdiv(config.vocab_size, 32), B)](
+        project_logits[(triton.cdiv(config.vocab_size, 32), B)](
             step.v, self.lm_head, step.logits, config.vocab_size, D, ROWS=32, BLOCK_D=wide
         )
 
@@ -261,7 +271,7 @@ class CUDARunner:
         """Compute the second half of a layer for few sequences, without loading rows of silent neurons."""
         B, h = step.inputs.shape[1], self.config.n_head
         tiles = self.tiles(B)
-        answer[(h * tiles.parts, B)](
+        gate_and_decode[(h * tiles.parts, B)](
             step.inputs, step.X, step.A, self.encoder_v, self.decoder, step.x, step.v, step.parts, step.head_sums,
             step.tickets, B, self.n, self.D, self.N, self.config.layer_norm_eps, h=h, PARTS=tiles.parts,
             TILES=triton.cdiv(self.N, tiles.parts * tiles.rows), ROWS=tiles.rows,
@@ -275,7 +285,7 @@ class CUDARunner:
         Z = torch.empty_like(step.X)  # (B, n)
         gate[(triton.cdiv(self.n, 1024), B)](step.X, Y, Z, B, self.n, self.N, BLOCK=1024)
         out = Z @ self.decoder  # (B, D)
-        settle[(B,)](out, step.x, step.v, self.D, self.config.layer_norm_eps, BLOCK_D=block(self.D))
+        add_norm[(B,)](out, step.x, step.v, self.D, self.config.layer_norm_eps, BLOCK_D=block(self.D))
 
     # ----------------------------------------------------------------------------------------------- many tokens
 
@@ -324,7 +334,7 @@ class CUDARunner:
         v = torch.empty(padded, D, device=self.device, dtype=self.dtype)
         R[:, T:], v[T:] = 0, 0
         before = None if self.delta else torch.empty(h, chunks, self.N, D, device=self.device, dtype=self.dtype)
-        begin[(T, triton.cdiv(half, 256))](
+        embed_tokens[(T, triton.cdiv(half, 256))](
             inputs, self.embed, self.turns_per_token, x, v, cos, sin, T, D, half, eps, BLOCK_D=block(D), BLOCK=256
         )
         for i in range(config.n_layer):
@@ -374,7 +384,7 @@ class CUDARunner:
 
 
 def gate_constants(gates: BDHGates, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the parameters of the gates for `fire_and_read`, 0 where the model has none.
+    """Return the parameters of the gates for `excite_and_attend`, 0 where the model has none.
 
     Returns:
         The weights of the decay and of the write strength, (2, h, D), and the rate of the decay and the two biases,

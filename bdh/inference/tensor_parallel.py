@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from bdh.distributed.tensor_parallel import shard_model
 from bdh.errors import BDHError
 from bdh.inference.llm import LLM, default_batch_size
 from bdh.inference.runner import DTYPES, ModelRunner, cast, choose_dtype
 from bdh.model.export import load_export
-from bdh.model.heads import part_of
 
 
 def check_shared(device: str, quantization: str | None) -> None:
@@ -52,11 +52,11 @@ def load_shared(
         BDHError: The export cannot be loaded, or its heads cannot be divided among the processes.
     """
     model, tokenizer = load_export(directory)
-    part, _ = part_of(model, mesh)
+    shard, _ = shard_model(model, mesh)
     del model
-    part = cast(part.to(device), DTYPES[choose_dtype(dtype, device.type)])
-    part.lm_head.register_forward_hook(BroadcastLogits(mesh))
-    return LLM(ModelRunner(part, max_batch_size or common_batch_size(part.config, mesh, device)), tokenizer)
+    shard = cast(shard.to(device), DTYPES[choose_dtype(dtype, device.type)])
+    shard.lm_head.register_forward_hook(BroadcastLogits(mesh))
+    return LLM(ModelRunner(shard, max_batch_size or common_batch_size(shard.config, mesh, device)), tokenizer)
 
 
 class BroadcastLogits:

@@ -1,1 +1,1 @@
-"""The model's functions, faster. Only runners know these; the plain forms are in `bdh.model.modeling_bdh`."""
+"""Faster implementations of the model's functions, for training and inference; `dispatch` chooses them."""

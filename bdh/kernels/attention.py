@@ -1,9 +1,9 @@
-"""The attention of some heads of a layer in training, forward and backward, without gates: the published model.
+"""Attention of heads in training, forward and backward: its interface, and the published model's, without gates.
 
     A_t = sum over s<t of (R_t . R_s) x_s + R_t S
 
 Shapes as in `bdh.kernels.forward_context`: B sequences of c chunks of C tokens, G = B * c, D `n_embd`, N neurons of one
-head. The tensors of k heads that are computed together follow each other: (k * G, ...) and (k * B, ...).
+head. Tensors of k heads that one call computes are concatenated: (k * G, ...) and (k * B, ...).
 """
 
 from collections.abc import Sequence
@@ -12,88 +12,77 @@ from typing import Protocol
 
 from torch import Tensor
 
-from bdh.kernels.forward_context import Reading
-from bdh.kernels.layer_operations import Past
+from bdh.kernels.forward_context import ForwardContext
+from bdh.kernels.layer_operations import SynapseTerms
 from bdh.kernels.products import add_product_
 
 
 @dataclass(frozen=True)
 class AttentionGradient:
-    """Gradients of an attention.
+    """Gradients of the attention of some heads.
 
     Attributes:
-        scores: Of the scores R R^T, plus its transpose: (k * G, C, C) dt.
-        past: What the synapses contribute to the gradient of R; None without synapses.
-        S: Of the synapses that came in, (k * B, N, D), float32 at least; None without synapses.
+        scores: Gradient of the scores R R^T, plus its transpose: (k * G, C, C) dt.
+        synapse_terms: Of the gradient of R; None without synapses.
+        S: Gradient of the synapses before, (k * B, N, D), float32 at least; None without synapses.
     """
 
     scores: Tensor
-    past: Past | None
+    synapse_terms: SynapseTerms | None
     S: Tensor | None
 
 
 class Attention(Protocol):
-    """The attention of one layer in one forward and one backward pass.
+    """Attention of one layer in one forward and one backward pass.
 
     Attributes:
-        heads_at_once: Heads that are computed together; divides the number of heads.
+        heads_per_call: Number of heads that one call computes; it divides the number of heads.
     """
 
-    heads_at_once: int
+    heads_per_call: int
 
     def forward(
         self, heads: slice, R: Tensor, S: Tensor | None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
-        """Computes A.
+        """Compute A.
 
         Args:
-            heads: Which heads.
+            heads: The heads.
             R: (k * G, C, N) dt.
-            S: Synapses before the first chunk, (k * B, N, D), float32 at least, contiguous; None without.
+            S: Synapses before the first chunk, (k * B, N, D), float32 at least, contiguous, or None.
 
         Returns:
-            A (k * G, C, D) dt; the synapses after the last chunk, (k * B, N, D), None if none came in and there is one
-            chunk; what the backward pass needs.
+            A (k * G, C, D) dt; the synapses after the last chunk, (k * B, N, D), or None for one chunk without S; the
+            tensors to save for the backward pass.
         """
 
     def backward(
-        self,
-        heads: slice,
-        R: Tensor,
-        dA: Tensor,
-        saved: Sequence[Tensor | None],
-        dS: Tensor | None,
-        dx: Tensor,
+        self, heads: slice, R: Tensor, dA: Tensor, saved: Sequence[Tensor | None], dS: Tensor | None, dx: Tensor
     ) -> AttentionGradient:
-        """From dA (k * G, C, D) dt and the gradient dS of the synapses after, (k * B, N, D) or None.
+        """Compute gradients from dA (k * G, C, D) dt and that of the synapses after, dS (k * B, N, D) or None.
 
         Adds the gradient of the values to `dx` (G, C, D), float32 at least.
         """
 
 
 class PlainAttention:
-    """See `Attention`: synapses that never decay and to which values are added.
+    """`Attention` without decay, in which tokens add their values to the synapses.
 
     Args:
-        reading: Of the pass.
+        context: Of the forward pass.
         x: Values, (G, C, D) dt.
-        B: Sequences.
+        B: Number of sequences.
     """
 
-    heads_at_once = 1
+    heads_per_call = 1
 
-    def __init__(self, reading: Reading, x: Tensor, B: int):
-        self.op, self.chunk_phases, self.documents = reading.operations, reading.chunk_phases, reading.documents
+    def __init__(self, context: ForwardContext, x: Tensor, B: int):
+        self.op, self.chunk_phases = context.operations, context.chunk_phases
+        self.documents = documents = context.documents
+        self.document_ids = None if documents is None else documents.ids  # (G, C)
+        self.retention = None if documents is None else documents.keeps_state  # (B, c)
         self.x, self.B, self.c = x, B, len(x) // B
-        self.values = x if self.documents is None else x * self.documents.writes  # (G, C, D)
-
-    @property
-    def document_ids(self) -> Tensor | None:
-        return None if self.documents is None else self.documents.of  # (G, C)
-
-    @property
-    def kept(self) -> Tensor | None:
-        return None if self.documents is None else self.documents.kept  # (B, c)
+        self.values = x if documents is None else x * documents.writes_state  # (G, C, D)
 
     def forward(
         self, heads: slice, R: Tensor, S: Tensor | None
@@ -103,40 +92,34 @@ class PlainAttention:
         if S is None and self.c == 1:
             return A, None, (P, None)
         U = (R.mT @ self.values).unflatten(0, (self.B, self.c))  # (B, c, N, D)
-        U, end = self.op.scan(U, S, *self.chunk_phases, self.kept)  # (B, c, N, D), (B, N, D)
+        U, end = self.op.scan(U, S, *self.chunk_phases, self.retention)  # (B, c, N, D), (B, N, D)
         U = U.flatten(0, 1)  # (G, N, D)  S before each chunk
         if self.documents is None:
             add_product_(A, R, U)  # (G, C, D)
         else:
-            A += (R @ U) * self.documents.sees_past  # (G, C, D)
+            A += (R @ U) * self.documents.reads_state  # (G, C, D)
         return A, end, (P, U)
 
     def backward(
-        self,
-        heads: slice,
-        R: Tensor,
-        dA: Tensor,
-        saved: Sequence[Tensor | None],
-        dS: Tensor | None,
-        dx: Tensor,
+        self, heads: slice, R: Tensor, dA: Tensor, saved: Sequence[Tensor | None], dS: Tensor | None, dx: Tensor
     ) -> AttentionGradient:
         P, S = saved
         assert P is not None
         add_product_(dx, P.mT, dA)  # (G, C, D)
-        past, before = None, None
-        if S is not None:
-            past, before = self.past(R, dA, S, dS, dx)
-        return AttentionGradient(self.op.scores_backward(dA, self.x, self.document_ids), past, before)
+        terms, before = (None, None) if S is None else self.synapses_backward(R, dA, S, dS, dx)
+        return AttentionGradient(self.op.scores_backward(dA, self.x, self.document_ids), terms, before)
 
-    def past(self, R: Tensor, dA: Tensor, S: Tensor, dS: Tensor | None, dx: Tensor) -> tuple[Past, Tensor]:
-        """The backward pass through the synapses, from the last chunk to the first: its `Past`, and dS before."""
+    def synapses_backward(
+        self, R: Tensor, dA: Tensor, S: Tensor, dS: Tensor | None, dx: Tensor
+    ) -> tuple[SynapseTerms, Tensor]:
+        """Compute the gradients through the synapses, from the last chunk: the terms of dR, and dS before."""
         documents = self.documents
-        dA = dA if documents is None else dA * documents.sees_past  # (G, C, D)
+        dA = dA if documents is None else dA * documents.reads_state  # (G, C, D)
         V = (R.mT @ dA).unflatten(0, (self.B, self.c))  # (B, c, N, D)
-        V, before = self.op.scan_backward(V, dS, *self.chunk_phases, self.kept)  # (B, c, N, D), (B, N, D)
+        V, before = self.op.scan_backward(V, dS, *self.chunk_phases, self.retention)  # (B, c, N, D), (B, N, D)
         V = V.flatten(0, 1)  # (G, N, D)  the gradient of what each chunk wrote
         if documents is None:
             add_product_(dx, R, V)  # (G, C, D)
         else:
-            dx += (R @ V) * documents.writes  # (G, C, D)
+            dx += (R @ V) * documents.writes_state  # (G, C, D)
         return (dA, S, self.values, V), before

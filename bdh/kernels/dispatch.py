@@ -1,79 +1,97 @@
-"""Which form of the neurons' work a training run takes: plain ("reference"), PyTorch ("chunked"), or "triton"."""
+"""Chooses the kernels of a model, for training and for inference, by device, dtype and sizes.
 
-from contextlib import suppress
+Training uses one of these, in a `FusedLayer` except for the first:
+
+* "reference": the layer's own code in `bdh.model.modeling_bdh`.
+* "torch": `bdh.kernels.torch`, on any device.
+* "triton": `bdh.kernels.triton`, on NVIDIA GPUs.
+* "hopper": `bdh.kernels.hopper`, Triton's with some operations in Gluon, on H100 and H200.
+
+Inference uses "torch" on a CPU and "triton" on NVIDIA GPUs, both in `bdh.kernels.decode`, and "reference" elsewhere.
+"""
+
+import logging
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
-from bdh.errors import BDHError
-from bdh.kernels.forward_context import Reading, Weights
-from bdh.kernels.fused_layer import NO_GATES, join, neurons
+from bdh.errors import BDHError, one_line
+from bdh.kernels.fused_layer import FusedLayer, is_plain
 from bdh.kernels.layer_operations import Operations
 from bdh.kernels.torch.operations import TorchOperations
 from bdh.kernels.torch.workspace import retain_freed_memory
-from bdh.model.configuration_bdh import BDHConfig
-from bdh.model.heads import HereLinear
-from bdh.model.modeling_bdh import BDHLayer, BDHState, Fast, Gates
+from bdh.model.modeling_bdh import BDHLayer
 
-# What auto takes its forms from: products X o Y of a head in a pass. With fewer, the plain form is as fast.
-LEAST = {"chunked": 1 << 18, "triton": 1 << 24}
-TRITON_CAPABILITY = (8, 0)  # what the kernels are made for: GPUs that multiply bfloat16
-# What neurons that are kept for the way back may take: of a GPU's free memory one part of so many, of a CPU's bytes.
-ROOM = {"cuda": 3, "cpu": 1 << 30}
-HOPPER = (9, 0)  # which has kernels of its own
+logger = logging.getLogger(__name__)
+
+# Products X o Y of a head in a pass from which "auto" uses the kernels. For fewer, the layer's own code is as fast.
+MIN_PRODUCTS = {"torch": 1 << 18, "triton": 1 << 24}
+TRITON_CAPABILITY = (8, 0)  # compute capability from which GPUs multiply bfloat16
+HOPPER = (9, 0)  # compute capability of H100 and H200
+MAX_SAVED_BYTES = 1 << 30  # activations that a pass on a CPU may save for its backward pass
+MAX_SAVED_PART = 3  # on a GPU, the same is a third of the free memory
 
 
 def use_kernels(layer: BDHLayer, name: str, device: torch.device) -> None:
-    """Lets a layer take the form of its work that a setting names.
+    """Choose the kernels that a layer is trained with, and log the choice.
 
     Args:
-        layer: As it will be trained, with adapters if it is to have any.
-        name: "auto", "reference", "chunked" or "triton", as `model.kernels` has it.
-        device: Where it is trained.
+        layer: The layer, with adapters if it is to have any.
+        name: Value of `model.kernels`: "auto", "reference", "torch" or "triton".
+        device: Device of the training.
 
     Raises:
-        BDHError: The form is asked for by name and cannot work here.
+        BDHError: The kernels are requested by name and cannot be used.
     """
-    form = name
+    rejected = rejected_kernels(layer, device)
+    if name in rejected:
+        raise BDHError(f"model.kernels is {name}, but {rejected[name]}; choose auto")
+    kernels, min_products, dtype = name, 0, None
     if name == "auto":
-        form = choose(layer, device)
-    elif name != "reference":
-        check(layer, name, device)
-    if form == "reference":
-        layer.kernels = None
-        return
-    least, only = 0, None
-    if name == "auto":  # Triton where it is much faster, which in float32 it is not
-        least, only = LEAST[form], torch.bfloat16 if form == "triton" else None
-    layer.kernels = Kernels(operations_of(form, layer.config, device), least, only, room_for_neurons(device))
+        rejected |= {other: why for other, why in auto_rejected(device).items() if other not in rejected}
+        kernels = next(other for other in ("triton", "torch", "reference") if other not in rejected)
+        min_products = MIN_PRODUCTS.get(kernels, 0)
+        dtype = torch.bfloat16 if kernels == "triton" else None  # in float32 it is hardly faster
+    elif name == "reference":
+        rejected = {}
+    if kernels == "triton" and (reason := hopper_unavailable(device, layer.config.n_embd, layer.config.dropout)):
+        rejected["hopper"] = reason
+    elif kernels == "triton":
+        kernels = "hopper"
+    layer.kernels = None
+    if kernels != "reference":
+        operations = make_operations(kernels, device)
+        layer.kernels = FusedLayer(operations, min_products, dtype, max_saved_bytes(device))
+    faster = ["hopper", "triton", "torch", "reference"]
+    faster = [other for other in faster[: faster.index(kernels)] if other in rejected]
+    reasons = "".join(f"; not {other}, because {rejected[other]}" for other in faster)
+    logger.info("training on %s uses the %s kernels (model.kernels %s)%s", device, kernels, name, reasons)
 
 
-def choose(layer: BDHLayer, device: torch.device) -> str:
-    """The fastest form that works here, of those that were tried: of GPUs, on Hopper."""
-    if not is_plain(layer) or isinstance(layer, FSDPModule):
-        return "reference"
-    if device.type == "cpu":
-        return "chunked"
-    tried = why_no_triton(device) is None and torch.cuda.get_device_capability(device) == HOPPER
-    return "triton" if tried else "reference"
-
-
-def check(layer: BDHLayer, name: str, device: torch.device) -> None:
-    """Raises BDHError unless the form can work."""
-    why = why_no_triton(device) if name == "triton" else None
-    if isinstance(layer, FSDPModule):  # whose weights are whole only while it works with them
-        why = "it does not work with distributed.strategy fsdp"
+def rejected_kernels(layer: BDHLayer, device: torch.device) -> dict[str, str]:
+    """Return the kernels that cannot train a layer on a device, with the reasons."""
+    reason = None
+    if isinstance(layer, FSDPModule):  # its weights are whole only while it computes
+        reason = "it does not work with distributed.strategy fsdp"
     elif not is_plain(layer):
-        why = "it works on plain weights, and this model has adapters or quantized weights"
-    if why is not None:
-        raise BDHError(f"model.kernels is {name}, but {why}; choose auto")
+        reason = "it works on plain weights, and this model has adapters or quantized weights"
+    reasons = {"triton": reason or triton_unavailable(device), "torch": reason}
+    return {kernels: reason for kernels, reason in reasons.items() if reason is not None}
 
 
-def why_no_triton(device: torch.device) -> str | None:
-    """What keeps the Triton kernels from working on a device; None if nothing does."""
+def auto_rejected(device: torch.device) -> dict[str, str]:
+    """Return the kernels that "auto" does not use on a device because they were not measured there to be faster."""
+    rejected = {}
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != HOPPER:
+        rejected["triton"] = "auto uses it on H100 and H200 only"
+    if device.type != "cpu":
+        rejected["torch"] = "auto uses it on CPUs only"
+    return rejected
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """Return the reason why the Triton kernels of training cannot run on a device; None if they can."""
     if device.type != "cuda":
         return f"Triton needs an NVIDIA GPU, and the device is {device.type}"
     if find_spec("triton") is None:
@@ -84,123 +102,55 @@ def why_no_triton(device: torch.device) -> str | None:
     return None
 
 
-def operations_of(name: str, config: BDHConfig, device: torch.device) -> Operations:
-    if name == "chunked":
+def hopper_unavailable(device: torch.device, n_embd: int, dropout: float) -> str | None:
+    """Return the reason why the Gluon kernels cannot run on a device; None if they can.
+
+    Gluon is experimental: its interface, and what it compiles, change with Triton's versions. A failure on a GPU that
+    the kernels are made for is logged as a warning.
+    """
+    if torch.cuda.get_device_capability(device) != HOPPER:
+        return "the GPU is not an H100 or H200"
+    try:
+        from bdh.kernels.hopper.operations import check_kernels
+
+        check_kernels(device, n_embd, dropout)
+    except Exception as error:  # of any kind, from an import to the driver
+        reason = f"Gluon failed: {type(error).__name__}: {one_line(error)}"
+        logger.warning("the Hopper kernels are not used, which are faster than Triton's; %s", reason)
+        return reason
+    return None
+
+
+def make_operations(kernels: str, device: torch.device) -> Operations:
+    """Create the backend "torch", "triton" or "hopper"."""
+    if kernels == "torch":
         if device.type == "cpu":
             retain_freed_memory()
         return TorchOperations(device)
+    if kernels == "hopper":
+        from bdh.kernels.hopper.operations import HopperOperations
+
+        return HopperOperations()
     from bdh.kernels.triton.operations import TritonOperations
 
-    if torch.cuda.get_device_capability(device) == HOPPER:
-        with suppress(Exception):  # of any kind: Gluon is new, and what it is called may change with any Triton
-            from bdh.kernels.hopper.operations import HopperOperations, works
-
-            if works(device, config.n_embd, config.dropout):
-                return HopperOperations()
     return TritonOperations()
 
 
-class Kernels:
-    """What stands in `BDHLayer.kernels`: finds the fast way for a forward pass, or none.
-
-    There is none for little work and for single tokens that go on from a state (the plain form is the faster), for
-    padded rows, and while the layer's linear maps are not plain: adapted, quantized, or looked into by hooks.
-
-    Args:
-        operations: The steps of a head.
-        least: Products X o Y of a head and a pass from which on it is taken.
-        only: What has to be computed in; None: anything.
-        room: Bytes that a pass may keep of all its layers' neurons.
-    """
-
-    def __init__(self, operations: Operations, least: int, only: torch.dtype | None, room: int):
-        self.operations, self.least, self.only, self.room = operations, least, only, room
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(
-        self, layer: BDHLayer, embeds: Tensor, mask: Tensor | None, state: BDHState | None, documents: Tensor | None
-    ) -> Fast | None:
-        B, T, _ = embeds.shape
-        config = layer.config
-        if B * T * config.neurons_per_head < self.least or (state is not None and T == 1) or not is_plain(layer):
-            return None
-        dtype = computing_dtype(embeds)
-        if self.only not in (None, dtype) or not self.operations.takes(dtype):
-            return None
-        if mask is not None and not bool(mask.all()):
-            return None
-        encoder, *encoder_v, decoder = (here(linear) for linear in linear_maps(layer))
-        reading = Reading.begin(
-            self.operations,
-            Weights.of(encoder, encoder_v, decoder, dtype),
-            (B, T),
-            theta=config.rope_theta,
-            eps=config.layer_norm_eps,
-            chunk_size=config.chunk_size,
-            dropout=config.dropout if layer.training else 0.0,
-            start=None if state is None else state.position,
-            documents=documents,
-            room=self.room // config.n_layer,
-        )
-        return Way(reading, layer)
+def max_saved_bytes(device: torch.device) -> int:
+    """Return the memory for activations that a pass saves so that its backward pass need not recompute them."""
+    return torch.cuda.mem_get_info(device)[0] // MAX_SAVED_PART if device.type == "cuda" else MAX_SAVED_BYTES
 
 
-class Way:
-    """`Fast`: through a layer by a reading."""
-
-    def __init__(self, reading: Reading, layer: BDHLayer):
-        self.reading, self.layer = reading, layer
-        self.constant_gates = NO_GATES if layer.gates is None else None
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, x: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        encoder, *encoder_v, decoder = (here(linear) for linear in linear_maps(self.layer))
-        return neurons(self.reading, x, S, encoder, encoder_v, decoder, self.gates(x))
-
-    def gates(self, x: Tensor) -> Gates:
-        """The gates of tokens x (B, T, D), computed once for all layers where they do not depend on the tokens."""
-        if self.constant_gates is not None:
-            return self.constant_gates
-        assert self.layer.gates is not None
-        gates: Gates = self.layer.gates(x)
-        if not self.layer.gates.depends_on_tokens:
-            self.constant_gates = gates
-        return gates
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def join(self, x: Tensor, y: Tensor) -> Tensor:
-        return join(self.reading, x, y)
-
-
-def room_for_neurons(device: torch.device) -> int:
-    """Bytes that a pass may keep of all its layers' neurons, so that the way back need not work them out again."""
-    return torch.cuda.mem_get_info(device)[0] // ROOM["cuda"] if device.type == "cuda" else ROOM["cpu"]
-
-
-def linear_maps(layer: BDHLayer) -> list[nn.Module]:
-    return [layer.encoder, *layer.encoder_v, layer.decoder]
-
-
-def here(linear: nn.Module) -> Tensor:
-    """A weight, of which the part that this process has."""
-    weight = linear.get_parameter("weight")
-    return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-def is_plain(layer: BDHLayer) -> bool:
-    """Whether the layer's linear maps are what they seem, and nobody looks at what goes through them."""
-    return all(
-        type(linear) in (nn.Linear, HereLinear)
-        and isinstance(linear.weight, nn.Parameter)
-        and type(linear.weight.data) in (Tensor, DTensor)
-        and linear.bias is None
-        and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
-        for linear in linear_maps(layer)
-    )
-
-
-def computing_dtype(x: Tensor) -> torch.dtype:
-    """What is computed in: autocast's dtype where that is on, else x's."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+def choose_decode_kernels(device: torch.device) -> str:
+    """Choose the kernels that inference uses on a device: "torch", "triton" or "reference"; log the choice."""
+    kernels, reason = "reference", ""
+    if device.type == "cpu":
+        kernels = "torch"
+    elif device.type != "cuda":
+        reason = f"; not triton, because it needs an NVIDIA GPU, and the device is {device.type}"
+    elif find_spec("triton") is None:  # it does not exist for some systems
+        reason = "; not triton, because it is not installed"
+    else:
+        kernels = "triton"
+    logger.info("inference on %s uses the %s kernels%s", device, kernels, reason)
+    return kernels

@@ -1,4 +1,4 @@
-"""The attention of some heads of a layer in training with decay and with the delta rule, forward and backward.
+"""Attention of heads in training with decay and with the delta rule, forward and backward.
 
 Equations and names as in `bdh.model.modeling_bdh`. Within a chunk, with u the cumulative sum of log_decay since it
 began, a = 1 / (|R| + eps) for "delta" and 1 for "add":
@@ -19,13 +19,13 @@ Backward, with V the gradient of U and G that of what a chunk writes (for "delta
     d log a = A . E + U . V
 
 and the gradient of log_decay_t is the sum over t' >= t of A . E - U . V, plus S . dS of the end: it scales what the
-tokens from t on read, and its inverse what they write. The difference of two numbers that are rounded would keep their
-rounding, and its sum over many tokens would be of that: so it is summed by its parts,
+tokens from t on read, and its inverse what they write. The rounding errors of A . E and of U . V
+would add up over many tokens, so the difference is computed in parts,
 
     A . E - U . V = sums over rows minus sums over columns of dM * M, plus a exp(u) (R S) . E - a exp(u_C - u) (R G) . U
 
-of which the first are of the same products and cancel exactly within a chunk, and the rest is as small as the share of
-the synapses that outlasts the tokens between.
+of which the first two have the same products, so that they cancel exactly within a chunk, and the last two are as small
+as the retention of the synapses between the tokens.
 """
 
 from collections.abc import Sequence
@@ -36,104 +36,101 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdh.kernels.attention import AttentionGradient
-from bdh.kernels.forward_context import Reading
-from bdh.kernels.layer_operations import Past
+from bdh.kernels.forward_context import ForwardContext
+from bdh.kernels.layer_operations import SynapseTerms
 from bdh.kernels.products import add_product_
-from bdh.kernels.torch.gated_operations import turn_rows
+from bdh.kernels.torch.gated_operations import rotate_rows
 from bdh.model.modeling_bdh import KEY_EPS, Gates
 
 
 @dataclass(frozen=True)
 class ChunkedGates:
-    """The gates of a layer, cut into chunks; float32 at least, contiguous.
+    """The gates of a layer by chunk; float32 at least, contiguous.
 
     Attributes:
         u: Cumulative log-decay since the beginning of the chunk, (h, G, C).
         beta: Write strength, (h, G, C); None for "add".
         reads: exp(u), 0 for tokens that do not see the synapses before their chunk: (h, G, C).
         writes: exp(u_C - u), 0 for tokens that do not remain in the synapses after their chunk: (h, G, C).
-        remains: exp(u_C), 0 for chunks that begin a document: (h, B, c).
+        retention: exp(u_C), 0 for chunks that begin a document: (h, B, c).
 
-    The last three are those of chunks that go on from each other or from a state; else they are u.
+    The last three are u for single chunks without a state.
     """
 
     u: Tensor
     beta: Tensor | None
     reads: Tensor
     writes: Tensor
-    remains: Tensor
+    retention: Tensor
 
     @classmethod
-    def cut(cls, gates: Gates, reading: Reading, with_state: bool) -> "ChunkedGates":
-        """From gates of (B, h, T) tokens; those that fill up the last chunk neither decay nor write."""
-        some = gates.log_decay if gates.log_decay is not None else gates.write_strength
-        assert some is not None
-        (B, h, T), C = some.shape, reading.C
+    def split(cls, gates: Gates, context: ForwardContext, with_state: bool) -> "ChunkedGates":
+        """Split gates of (B, h, T) tokens; padding of the last chunk neither decays nor writes."""
+        any_gate = gates.log_decay if gates.log_decay is not None else gates.write_strength
+        assert any_gate is not None
+        (B, h, T), C = any_gate.shape, context.C
         c = -(-T // C)
 
         def chunks(gate: Tensor) -> Tensor:
             padded = F.pad(gate, (0, c * C - T)) if c * C > T else gate  # (B, h, c * C)
             return padded.transpose(0, 1).contiguous().view(h, B * c, C)  # (h, G, C)
 
-        log_decay = some.new_zeros(h, B * c, C) if gates.log_decay is None else chunks(gates.log_decay)  # (h, G, C)
+        log_decay = any_gate.new_zeros(h, B * c, C) if gates.log_decay is None else chunks(gates.log_decay)  # (h, G, C)
         beta = None if gates.write_strength is None else chunks(gates.write_strength)  # (h, G, C)
         u = log_decay.cumsum(-1)  # (h, G, C)
         if c == 1 and not with_state:
             return cls(u, beta, u, u, u)
         last = u[..., -1:]  # (h, G, 1)
-        reads, writes, remains = u.exp(), (last - u).exp(), last.exp().view(h, B, c)
-        if (documents := reading.documents) is not None:
-            reads = reads * documents.sees_past[..., 0]  # (h, G, C)
-            writes = writes * documents.writes[..., 0]  # (h, G, C)
-            remains = remains * documents.kept  # (h, B, c)
-        return cls(u, beta, reads, writes, remains)
+        reads, writes, retention = u.exp(), (last - u).exp(), last.exp().view(h, B, c)
+        if (documents := context.documents) is not None:
+            reads = reads * documents.reads_state[..., 0]  # (h, G, C)
+            writes = writes * documents.writes_state[..., 0]  # (h, G, C)
+            retention = retention * documents.keeps_state  # (h, B, c)
+        return cls(u, beta, reads, writes, retention)
 
 
 class GatedAttention:
-    """See `bdh.kernels.attention.Attention`.
+    """`bdh.kernels.attention.Attention` with decay and the delta rule.
 
     Args:
-        reading: Of the pass.
+        context: Of the forward pass.
         gates: Of the layer.
         x: Values, (G, C, D) dt.
-        B: Sequences.
+        B: Number of sequences.
         with_state: Whether synapses come in.
 
     Attributes:
         d_beta: After the backward pass, the gradient of the write strength, (h, G, C), for "delta".
-        wants_decay: Whether the gradient of log_decay is needed.
+        needs_decay_gradient: Whether the gradient of log_decay is needed.
     """
 
-    def __init__(self, reading: Reading, gates: ChunkedGates, x: Tensor, B: int, with_state: bool):
-        self.op, self.gated_op = reading.operations, reading.operations.gated_attention
-        self.documents, self.chunk_phases = reading.documents, reading.chunk_phases
+    def __init__(self, context: ForwardContext, gates: ChunkedGates, x: Tensor, B: int, with_state: bool):
+        self.op, self.gated_op = context.operations, context.operations.gated_attention
+        self.document_ids = None if context.documents is None else context.documents.ids  # (G, C)
+        self.chunk_phases = context.chunk_phases
         self.gates, self.x, self.B, self.c = gates, x, B, len(x) // B
         self.with_state = with_state
         self.has_past = with_state or self.c > 1
         self.delta = gates.beta is not None
         h = len(gates.u)
-        # Where chunks follow each other their products are small, so on a GPU all heads take each step together.
+        # The products of one chunk at a time are small, so on a GPU each step computes all heads.
         sequential = self.delta and self.has_past
-        self.heads_at_once = h if sequential and self.gated_op.all_heads_at_once else 1
-        self.wants_decay = False
+        self.heads_per_call = h if sequential and self.gated_op.all_heads_per_call else 1
+        self.needs_decay_gradient = False
         self.difference = torch.empty_like(gates.u)  # (h, G, C)  A . E - U . V
         self.d_beta = torch.empty_like(gates.u)  # (h, G, C)
 
-    @property
-    def document_ids(self) -> Tensor | None:
-        return None if self.documents is None else self.documents.of  # (G, C)
-
     def of_heads(self, per_head: Tensor, heads: slice) -> Tensor:
-        """(h, G, C) -> (k * G, C), and (h, B, c) -> (k * B, c)."""
-        return per_head[heads.start] if self.heads_at_once == 1 else per_head[heads].flatten(0, 1)
+        """Select heads: (h, G, C) -> (k * G, C), and (h, B, c) -> (k * B, c)."""
+        return per_head[heads.start] if self.heads_per_call == 1 else per_head[heads].flatten(0, 1)
 
     def key_scales(self, heads: slice, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """a exp(u) and a exp(u_C - u) of some heads, from |R|^2: (k * G, C) -> twice (k * G, C)."""
+        """Return a exp(u) and a exp(u_C - u) of heads, from |R|^2: (k * G, C) -> twice (k * G, C)."""
         a = 1 / (squares.sqrt() + KEY_EPS)  # (k * G, C)
         return self.of_heads(self.gates.reads, heads) * a, self.of_heads(self.gates.writes, heads) * a
 
-    def repeated(self, heads: slice) -> Tensor | None:
-        """The documents of the tokens for each of the heads, (k * G, C)."""
+    def documents_of_heads(self, heads: slice) -> Tensor | None:
+        """Return the documents of the tokens, repeated for each head: (k * G, C)."""
         ids, k = self.document_ids, heads.stop - heads.start
         return ids if ids is None or k == 1 else ids.repeat(k, 1)
 
@@ -146,10 +143,12 @@ class GatedAttention:
         if self.gates.beta is None:
             return self.forward_add(heads, R, self.gated_op.add_scores(R, u, self.document_ids), S)
         beta = self.of_heads(self.gates.beta, heads)  # (k * G, C)
-        M, inverse, squares = self.gated_op.delta_scores(R, u, beta, self.repeated(heads))  # 2 x (k * G, C, C)
+        M, inverse, squares = self.gated_op.delta_scores(
+            R, u, beta, self.documents_of_heads(heads)
+        )  # 2 x (k * G, C, C)
         if self.has_past:
             A, U, Q, states, end = self.forward_chunks(heads, R, M, inverse, beta, squares, S)
-            for_decay = (Q, end) if self.wants_decay else (None, None)
+            for_decay = (Q, end) if self.needs_decay_gradient else (None, None)
             return A, end, (M, A, inverse, U, squares, states, *for_decay)
         U = inverse @ self.gated_op.scaled_difference(beta, self.x)  # (G, C, D)
         A = M @ U  # (G, C, D)
@@ -163,27 +162,20 @@ class GatedAttention:
             return A, None, (M, None, None, None)
         values = self.gated_op.scaled_difference(self.of_heads(self.gates.writes, heads), self.x)  # (G, C, D)
         written = (R.mT @ values).unflatten(0, (self.B, self.c))  # (B, c, N, D)
-        remains = self.of_heads(self.gates.remains, heads)  # (B, c)
-        states, end = self.op.scan(written, S, *self.chunk_phases, remains)  # (B, c, N, D), (B, N, D)
+        retention = self.of_heads(self.gates.retention, heads)  # (B, c)
+        states, end = self.op.scan(written, S, *self.chunk_phases, retention)  # (B, c, N, D), (B, N, D)
         states = states.flatten(0, 1)  # (G, N, D)  S before each chunk
         Q = R @ states  # (G, C, D)
         self.gated_op.add_scaled_(A, Q, self.of_heads(self.gates.reads, heads))  # (G, C, D)
-        return A, end, (M, states, *((Q, end) if self.wants_decay else (None, None)))
+        return A, end, (M, states, *((Q, end) if self.needs_decay_gradient else (None, None)))
 
     def forward_chunks(
-        self,
-        heads: slice,
-        R: Tensor,
-        M: Tensor,
-        inverse: Tensor,
-        beta: Tensor,
-        squares: Tensor,
-        S: Tensor | None,
+        self, heads: slice, R: Tensor, M: Tensor, inverse: Tensor, beta: Tensor, squares: Tensor, S: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """The delta rule by chunk: A, U and Q (k * G, C, D), S before each chunk (k * B, c, N, D), and the last S.
+        """Return A, U and Q (k * G, C, D), S before each chunk (k * B, c, N, D), and the last S, for the delta rule.
 
-        With r = a exp(u), w = a exp(u_C - u) and Q = R S, what is written of a chunk, w U, is
-        w inverse (beta (x - r Q)) = Y - W Q: all but Q is known before.
+        With r = a exp(u), w = a exp(u_C - u) and Q = R S, a chunk writes w U = w inverse (beta (x - r Q)) = Y - W Q, of
+        which all but Q is independent of the synapses.
         """
         op = self.gated_op
         reads, writes = self.key_scales(heads, squares)  # (k * G, C)
@@ -197,32 +189,18 @@ class GatedAttention:
         return A, U, Q, states, state
 
     def scan(
-        self,
-        heads: slice,
-        R: Tensor,
-        W: Tensor,
-        Y: Tensor,
-        state: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        back: bool,
+        self, heads: slice, R: Tensor, W: Tensor, Y: Tensor, state: Tensor | None, cos: Tensor, sin: Tensor, back: bool
     ) -> tuple[Tensor, Tensor]:
-        """`GatedOperations.scan_delta` of (k * G, ...): the states (k * B, c, N, D) and Q (k * G, C, D)."""
-        remains = self.of_heads(self.gates.remains, heads)  # (k * B, c)
+        """Call `GatedOperations.scan_delta`: (k * G, ...) -> the states (k * B, c, N, D) and Q (k * G, C, D)."""
+        retention = self.of_heads(self.gates.retention, heads)  # (k * B, c)
         R, W, Y = (each.unflatten(0, (-1, self.c)) for each in (R, W, Y))  # (k * B, c, ...)
-        states, Q = self.gated_op.scan_delta(R, W, Y, remains, state, cos, sin, back)
+        states, Q = self.gated_op.scan_delta(R, W, Y, retention, state, cos, sin, back)
         return states, Q.flatten(0, 1)
 
     # -------------------------------------------------------------------------------------------------- backward
 
     def backward(
-        self,
-        heads: slice,
-        R: Tensor,
-        dA: Tensor,
-        saved: Sequence[Tensor | None],
-        dS: Tensor | None,
-        dx: Tensor,
+        self, heads: slice, R: Tensor, dA: Tensor, saved: Sequence[Tensor | None], dS: Tensor | None, dx: Tensor
     ) -> AttentionGradient:
         if not self.delta:
             return self.backward_add(heads, R, dA, saved, dS, dx)
@@ -230,12 +208,12 @@ class GatedAttention:
         assert M is not None and A is not None and inverse is not None and U is not None and squares is not None
         assert self.gates.beta is not None
         beta, u = self.of_heads(self.gates.beta, heads), self.of_heads(self.gates.u, heads)  # (k * G, C)
-        past, before, P = None, None, None
+        terms, dS_before, P = None, None, None
         if states is None:
             V = inverse.mT @ (M.mT @ dA)  # (G, C, D)
         else:
             reads, writes = self.key_scales(heads, squares)  # (k * G, C)
-            V, P, past, before = self.backward_chunks(
+            V, P, terms, dS_before = self.backward_chunks(
                 heads, R, dA, M, inverse, beta, reads, writes, U, states, dS
             )  # 2 x (k * G, C, D)
         E, diagonal, d_beta = self.gated_op.delta_rows_backward(
@@ -243,44 +221,38 @@ class GatedAttention:
         )  # (k * G, C, D), 2 x (k * G, C)
         self.d_beta[heads] = d_beta.view_as(self.d_beta[heads])  # (k, G, C)
         dP, of_u = self.gated_op.gated_scores_backward(
-            E, U, u, squares, self.repeated(heads), diagonal, M if self.wants_decay else None
+            E, U, u, squares, self.documents_of_heads(heads), diagonal, M if self.needs_decay_gradient else None
         )  # (k * G, C, C), (k * G, C)
         if of_u is not None and Q is not None and P is not None:
             of_u += self.gated_op.difference_of_dots(reads, E, Q, writes, U, P)  # (k * G, C)
-        self.keep_decay_gradient(heads, of_u, end, dS)
-        return AttentionGradient(dP, past, before)
+        self.store_decay_gradient(heads, of_u, end, dS)
+        return AttentionGradient(dP, terms, dS_before)
 
     def backward_add(
-        self,
-        heads: slice,
-        R: Tensor,
-        dA: Tensor,
-        saved: Sequence[Tensor | None],
-        dS: Tensor | None,
-        dx: Tensor,
+        self, heads: slice, R: Tensor, dA: Tensor, saved: Sequence[Tensor | None], dS: Tensor | None, dx: Tensor
     ) -> AttentionGradient:
         M, states, Q, end = saved
         assert M is not None
         add_product_(dx, M.mT, dA)  # (G, C, D)
         u = self.of_heads(self.gates.u, heads)  # (G, C)
         dP, of_u = self.gated_op.gated_scores_backward(
-            dA, self.x, u, None, self.document_ids, None, M if self.wants_decay else None
+            dA, self.x, u, None, self.document_ids, None, M if self.needs_decay_gradient else None
         )  # (G, C, C), (G, C)
-        past, before = None, None
+        terms, dS_before = None, None
         if states is not None:
             reads, writes = self.of_heads(self.gates.reads, heads), self.of_heads(self.gates.writes, heads)  # (G, C)
-            reading = self.gated_op.scaled_difference(reads, dA)  # (G, C, D)
-            of_states = (R.mT @ reading).unflatten(0, (self.B, self.c))  # (B, c, N, D)
-            remains = self.of_heads(self.gates.remains, heads)  # (B, c)
-            of_written, before = self.op.scan_backward(of_states, dS, *self.chunk_phases, remains)
+            read_gradient = self.gated_op.scaled_difference(reads, dA)  # (G, C, D)
+            of_states = (R.mT @ read_gradient).unflatten(0, (self.B, self.c))  # (B, c, N, D)
+            retention = self.of_heads(self.gates.retention, heads)  # (B, c)
+            of_written, dS_before = self.op.scan_backward(of_states, dS, *self.chunk_phases, retention)
             of_written = of_written.flatten(0, 1)  # (G, N, D)
             P = R @ of_written  # (G, C, D)
             self.gated_op.add_scaled_(dx, P, writes)  # (G, C, D)
-            past = (reading, states, self.gated_op.scaled_difference(writes, self.x), of_written)
+            terms = (read_gradient, states, self.gated_op.scaled_difference(writes, self.x), of_written)
             if of_u is not None and Q is not None:
                 of_u += self.gated_op.difference_of_dots(reads, dA, Q, writes, self.x, P)  # (G, C)
-        self.keep_decay_gradient(heads, of_u, end, dS)
-        return AttentionGradient(dP, past, before)
+        self.store_decay_gradient(heads, of_u, end, dS)
+        return AttentionGradient(dP, terms, dS_before)
 
     def backward_chunks(
         self,
@@ -295,41 +267,43 @@ class GatedAttention:
         U: Tensor,
         states: Tensor,
         dS: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Past, Tensor | None]:
-        """The delta rule from the last chunk: V and R G (k * G, C, D), the `Past`, and dS before the first."""
+    ) -> tuple[Tensor, Tensor, SynapseTerms, Tensor | None]:
+        """Return V and R G (k * G, C, D), the terms of dR, and dS before, for the delta rule from the last chunk."""
         op = self.gated_op
         written = op.scaled_difference(writes, U)  # (k * G, C, D)
         W = op.scaled_matrix(inverse, writes, beta * reads).mT  # (k * G, C, C)
         V = inverse.mT @ (M.mT @ dA)  # (k * G, C, D)  without what the synapses add
-        reading = op.scaled_difference(reads, dA, beta, V)  # (k * G, C, D)  a exp(u) E, likewise
+        read_gradient = op.scaled_difference(reads, dA, beta, V)  # (k * G, C, D)  a exp(u) E, likewise
         cos, sin = self.chunk_phases
         state = None
         if dS is not None or self.with_state:
             state = states.new_zeros(len(states), *states.shape[2:], dtype=cos.dtype)  # (k * B, N, D)  G
             if dS is not None:
-                state.copy_(turn_rows(dS, cos, sin))
-        of_written, P = self.scan(heads, R, W, reading, state, cos, -sin, back=True)  # (k * B, c, N, D), (k * G, C, D)
+                state.copy_(rotate_rows(dS, cos, sin))
+        of_written, P = self.scan(
+            heads, R, W, read_gradient, state, cos, -sin, back=True
+        )  # (k * B, c, N, D), (k * G, C, D)
         V.baddbmm_(inverse.mT, op.scaled_difference(writes, P))  # (k * G, C, D)
-        before = turn_rows(state, cos, -sin) if state is not None and self.with_state else None  # (k * B, N, D)
-        return V, P, (reading, states.flatten(0, 1), written, of_written.flatten(0, 1)), before
+        dS_before = rotate_rows(state, cos, -sin) if state is not None and self.with_state else None  # (k * B, N, D)
+        return V, P, (read_gradient, states.flatten(0, 1), written, of_written.flatten(0, 1)), dS_before
 
-    def keep_decay_gradient(
+    def store_decay_gradient(
         self, heads: slice, difference: Tensor | None, end: Tensor | None, dS: Tensor | None
     ) -> None:
-        """Keeps A . E - U . V (k * G, C) of some heads, and S . dS of the end as if the last token had read it."""
+        """Store A . E - U . V (k * G, C) of heads, plus S . dS of the end at the last token."""
         if difference is None:  # the gradient of log_decay is not needed
             return
-        kept = self.difference[heads].view(-1, self.B, self.c * difference.shape[-1])  # (k, B, c * C)
-        kept.copy_(difference.view_as(kept))
+        by_sequence = self.difference[heads].view(-1, self.B, self.c * difference.shape[-1])  # (k, B, c * C)
+        by_sequence.copy_(difference.view_as(by_sequence))
         if end is not None and dS is not None:
-            kept[:, :, -1] += (end * dS).sum((1, 2)).view(-1, self.B)  # (k, B)
+            by_sequence[:, :, -1] += (end * dS).sum((1, 2)).view(-1, self.B)  # (k, B)
 
     def decay_gradient(self) -> Tensor:
-        """The gradient of log_decay after the backward pass: sums over all later tokens, (h, B, c * C)."""
+        """Return the gradient of log_decay after the backward pass, (h, B, c * C)."""
         return sums_over_later_tokens(self.difference, self.B)
 
 
 def sums_over_later_tokens(difference: Tensor, B: int) -> Tensor:
-    """At each token the sum over it and all later ones of its sequence: (h, G, C) -> (h, B, c * C)."""
+    """Return cumulative sums from the end of each sequence: (h, G, C) -> (h, B, c * C)."""
     by_sequence = difference.view(len(difference), B, -1)  # (h, B, c * C)
     return by_sequence.flip(-1).cumsum(-1).flip(-1)

@@ -1,4 +1,4 @@
-"""Matrix products whose sums are wider than what is multiplied."""
+"""Matrix products with sums in a wider dtype than the factors."""
 
 import torch
 from torch import Tensor
@@ -7,22 +7,22 @@ from bdh.model.modeling_bdh import synapse_dtype
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b: (G, C, I), (G, I, J) or (I, J) -> (G, C, J)."""
+    """Add a b to `total`: (G, C, I), (G, I, J) or (I, J) -> (G, C, J)."""
     if a.dtype == total.dtype:
         total.baddbmm_(a, b.expand(len(a), *b.shape[-2:]))
-    elif total.device.type == "cuda":  # which adds as precisely as it multiplies
+    elif total.device.type == "cuda":  # accumulates in the dtype of the result
         if b.dim() == 2:
             total, a = total.view(-1, total.shape[-1]), a.flatten(0, 1)  # (M, J), (M, I)
         add = torch.addmm if b.dim() == 2 else torch.baddbmm
         add(total, a, b, out_dtype=total.dtype, out=total)
     else:
         product = a @ b  # (G, C, J)
-        # A CPU is slow at adding numbers of two kinds.
+        # Mixed dtypes are slow on a CPU.
         total += product.to(total.dtype) if total.device.type == "cpu" else product
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b, in out's dtype: (I, M), (M, J) -> (I, J)."""
+    """Compute a b in the dtype of `out`: (I, M), (M, J) -> (I, J)."""
     if a.device.type == "cuda" and a.dtype != out.dtype:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
@@ -30,7 +30,7 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, summed and returned in float32 at least: (G, I, J), (G, J, K) -> (G, I, K)."""
+    """Compute a b in float32 at least: (G, I, J), (G, J, K) -> (G, I, K)."""
     wide = synapse_dtype(a.dtype)
     if a.dtype == wide:
         return torch.bmm(a, b)  # (G, I, K)

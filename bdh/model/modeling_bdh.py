@@ -20,7 +20,7 @@ This file is copied into every export (`trust_remote_code=True` loads it), so it
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -597,19 +597,22 @@ class BDHGates(nn.Module):
 # ------------------------------------------------------------------------------------------------- the model
 
 
-class Fast(Protocol):
-    """A faster way through a layer, for one forward pass."""
+class LayerKernels(Protocol):
+    """Interface of a faster implementation of `BDHLayer` for training."""
 
-    def __call__(self, x: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """From x (B, T, D) and S (B, h, N, D) or None to what `BDHLayer.neurons` returns."""
+    def begin(
+        self, layer: "BDHLayer", embeds: Tensor, mask: Tensor | None, state: BDHState | None, documents: Tensor | None
+    ) -> Any:
+        """Prepare a forward pass of the model over embeds (B, T, D), with a mask (B, T) and documents (B, T) if any.
 
-    def join(self, x: Tensor, y: Tensor) -> Tensor:
-        """What `BDHLayer.join` returns."""
+        Returns a context for all layers, or None if the layer's own code is to compute this pass.
+        """
 
+    def neurons(self, layer: "BDHLayer", context: Any, x: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Compute what `BDHLayer.neurons` computes, from x (B, T, D) and S (B, h, N, D) or None."""
 
-# What finds it, if there is one, from the layer, the embeddings (B, T, D), the mask (B, T) or None, the state or None,
-# and the documents (B, T) or None.
-Kernels = Callable[["BDHLayer", Tensor, Tensor | None, BDHState | None, Tensor | None], Fast | None]
+    def add_norm(self, context: Any, x: Tensor, y: Tensor) -> Tensor:
+        """Compute what `BDHLayer.add_norm` computes."""
 
 
 class BDHLayer(GradientCheckpointingLayer):
@@ -624,13 +627,10 @@ class BDHLayer(GradientCheckpointingLayer):
         self.encoder_v = nn.ModuleList(nn.Linear(D, N, bias=False) for _ in range(h))  # h x (D -> N)
         self.decoder = nn.Linear(h * N, D, bias=False)
         self.gates = BDHGates(config) if config.has_gates else None
-        # Where a token's vector goes to the heads, and where what they made of it comes together again. Between the two
-        # heads know nothing of each other; where they are spread over several devices, this is where these talk.
-        self.part: nn.Module = nn.Identity()
-        self.meet: nn.Module = nn.Identity()
-        # A faster way from the one to the other, for training; it is asked once for all layers of a forward pass, and
-        # gives None where it knows no way. Nothing of it is saved with the model.
-        self.kernels: Kernels | None = None
+        # Tensor parallelism over heads replaces these two by collectives; between them, heads are independent.
+        self.copy_to_tensor_parallel: nn.Module = nn.Identity()
+        self.reduce_from_tensor_parallel: nn.Module = nn.Identity()
+        self.kernels: LayerKernels | None = None  # for training; not saved with the model
 
     def forward(
         self,
@@ -639,23 +639,23 @@ class BDHLayer(GradientCheckpointingLayer):
         mask: Tensor | None,
         S: Tensor | None,
         documents: Tensor | None = None,
-        fast: Fast | None = None,
+        context: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One layer: x (B, T, D), synapses S (B, h, N, D) or None -> the next x, the synapses after these tokens.
 
-        `mask` (B, T, 1) is 0 at padding, whose values are then neither seen nor written; `documents` (B, T) keeps
-        documents apart. `fast` takes the place of `neurons` and `join`, and needs none of these.
+        `mask` (B, T, 1) is 0 at padding, whose values are then neither seen nor written; `documents` (B, T) separates
+        documents. With a `context` of `kernels`, these compute the layer, and the arguments in between are not used.
         """
-        seen = self.part(x)  # (B, T, D)
-        if fast is not None:
-            y, S = fast(seen, S)  # (B, T, D), (B, h, N, D)
-            return fast.join(x, self.meet(y)), S  # (B, T, D)
+        heads_x = self.copy_to_tensor_parallel(x)  # (B, T, D)
+        if context is not None and self.kernels is not None:
+            y, S = self.kernels.neurons(self, context, heads_x, S)  # (B, T, D), (B, h, N, D)
+            return self.kernels.add_norm(context, x, self.reduce_from_tensor_parallel(y)), S  # (B, T, D)
         assert phases is not None
-        y, S = self.neurons(seen, phases, mask, S, documents)  # (B, T, D), (B, h, N, D)
-        return self.join(x, self.meet(y)), S  # (B, T, D)
+        y, S = self.neurons(heads_x, phases, mask, S, documents)  # (B, T, D), (B, h, N, D)
+        return self.add_norm(x, self.reduce_from_tensor_parallel(y)), S  # (B, T, D)
 
-    def join(self, x: Tensor, y: Tensor) -> Tensor:
-        """The next x, from this one and what came of it: (B, T, D)."""
+    def add_norm(self, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output, from its input and the sum over heads: (B, T, D) twice -> (B, T, D)."""
         return self.norm(x + self.norm(y))  # (B, T, D)
 
     def neurons(
@@ -666,7 +666,7 @@ class BDHLayer(GradientCheckpointingLayer):
         S: Tensor | None,
         documents: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the neurons here make of x (B, T, D), by the decoder, and the synapses after; arguments as above."""
+        """The decoder output of the neurons for x (B, T, D), and the synapses after; arguments as for `forward`."""
         h = self.config.n_head
         X = F.relu(self.encoder(x)).unflatten(-1, (h, -1))  # (B, T, h, N)  who fires
         R = rotate(X.transpose(1, 2), *phases)  # (B, h, T, N)  query and key
@@ -870,8 +870,8 @@ class BDHModel(BDHPreTrainedModel):
             raise ValueError(f"the state holds {state.batch_size} sequences, the input {B}")
 
         kernels = self.layer.kernels if position_ids is None else None
-        fast = None if kernels is None else kernels(self.layer, embeds, mask, state, document_ids)
-        phases = self.phases(T, mask, state, embeds, position_ids) if fast is None else None  # 2 x (B|1, 1, T, N)
+        context = None if kernels is None else kernels.begin(self.layer, embeds, mask, state, document_ids)
+        phases = self.phases(T, mask, state, embeds, position_ids) if context is None else None  # 2 x (B|1, 1, T, N)
         x = self.layer.norm(embeds)  # (B, T, D)
         values_mask = None if mask is None else mask.to(x.dtype)[:, :, None]  # (B, T, 1)
         if output_hidden_states is None:
@@ -879,7 +879,7 @@ class BDHModel(BDHPreTrainedModel):
         trace = [x]
         for i in range(self.config.n_layer):
             S = None if state is None else state.synapses[i]  # (B, h, N, D)
-            x, S = self.layer(x, phases, values_mask, S, document_ids, fast)  # (B, T, D)
+            x, S = self.layer(x, phases, values_mask, S, document_ids, context)  # (B, T, D)
             if state is not None:
                 state.synapses[i] = S
             trace.append(x)

@@ -43,9 +43,9 @@ from transformers import PreTrainedTokenizerFast
 from bdh.atomic_files import sync
 from bdh.data.tokenizer import byte_tokenizer, load_tokenizer
 from bdh.distributed.head_sharding import shard, unshard
+from bdh.distributed.tensor_parallel import HeadNames
 from bdh.errors import BDHError, one_line
 from bdh.json_text import to_json
-from bdh.model.heads import HeadNames
 from bdh.model.weight_files import check_finite
 from bdh.training.optimizer import CombinedOptimizer
 
@@ -242,7 +242,7 @@ def load(
     tensors = collect(model, optimizer, carried, names)
     with naming_damage(path):
         _read_tensors(path, tensors)
-        tensors = {names.here(name): tensor for name, tensor in tensors.items()}
+        tensors = {names.local_name(name): tensor for name, tensor in tensors.items()}
         set_model_state_dict(model, _under("model.", tensors), options=_TRAINED)
         settings = get_optimizer_state_dict(model, optimizer, options=_FLAT)
         set_optimizer_state_dict(model, optimizer, {**settings, **_under("optimizer.", tensors)}, options=_FLAT)
@@ -363,7 +363,7 @@ def collect(
     moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     kept = {f"optimizer.{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
     memory = {f"carried.{name}": tensor for name, tensor in (carried or {}).items()}
-    return {names.whole(name): tensor for name, tensor in {**_model_tensors(model), **kept, **memory}.items()}
+    return {names.global_name(name): tensor for name, tensor in {**_model_tensors(model), **kept, **memory}.items()}
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

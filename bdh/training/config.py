@@ -13,6 +13,9 @@ from bdh.data.settings import DataConfig, data_config
 from bdh.distributed.config import DistributedConfig
 from bdh.errors import BDHError
 
+# Earlier values of `model.kernels`, which saved runs, YAML files and flags may still have; help texts omit them.
+KERNEL_ALIASES: dict[str, Literal["torch"]] = {"chunked": "torch"}
+
 
 @dataclass
 class ModelConfig:
@@ -36,9 +39,9 @@ class ModelConfig:
         write: What a token writes into the synapses: add, its vector, as published; delta, the difference between its
             vector and what the synapses already return for its key, times a strength that each head computes from the
             token (the delta rule).
-        kernels: How the work of the neurons is done in training: reference is the plain form, chunked does it head by
-            head in PyTorch, triton in kernels for NVIDIA GPUs; auto takes chunked on a CPU, and triton in bfloat16 on
-            an H100 or H200, where it pays. Changes speed and memory, not the function.
+        kernels: Implementation of the layer in training: reference is the model's own code; torch computes head by head
+            in PyTorch, triton in kernels for NVIDIA GPUs; auto takes torch on a CPU, and triton in bfloat16 on an H100
+            or H200, where it is faster. Changes speed and memory, not the function.
     """
 
     n_layer: int = 6
@@ -54,7 +57,10 @@ class ModelConfig:
     decay: Literal["none", "fixed", "gated"] = "gated"
     decay_half_lives: list[float | None] | None = None
     write: Literal["add", "delta"] = "delta"
-    kernels: Literal["auto", "reference", "chunked", "triton"] = "auto"
+    kernels: Literal["auto", "reference", "torch", "triton", "chunked"] = "auto"
+
+    def __post_init__(self) -> None:
+        self.kernels = KERNEL_ALIASES.get(self.kernels, self.kernels)
 
     def architecture(self) -> dict[str, Any]:
         """The fields of BDHConfig."""

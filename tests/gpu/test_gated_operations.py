@@ -20,14 +20,14 @@ SIZES = [(3, 32, 64, 128), (2, 77, 48, 200), (2, 512, 256, 4096), (1, 1100, 256,
 Operation = Callable[[TritonGatedOperations | TorchGatedOperations, list[Tensor]], tuple[Tensor, ...]]
 
 
-def assert_exact(operation: Operation, dtype: torch.dtype, given: list[Tensor], gates: list[Tensor]) -> None:
+def assert_exact(operation: Operation, dtype: torch.dtype, tensors: list[Tensor], gates: list[Tensor]) -> None:
     """Compares results of tensors in a dtype, and gates in float32, with those of the same numbers in float64."""
-    given = [each.to(dtype) for each in given]
-    found = operation(TritonGatedOperations(), [*given, *gates])
+    tensors = [each.to(dtype) for each in tensors]
+    actual = operation(TritonGatedOperations(), [*tensors, *gates])
     plain = TorchGatedOperations(Workspace(CUDA))
-    expected = operation(plain, [each.double() for each in (*given, *gates)])
-    for one, other in zip(found, expected, strict=True):
-        assert (one.double() - other).norm() < EXACT[dtype] * other.norm()
+    expected = operation(plain, [each.double() for each in (*tensors, *gates)])
+    for result, wanted in zip(actual, expected, strict=True):
+        assert (result.double() - wanted).norm() < EXACT[dtype] * wanted.norm()
 
 
 def gates_of(G: int, C: int) -> tuple[Tensor, Tensor]:
@@ -41,8 +41,10 @@ def test_scores_and_the_inverse_of_the_delta_rule(sizes: tuple[int, int, int, in
     G, C, _, N = sizes
     torch.manual_seed(0)
     R = torch.randn(G, C, N, device=CUDA).relu()  # (G, C, N)
-    assert_exact(lambda op, given: op.delta_scores(given[0], given[1], given[2], None), dtype, [R], [*gates_of(G, C)])
-    assert_exact(lambda op, given: (op.add_scores(given[0], given[1], None),), dtype, [R], [gates_of(G, C)[0]])
+    assert_exact(
+        lambda op, tensors: op.delta_scores(tensors[0], tensors[1], tensors[2], None), dtype, [R], [*gates_of(G, C)]
+    )
+    assert_exact(lambda op, tensors: (op.add_scores(tensors[0], tensors[1], None),), dtype, [R], [gates_of(G, C)[0]])
 
 
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
@@ -55,8 +57,8 @@ def test_gradients_of_scores_and_of_decay(sizes: tuple[int, int, int, int], dtyp
     u, beta = gates_of(G, C)
     M, _, squares = TorchGatedOperations(Workspace(CUDA)).delta_scores(R, u, beta, None)  # (G, C, C)
 
-    def backward(op: TritonGatedOperations | TorchGatedOperations, given: list[Tensor]) -> tuple[Tensor, ...]:
-        E, U, M, u, squares, diagonal = given
+    def backward(op: TritonGatedOperations | TorchGatedOperations, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        E, U, M, u, squares, diagonal = tensors
         dP, of_u = op.gated_scores_backward(E, U, u, squares, None, diagonal, M)  # (G, C, C), (G, C)
         assert of_u is not None
         return dP, of_u, op.difference_of_dots(u, E, U, squares, U, E)

@@ -1,4 +1,4 @@
-"""On an H100 or H200: each Gluon kernel against the Triton one, which Triton's interpreter holds to the plain form."""
+"""On an H100 or H200: each Gluon kernel against the Triton one, which other tests compare with plain PyTorch."""
 
 from typing import Any
 
@@ -22,9 +22,10 @@ D = 256
 
 @pytest.fixture(scope="module")
 def hopper() -> TritonOperations:
-    from bdh.kernels.hopper.operations import HopperOperations, works
+    from bdh.kernels.hopper.operations import HopperOperations, check_kernels
 
-    assert all(works(torch.device("cuda"), D, 0.1) for D in (256, 512, 96))
+    for D in (256, 512, 96):
+        check_kernels(torch.device("cuda"), D, 0.1)
     return HopperOperations()
 
 
@@ -32,10 +33,10 @@ def draw(*shape: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, device="cuda") * scale).bfloat16()
 
 
-def same(found: Tensor, expected: Tensor, tolerance: float = 1e-2) -> bool:
-    """As near as two ways of rounding are; single numbers may be off where a relu's edge is."""
-    off = (found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-20)
-    return found.shape == expected.shape and found.dtype == expected.dtype and off.item() < tolerance
+def same(actual: Tensor, expected: Tensor, tolerance: float = 1e-2) -> bool:
+    """Return whether tensors are equal up to rounding; a few numbers may differ at a relu's threshold."""
+    error = (actual.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-20)
+    return actual.shape == expected.shape and actual.dtype == expected.dtype and error.item() < tolerance
 
 
 def phases(C: int, N: int) -> tuple[Tensor, Tensor]:
@@ -50,8 +51,8 @@ def test_excite(hopper: TritonOperations, sizes: tuple[int, int, int], width: in
     torch.manual_seed(0)
     G, C, N = sizes
     x, E, (cos, sin) = draw(G, C, width), draw(N, width, scale=0.06), phases(C, N)
-    for found, expected in zip(hopper.excite(x, E, cos, sin), TritonOperations().excite(x, E, cos, sin), strict=True):
-        assert same(found, expected)
+    for actual, expected in zip(hopper.excite(x, E, cos, sin), TritonOperations().excite(x, E, cos, sin), strict=True):
+        assert same(actual, expected)
 
 
 @over_sizes
@@ -71,8 +72,8 @@ def test_gate_and_its_gradients(hopper: TritonOperations, sizes: tuple[int, int,
         op.gate(A, Ev, X, dropout, Dec, y)
         dY, dX = op.gate_backward(dy, Dec, A, Ev, X, dropout, dDec, dEv)
         results.append((y, dDec, dEv, dY, dX))
-    for found, expected in zip(*results, strict=True):
-        assert same(found, expected)
+    for actual, expected in zip(*results, strict=True):
+        assert same(actual, expected)
     kept = [(dX != 0).float().mean().item() for *_, dX in results]
     assert abs(kept[0] - kept[1]) < 1e-3
 
@@ -84,14 +85,14 @@ def test_back_through_what_was_kept(hopper: TritonOperations, sizes: tuple[int, 
     G, C, N = sizes
     A, dy, X = draw(G, C, 512), draw(G, C, 512), draw(G, C, N).relu()
     Ev, Dec = draw(N, 512, scale=0.06), draw(N, 512, scale=0.06).mT
-    Z = TritonOperations().gated(A, Ev, X, Dropout(p, 1234567, 3))  # (G, C, N)
+    Z = TritonOperations().gate_product(A, Ev, X, Dropout(p, 1234567, 3))  # (G, C, N)
     X[..., 0, :2], Z[..., 0, :2] = torch.tensor([1e-39, 2.0**-126]), 0.0  # of the first the reciprocal is infinite
     results = []
     for op in (hopper, TritonOperations()):
         dDec, dEv = torch.empty(N, 512, device="cuda").mT, torch.empty(N, 512, device="cuda")
-        results.append((*op.gate_backward_kept(dy, Dec, A, X, Z, dDec, dEv), dDec, dEv))
-    for found, expected in zip(*results, strict=True):
-        assert same(found, expected)
+        results.append((*op.gate_backward_saved(dy, Dec, A, X, Z, dDec, dEv), dDec, dEv))
+    for actual, expected in zip(*results, strict=True):
+        assert same(actual, expected)
     assert all(result.isfinite().all() for result in results[0])
 
 
@@ -103,9 +104,9 @@ def test_gradient_of_excite(hopper: TritonOperations, sizes: tuple[int, int, int
     dP, R, X, dX = draw(G, C, C, scale=0.1), draw(G, C, N), draw(G, C, N).relu(), draw(G, C, N)
     dP, (cos, sin) = dP + dP.mT, phases(C, N)
     past = (draw(G, C, D), draw(G, N, D, scale=0.1), draw(G, C, D), draw(G, N, D, scale=0.1)) if carried else None
-    found, expected = (op.excite_backward(dP, R, X, dX.clone(), cos, sin, past) for op in (hopper, TritonOperations()))
-    assert same(found, expected, 2e-2)
-    assert not found[X == 0].any()
+    actual, expected = (op.excite_backward(dP, R, X, dX.clone(), cos, sin, past) for op in (hopper, TritonOperations()))
+    assert same(actual, expected, 2e-2)
+    assert not actual[X == 0].any()
 
 
 def test_what_is_not_a_number_stays_so(hopper: TritonOperations) -> None:
@@ -118,20 +119,20 @@ def test_what_is_not_a_number_stays_so(hopper: TritonOperations) -> None:
 
 
 def test_sizes_of_the_default_model_and_twice_as_wide_take_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bdh.kernels.hopper import device_functions as parts
-    from bdh.kernels.hopper.operations import HopperOperations, once_through
+    from bdh.kernels.hopper import device_functions
+    from bdh.kernels.hopper.operations import HopperOperations, run_all
 
-    ran: list[str] = []
-    launch = parts.launch
+    launched: list[str] = []
+    launch = device_functions.launch
 
-    def noted(kernel: Any, *given: Any, **more: Any) -> None:
-        ran.append(kernel.__name__)
-        launch(kernel, *given, **more)
+    def record_launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        launched.append(kernel.__name__)
+        launch(kernel, *args, **kwargs)
 
-    monkeypatch.setattr(parts, "launch", noted)
-    once_through(HopperOperations(), 256, 0.1)
-    assert ran == ["hopper_excite", "hopper_gate", "hopper_gate_backward", *["hopper_excite_backward"] * 2]
-    ran.clear()
-    once_through(HopperOperations(), 512, 0.1)
-    gates = ["hopper_gated", "hopper_gated_backward", "hopper_ungated"]
-    assert ran == ["hopper_excite_512", *gates, *["hopper_excite_backward"] * 2]
+    monkeypatch.setattr(device_functions, "launch", record_launch)
+    run_all(HopperOperations(), 256, 0.1)
+    assert launched == ["hopper_excite", "hopper_gate", "hopper_gate_backward", *["hopper_excite_backward"] * 2]
+    launched.clear()
+    run_all(HopperOperations(), 512, 0.1)
+    gates = ["hopper_gate_product", "hopper_gate_product_backward", "hopper_gate_product_backward_saved"]
+    assert launched == ["hopper_excite_512", *gates, *["hopper_excite_backward"] * 2]

@@ -60,7 +60,7 @@ HALF_LIVES = [4.0, None, 300.0]
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @torch.inference_mode()
 def test_the_runner_equals_the_model(sizes: dict[str, Any], dtype: torch.dtype, bar: float) -> None:
-    """Prefill, decoding past the waiting list, one row and many, states carried, far along."""
+    """Prefill, decoding past a flush, one row and many, states carried, far along."""
     model = model_of(**sizes)
     state = BDHState.zeros(model.config, 1, "cuda")
     state.position += 1_000_000

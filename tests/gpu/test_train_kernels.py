@@ -19,7 +19,7 @@ CUDA = torch.device("cuda")
 Result = tuple[float, dict[str, Tensor], list[Tensor]]
 
 
-def trained(
+def train_step(
     kernels: str,
     B: int,
     T: int,
@@ -50,8 +50,8 @@ def trained(
     return loss.item(), gradients, [] if after is None else [S.detach() for S in after.synapses]
 
 
-def off(found: Tensor, expected: Tensor) -> float:
-    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 SIZES = [
@@ -77,15 +77,15 @@ GATES = [
 @pytest.mark.parametrize("gates", GATES)
 def test_float32_is_exact(B: int, T: int, sizes: dict[str, Any], carried: bool, gates: dict[str, Any]) -> None:
     (one, gradients, states), (other, expected, others) = (
-        trained(kernels, B, T, carried=carried, **sizes, **gates) for kernels in ("triton", "reference")
+        train_step(kernels, B, T, carried=carried, **sizes, **gates) for kernels in ("triton", "reference")
     )
     assert abs(one - other) < 1e-4
     # A neuron at its threshold may be active in one form only. Keys of unit length spread that over all pairs: with the
     # delta rule the plain form in float32 is up to 8e-3 from itself in float64.
     bound = 2e-2 if gates.get("write") == "delta" else 2e-3
-    differences = {name: off(gradients[name], wanted) for name, wanted in expected.items()}
+    differences = {name: relative_error(gradients[name], wanted) for name, wanted in expected.items()}
     assert not {name: value for name, value in differences.items() if not value < bound}
-    assert all(off(S, wanted) < 1e-4 for S, wanted in zip(states, others, strict=True))
+    assert all(relative_error(S, wanted) < 1e-4 for S, wanted in zip(states, others, strict=True))
 
 
 @pytest.mark.parametrize(("B", "T", "sizes"), SIZES)
@@ -95,21 +95,23 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_form_is(
 ) -> None:
     """Over four models. The biases of gates are few numbers, whose errors in two forms differ by chance alone."""
     exact: dict[str, list[Tensor]] = defaultdict(list)
-    ours: dict[str, list[Tensor]] = defaultdict(list)
-    plain: dict[str, list[Tensor]] = defaultdict(list)
+    of_kernels: dict[str, list[Tensor]] = defaultdict(list)
+    of_reference: dict[str, list[Tensor]] = defaultdict(list)
     for seed in range(4):
-        _, wanted, _ = trained("reference", B, T, model_seed=seed, **sizes, **gates)
-        (one, found, _), (other, rounded, _) = (
-            trained(kernels, B, T, bfloat16=True, model_seed=seed, **sizes, **gates)
+        _, wanted, _ = train_step("reference", B, T, model_seed=seed, **sizes, **gates)
+        (one, actual, _), (other, rounded, _) = (
+            train_step(kernels, B, T, bfloat16=True, model_seed=seed, **sizes, **gates)
             for kernels in ("triton", "reference")
         )
         assert abs(one - other) < 1e-2
-        for all_of, gradients in ((exact, wanted), (ours, found), (plain, rounded)):
+        for all_of, gradients in ((exact, wanted), (of_kernels, actual), (of_reference, rounded)):
             for name, gradient in gradients.items():
                 all_of[name].append(gradient.flatten())
     too_far = {}
     for name, each in exact.items():
-        of_ours, of_plain = (off(torch.cat(form[name]), torch.cat(each)) for form in (ours, plain))
+        of_ours, of_plain = (
+            relative_error(torch.cat(form[name]), torch.cat(each)) for form in (of_kernels, of_reference)
+        )
         if not of_ours < (1.5 if each[0].numel() > 50 else 3) * of_plain + 1e-3:
             too_far[name] = of_ours, of_plain
     assert not too_far
@@ -121,16 +123,16 @@ def test_gradients_are_alike_from_what_was_kept_and_made_again(carried: bool, mo
         pytest.skip("nothing is kept but on an H100 or H200")
     results, memory = [], []
     for room in (1 << 40, 0):
-        monkeypatch.setattr("bdh.kernels.dispatch.room_for_neurons", lambda device, room=room: room)
+        monkeypatch.setattr("bdh.kernels.dispatch.max_saved_bytes", lambda device, room=room: room)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()  # the results of the form before
-        results.append(trained("triton", 2, 1024, True, carried, n_embd=512, n_layer=2, dropout=0.1))
+        results.append(train_step("triton", 2, 1024, True, carried, n_embd=512, n_layer=2, dropout=0.1))
         memory.append(torch.cuda.max_memory_allocated() - before)
     (one, gradients, _), (other, expected, _) = results
     assert one == other and memory[0] > memory[1] + 2 * 1024 * 65536 * 2
-    assert all(off(gradients[name], wanted) < 2e-2 for name, wanted in expected.items())
+    assert all(relative_error(gradients[name], wanted) < 2e-2 for name, wanted in expected.items())
 
 
 def test_dropout_is_reproducible_and_of_the_right_share() -> None:
-    same = [trained("triton", 2, 512, bfloat16=True, n_layer=1, dropout=0.3, seed=seed)[0] for seed in (1, 1, 2)]
+    same = [train_step("triton", 2, 512, bfloat16=True, n_layer=1, dropout=0.3, seed=seed)[0] for seed in (1, 1, 2)]
     assert same[0] == same[1] != same[2]

@@ -13,7 +13,8 @@ from torch import Tensor
 from bdh.errors import BDHError
 from bdh.inference.runner import ModelRunner, make_runner
 from bdh.inference.runner_cpu import MAX_PENDING, SHORT, CPURunner, DecodeStep
-from bdh.kernels.decode.cpu import (
+from bdh.kernels.decode.cpu_step import SlotPhases, lazy_zeros, rotate_pairs, split_runs, sum_rows
+from bdh.kernels.decode.cpu_weights import (
     FEW,
     INT4_GROUP,
     Int4Matrices,
@@ -21,15 +22,10 @@ from bdh.kernels.decode.cpu import (
     Int8WeightMatrices,
     Matrices,
     PackedMatrices,
-    Phases,
     PlainMatrices,
     SmallMatrices,
-    lazy_zeros,
-    rotate_pairs,
     round_groups,
     round_rows,
-    runs_of,
-    sum_rows,
 )
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import rotary_phases, rotate
@@ -397,7 +393,7 @@ def test_sums_of_rows(dtype: torch.dtype, slots: list[int], density: float, seed
 def test_runs_take_every_row_once(order: list[int], size: int, seed: int) -> None:
     slots, counts = order[:size], np.random.default_rng(seed).integers(0, 4, size).tolist()
     seen: list[int] = []
-    for run in runs_of(slots, counts):
+    for run in split_runs(slots, counts):
         rows = range(run.rows.start, run.rows.stop)
         assert [slots[row] for row in rows] == list(range(run.slots.start, run.slots.stop))
         is_pending = torch.ones(len(rows), 1, run.longest).bool() if run.is_pending is None else run.is_pending
@@ -408,7 +404,7 @@ def test_runs_take_every_row_once(order: list[int], size: int, seed: int) -> Non
 
 @given(st.lists(st.integers(0, 2_000_000), min_size=1, max_size=5), st.sampled_from([16, 50]))
 def test_phases_are_the_models(positions: list[int], span: int) -> None:
-    phases = Phases(5, 64, 65536.0, span)
+    phases = SlotPhases(5, 64, 65536.0, span)
     for step in (0, 1, span):  # slots keep what they can of the step before
         at = [position + step for position in positions]
         got = phases.at(range(len(at)), at)  # (B, 1, N/2)
@@ -421,7 +417,7 @@ def test_rotation_is_the_models() -> None:
     X = torch.randn(3, 2, 64)  # (B, h, N)
     positions = torch.tensor([[0], [17], [12345]])
     wanted = rotate(X[:, :, None], *rotary_phases(positions, 64, 65536.0, torch.float32))[:, :, 0]  # (B, h, N)
-    got = rotate_pairs(X, Phases(3, 64, 65536.0, 16).at([0, 1, 2], positions[:, 0].tolist()))
+    got = rotate_pairs(X, SlotPhases(3, 64, 65536.0, 16).at([0, 1, 2], positions[:, 0].tolist()))
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
 
 

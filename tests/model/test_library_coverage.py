@@ -124,7 +124,7 @@ NOT_APPLICABLE = {
     "BDH has no weights under older names, and no weights that are not saved": """reverse_loading_mapping
         can_load_from_already_mapped_keys save_load_keys_to_ignore_on_save""",
     "input and output embeddings are separate weights": "tied_weights_keys tied_weights_are_sharded_together",
-    "bdh.model.heads spreads a model over devices, not the library's plans": """tp_plan_matches_params
+    "bdh.distributed.tensor_parallel spreads a model over devices, not the library's plans": """tp_plan_matches_params
         model_parallelism model_parallel_beam_search""",
     "DeepSpeed is not supported; FSDP is": """resize_tokens_embeddings_with_deepspeed
         resize_tokens_embeddings_with_deepspeed_multi_gpu resize_embeddings_untied_with_deepspeed

@@ -219,6 +219,28 @@ def test_settings_saved_before_decay_are_of_a_model_that_never_decays() -> None:
         compare(saved, TrainConfig(model=ModelConfig(decay="gated", write="delta")))
 
 
+def test_chunked_is_an_earlier_name_of_the_torch_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a flag, a file, the environment and a saved run; it is not shown where values are listed."""
+    expected = TrainConfig(model=ModelConfig(kernels="torch"))
+    (tmp_path / "run.yaml").write_text("model:\n  kernels: chunked\n")
+    assert parse("--model.kernels", "chunked") == expected
+    assert parse("--config", str(tmp_path / "run.yaml")) == expected
+    monkeypatch.setenv("BDH_MODEL__KERNELS", "chunked")
+    assert parse() == expected
+    monkeypatch.delenv("BDH_MODEL__KERNELS")
+    saved = asdict(expected)
+    saved["model"]["kernels"] = "chunked"
+    assert from_dict(saved) == expected
+    assert compare(saved, expected) == []
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "chunked" not in capsys.readouterr().out
+    with pytest.raises(BDHError, match=r"model\.kernels is fast; it must be one of auto, reference, torch, triton$"):
+        parse("--model.kernels", "fast")
+
+
 def test_half_lives_are_a_list_with_an_entry_for_each_head() -> None:
     half_lives = parse("--model.decay", "fixed", "--model.decay_half_lives", "[16, 64.5, 1000, null]").model
     assert half_lives.decay_half_lives == [16.0, 64.5, 1000.0, None]

@@ -1,14 +1,14 @@
-"""Reading many tokens of one sequence on a GPU: the chunked form, with what would move (T, n) tensors fused, in Triton.
+"""Prefill of one sequence on a GPU in chunks, with Triton kernels that fuse operations on (T, n) tensors.
 
-Shapes: T tokens in chunks of C, D `n_embd`, h heads, N neurons of a head, n = h * N. Neurons lie as in
-`bdh.kernels.decode.cuda`: a head's even ones first (`halved`), so that a rotary pair is column i and column i + N/2.
+Shapes: T tokens in chunks of C, D `n_embd`, h heads, N neurons of a head, n = h * N. Neurons are ordered
+as in `bdh.kernels.decode.cuda`: a head's even ones first (`halved`), so that a rotary pair is columns i and i + N/2.
 
 A layer is a product with the encoder, `rotate_tokens` (R from X), `scan_synapses` (the synapses before every chunk, and
 after the last), products for tril(R_c R_c^T, -1) x_c + R_c S_c, `gate_tokens` (Z from A), and one with the decoder.
-Triton's own products are used where something is fused to them that saves more than cuBLAS is faster.
+Products are in Triton where fusion saves more than cuBLAS would.
 
-With decay the values that `scan_synapses` adds are weighted by how much of them is left at the end of their chunk. With
-the delta rule (`attend_delta`) the chunks are taken in turn: what a chunk writes depends on the synapses before it.
+With decay `scan_synapses` adds values that are scaled by their retention until the end of the chunk. With the delta
+rule (`attend_delta`) chunks are sequential, because what a chunk writes depends on the synapses before it.
 """
 
 import math
@@ -34,7 +34,7 @@ def rotate_tokens(
     h: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """R = rope(relu(X)) of one token and the same PAIRS rotary pairs of every head."""
+    """R = rope(relu(X)) of one token and PAIRS rotary pairs of each head."""
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
     c = tl.load(cos + t * HALF + i, mask=i < HALF, other=0.0)  # (PAIRS)
@@ -51,9 +51,9 @@ def rotate_tokens(
 @triton.jit
 def scan_synapses(
     R,  # (h, T, N)
-    x,  # (T, D); (h, T, D) with decay: weighted by what is left at the end of the chunk
-    remains,  # (h, T / C) float32: the share of the synapses that each chunk leaves; None without decay
-    S,  # (n, D) float32: before the first token; left as after the last
+    x,  # (T, D); (h, T, D) with decay: scaled by the retention until the end of the chunk
+    retention,  # (h, T / C) float32: retention of the synapses over each chunk; None without decay
+    S,  # (n, D) float32: before the first token; out: after the last
     before,  # (h, T / C, N, D), out: before each chunk
     T,
     N,
@@ -63,9 +63,9 @@ def scan_synapses(
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """The sum S = sum of R_s^T x_s as it grows, stored before each chunk of C tokens. TOKENS divides C, C divides T.
+    """Cumulative sums S of R_s^T x_s, stored before each chunk of C tokens. TOKENS divides C, C divides T.
 
-    With decay each chunk multiplies S by its share in `remains` before it adds to it.
+    With decay each chunk multiplies S by its retention before it adds to S.
     """
     blocks = tl.cdiv(N, ROWS)
     k = (tl.program_id(0) // blocks).to(tl.int64)
@@ -74,13 +74,13 @@ def scan_synapses(
     inside = (j < N)[:, None] & (d < D)[None, :]
     tile = j.to(tl.int64)[:, None] * D + d[None, :]
     total = tl.load(S + k * N * D + tile, mask=inside, other=0.0)  # (ROWS, COLUMNS) float32
-    if remains is not None:
+    if retention is not None:
         x += k * T * D
     for chunk in range(0, T // C):
         place = before + (k * (T // C) + chunk) * N * D
         tl.store(place + tile, total.to(before.dtype.element_ty), mask=inside)
-        if remains is not None:
-            total *= tl.load(remains + k * (T // C) + chunk)
+        if retention is not None:
+            total *= tl.load(retention + k * (T // C) + chunk)
         for start in range(chunk * C, (chunk + 1) * C, TOKENS):
             t = (start + tl.arange(0, TOKENS)).to(tl.int64)
             R_t = tl.load(R + (k * T + t)[None, :] * N + j[:, None], mask=(j < N)[:, None], other=0.0)  # (ROWS, TOKENS)
@@ -127,12 +127,12 @@ def gate_tokens(
             a = tl.load(row + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
         inside = (t < T)[:, None] & (j < N)[None, :]
         place = t.to(tl.int64)[:, None] * n + rows[None, :]
-        fired = tl.load(X + place, mask=inside, other=0.0).to(tl.float32)  # (TOKENS, ROWS)
-        tl.store(Z + place, (tl.maximum(fired, 0.0) * tl.maximum(total, 0.0)).to(Z.dtype.element_ty), mask=inside)
+        activity = tl.load(X + place, mask=inside, other=0.0).to(tl.float32)  # (TOKENS, ROWS)
+        tl.store(Z + place, (tl.maximum(activity, 0.0) * tl.maximum(total, 0.0)).to(Z.dtype.element_ty), mask=inside)
 
 
 def attend_chunks(R: Tensor, x: Tensor, before: Tensor, u: Tensor | None = None) -> Tensor:
-    """A = tril(R_c R_c^T, -1) x_c + R_c S_c for all chunks c at once.
+    """Compute A = tril(R_c R_c^T, -1) x_c + R_c S_c for all chunks c in parallel.
 
     Args:
         R: Rotated activity, (h, T, N), T a multiple of the chunks' length C.
@@ -157,15 +157,15 @@ def attend_chunks(R: Tensor, x: Tensor, before: Tensor, u: Tensor | None = None)
 
 
 def attend_delta(R: Tensor, x: Tensor, S: Tensor, u: Tensor | None, beta: Tensor) -> Tensor:
-    """Attention with the delta rule, chunk by chunk; with k, M, P and U as in `gated_attention_quadratic` of the model.
+    """Compute attention with the delta rule by chunk; k, M, P and U as in the model's `gated_attention_quadratic`.
 
     A chunk writes U = (I + diag(beta) M)^-1 diag(beta) (x - P). The inverse does not depend on the synapses, so it is
-    computed for all chunks at once; M and the inverse are in float32, products with R and S in R's dtype.
+    computed for all chunks in parallel; M and the inverse are in float32, products with R and S in R's dtype.
 
     Args:
         R: Rotated activity, (h, T, N), T a multiple of the chunks' length C.
         x: Values, (T, D) float32.
-        S: Synapses before the first token, (h, N, D) float32; left as after the last.
+        S: Synapses before the first token, (h, N, D) float32; overwritten with those after the last.
         u: Cumulative log-decay since the beginning of the chunk, (h, T / C, C) float32; None without decay.
         beta: Write strength, (h, T / C, C) float32; 0 for a token that does not write.
 
@@ -185,21 +185,21 @@ def attend_delta(R: Tensor, x: Tensor, S: Tensor, u: Tensor | None, beta: Tensor
     to_past = u.exp() * a  # (h chunks, C), P = to_past (R S)
     U = torch.bmm(inverse, x_c).view(h, chunks, C, D)
     inverse = (inverse * to_past[:, None, :]).view(h, chunks, C, C)
-    left = ((u[:, -1:] - u).exp() * a).view(h, chunks, C, 1)  # of a token's U at the end of its chunk
-    remains = u[:, -1].exp().view(h, chunks, 1, 1)
+    to_end = ((u[:, -1:] - u).exp() * a).view(h, chunks, C, 1)  # scale of U at the end of its chunk
+    retention = u[:, -1].exp().view(h, chunks, 1, 1)
     R_c = R_c.view(h, chunks, C, N)
     past = torch.empty_like(U)  # (h, chunks, C, D)
     for c in range(chunks):
         past[:, c] = wide_product(R_c[:, c], S.to(R.dtype))  # (h, C, D)
         U[:, c] = torch.baddbmm(U[:, c], inverse[:, c], past[:, c], alpha=-1)  # (h, C, D)
-        written = wide_product(R_c[:, c].mT, (left[:, c] * U[:, c]).to(R.dtype))  # (h, N, D)
-        torch.addcmul(written, S, remains[:, c], out=S)
+        written = wide_product(R_c[:, c].mT, (to_end[:, c] * U[:, c]).to(R.dtype))  # (h, N, D)
+        torch.addcmul(written, S, retention[:, c], out=S)
     past = past.view(h * chunks, C, D) * to_past[..., None]  # (h chunks, C, D)
     return torch.baddbmm(past, M, U.view(h * chunks, C, D)).view(h, chunks * C, D)
 
 
 def decayed_scores(scores: Tensor, u: Tensor) -> Tensor:
-    """scores exp(u_t - u_s) for s < t, and 0 elsewhere: (G, C, C) and (G, C) -> (G, C, C)."""
+    """Compute scores exp(u_t - u_s) for s < t, and 0 elsewhere: (G, C, C) and (G, C) -> (G, C, C)."""
     C = u.shape[-1]
-    hidden = torch.ones(C, C, dtype=torch.bool, device=u.device).triu()  # (C, C)
-    return scores * (u[:, :, None] - u[:, None, :]).masked_fill(hidden, -math.inf).exp()  # (G, C, C)
+    masked = torch.ones(C, C, dtype=torch.bool, device=u.device).triu()  # (C, C)
+    return scores * (u[:, :, None] - u[:, None, :]).masked_fill(masked, -math.inf).exp()  # (G, C, C)

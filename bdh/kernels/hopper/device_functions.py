@@ -1,9 +1,8 @@
-"""What the Hopper kernels have in common: the names of two versions of Gluon, barriers, dropout, launching.
+"""Functions of all Hopper kernels: compatibility of Gluon's versions, barriers, dropout, launching.
 
-Barriers are of shared memory (mbarrier): `full` ones say that a slot was filled, by the engine that copies tiles or by
-other warps, `empty` ones that those who read it have done so. A wait names the parity of the turn that it waits for;
-a barrier that nothing came through yet answers as if an odd turn had, so that a wait for an empty slot of the first
-turn, parity 1, goes through.
+Barriers are mbarriers in shared memory: a `full` one completes a phase when a slot has been filled, by TMA or by other
+warps, an `empty` one when all readers have read the slot. A wait takes the parity of the phase; a new barrier counts as
+if a phase of parity 1 had completed, so that waits for the empty slots of the first round pass.
 """
 
 from dataclasses import dataclass
@@ -20,16 +19,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bdh.kernels.triton.launch import cdiv, launch
 
-NEW = hasattr(tma, "async_load")  # since Triton 3.8 or so
-load_tile = tma.async_load if NEW else tma.async_copy_global_to_shared
-store_tile = tma.async_store if NEW else tma.async_copy_shared_to_global
-together = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # waits for the other warps of the part
+HAS_ASYNC_LOAD = hasattr(tma, "async_load")  # since Triton 3.8 or so
+load_tile = tma.async_load if HAS_ASYNC_LOAD else tma.async_copy_global_to_shared
+store_tile = tma.async_store if HAS_ASYNC_LOAD else tma.async_copy_shared_to_global
+sync_warps = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # waits for the other warps of the partition
 NAN = gl.constexpr(tl.PropagateNan.ALL)
 
 
 @gluon.jit
 def barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    """So many barriers, each of which is passed when so many have arrived."""
+    """Allocate barriers, each of which completes a phase after so many arrivals."""
     result = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(count):
         mbarrier.init(result.index(i), count=arrivals)
@@ -37,22 +36,22 @@ def barriers(count: gl.constexpr, arrivals: gl.constexpr):
 
 
 @gluon.jit
-def fetch(desc, place, full, buffer):
-    """Starts to load the tile at a place into a buffer; `full` is passed when it is there."""
+def fetch(desc, coords, full, buffer):
+    """Start to load the tile at some coordinates into a buffer; `full` completes when it is loaded."""
     mbarrier.expect(full, desc.block_type.nbytes)
-    load_tile(desc, place, full, buffer)
+    load_tile(desc, coords, full, buffer)
 
 
 @gluon.jit
 def arrive(barrier):
-    """Says for all warps of a part that they have come here."""
-    together()
+    """Arrive at a barrier for all warps of a partition."""
+    sync_warps()
     mbarrier.arrive(barrier, count=1)
 
 
 @gluon.jit
-def place_of(tile, G, C, TOKENS: gl.constexpr):
-    """A tile's first row, and which position in its chunk that is."""
+def tile_position(tile, G, C, TOKENS: gl.constexpr):
+    """Return a tile's first row, and the position of that token in its chunk."""
     position = tile // G
     return (tile - position * G) * C + position * TOKENS, position * TOKENS
 
@@ -62,7 +61,7 @@ def place_of(tile, G, C, TOKENS: gl.constexpr):
 
 @gluon.jit
 def mix(h):
-    """As in `bdh.kernels.triton.device_functions`."""
+    """Hash as `mix` of `bdh.kernels.triton.device_functions`."""
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
     return h ^ (h >> 16)
@@ -70,7 +69,7 @@ def mix(h):
 
 @gluon.jit
 def hash_of_neurons(n, NEURONS: gl.constexpr, LAYOUT: gl.constexpr):
-    """What dropout takes of neurons n and on, 2 x (NEURONS): their pair, mixed, and what to multiply by."""
+    """Return the hashes of the pairs of neurons from n, and the factors of the neurons: 2 x (NEURONS)."""
     j = n + gl.arange(0, NEURONS, layout=LAYOUT)
     pair = mix((j // 2).to(gl.uint32) + 0x9E3779B9)
     ODD: gl.constexpr = (0x9E3779B1 * 0x10001) & 0xFFFFFFFF
@@ -80,7 +79,7 @@ def hash_of_neurons(n, NEURONS: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def hash_of_tokens(m, key, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
-    """What dropout takes of tokens m and on, (TOKENS)."""
+    """Return the hashes of tokens from m, (TOKENS)."""
     return mix((m + gl.arange(0, TOKENS, layout=LAYOUT)).to(gl.uint32) ^ key.to(gl.uint32))
 
 
@@ -88,8 +87,8 @@ def hash_of_tokens(m, key, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor lies, without keeping it there: what a descriptor asks of one."""
+class TensorAddress:
+    """Address of a tensor for a descriptor, without a reference to the tensor."""
 
     dtype: torch.dtype
     address: int
@@ -98,39 +97,39 @@ class Place:
         return self.address
 
 
-def tiles_of(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Tiles (rows, columns) of a contiguous matrix of bfloat16, as the matrix units take them from shared memory."""
-    return described(matrix.data_ptr(), *matrix.shape, rows, columns)
+def tile_descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Describe tiles (rows, columns) of a contiguous bfloat16 matrix, in the layout of the tensor cores."""
+    return cached_descriptor(matrix.data_ptr(), *matrix.shape, rows, columns)
 
 
 @lru_cache(maxsize=1 << 14)
-def described(address: int, M: int, N: int, rows: int, columns: int) -> TensorDescriptor:
-    """The same for an address; a training step comes back to the same ones, and making one takes the CPU a while."""
+def cached_descriptor(address: int, M: int, N: int, rows: int, columns: int) -> TensorDescriptor:
+    """Describe tiles at an address; cached, because training steps reuse addresses and creation is slow."""
     swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(Place(torch.bfloat16, address), [M, N], [N, 1], [rows, columns], swizzled)
+    return TensorDescriptor(TensorAddress(torch.bfloat16, address), [M, N], [N, 1], [rows, columns], swizzled)
 
 
 def run(kernel: Any, programs: int, arguments: tuple[object, ...], **constants: object) -> None:
-    """Launches a kernel of two groups of four warps that work and four more warps, whose registers go to these."""
+    """Launch a kernel of two groups of four warps that compute, and four more warps that give them registers."""
     launch(kernel, (programs,), arguments, constants, num_warps=4, maxnreg=168)
 
 
 @lru_cache
-def cuts(blocks: int, steps: int, start: int, device: torch.device) -> int:
-    """In how many parts to cut the steps that each of so many blocks takes, every part a program of its own.
+def num_splits(blocks: int, steps: int, start: int, device: torch.device) -> int:
+    """Return the number of programs that share the steps of each block.
 
-    The fewest of those that take the least time: rounds of programs, times a part's steps and `start` more to begin.
+    It is the smallest one with the least time: rounds of programs, times the steps of a program plus `start` to begin.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     most = min(steps, processors)
     return min(range(1, most + 1), key=lambda parts: cdiv(blocks * parts, processors) * (cdiv(steps, parts) + start))
 
 
-def signed(number: int) -> int:
-    """32 bits as a signed number."""
+def to_int32(number: int) -> int:
+    """Reinterpret 32 bits as a signed number."""
     return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
-def of_bfloat16(*tensors: Tensor) -> bool:
-    """Whether tiles can be taken of all of them."""
+def all_bfloat16(*tensors: Tensor) -> bool:
+    """Return whether `tile_descriptor` supports all of these tensors."""
     return all(t.dtype == torch.bfloat16 and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)

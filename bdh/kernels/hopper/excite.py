@@ -1,13 +1,12 @@
-"""The neurons that tokens excite, and these turned by rotary phases: X = relu(x E^T) and R = rope(X) of one product.
+"""X = relu(x E^T) and R = rope(X), for D = 256.
 
-A program keeps the weights of some neurons in shared memory and goes through a run of tiles of tokens: position after
-position of a chunk, and at each position chunk after chunk, so that the phases of a position stay in registers.
+A program keeps the weights of 256 neurons in shared memory and iterates over tiles of 64 tokens: over the positions of
+a chunk, and at each position over chunks, so that the phases of a position stay in registers.
 
-    loads:   one warp, which asks for x ahead, in blocks of columns.
-    excites: two groups of four warps. Each multiplies 64 tokens by 128 neurons, turns the pairs and stores both.
+    load_tiles:   one warp, which prefetches x in blocks of columns.
+    excite_tiles: two groups of four warps. Each multiplies 64 tokens by 128 neurons, rotates the pairs and stores both.
 
-A program has 256 neurons and tiles of 64 tokens: both groups read the same x, each has half the neurons. With D = 512
-shared memory has no room for that; `excite_512` does it the other way round.
+With D = 512 the weights do not fit into shared memory; `excite_512` keeps tokens instead.
 """
 
 import torch
@@ -26,20 +25,20 @@ from bdh.kernels.hopper.device_functions import (
     NAN,
     arrive,
     barriers,
-    cuts,
     fetch,
-    place_of,
+    num_splits,
     run,
     store_tile,
-    tiles_of,
-    together,
+    sync_warps,
+    tile_descriptor,
+    tile_position,
 )
 from bdh.kernels.triton.launch import cdiv
 
 TOKENS = 64  # of a group
 NEURONS = 128  # of a group
 COLUMNS = 128  # of a block of x or E
-STORED = 64  # neurons that are turned and stored at a time
+STORED = 64  # neurons that are rotated and stored at a time
 WIDTH = 256  # D
 
 TILE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NEURONS, 16]))
@@ -56,7 +55,7 @@ PAIRS = gl.constexpr(  # (TOKENS, STORED / 2): a pair is in the thread that has 
 
 
 @gluon.jit
-def loads(x_desc, E_desc, buffers, bars, n, first, tiles, G, C, D: gl.constexpr):
+def load_tiles(x_desc, E_desc, buffers, bars, n, first, tiles, G, C, D: gl.constexpr):
     x, E = buffers
     x_full, x_empty, E_full = bars
     TOKENS: gl.constexpr = x_desc.block_type.shape[0]
@@ -68,7 +67,7 @@ def loads(x_desc, E_desc, buffers, bars, n, first, tiles, G, C, D: gl.constexpr)
         for k in gl.static_range(BLOCKS):
             fetch(E_desc, [n + h * NEURONS, k * COLUMNS], E_full.index(0), E.index(h * BLOCKS + k))
     for t in range(tiles):
-        m, _ = place_of(first + t, G, C, TOKENS)
+        m, _ = tile_position(first + t, G, C, TOKENS)
         for k in gl.static_range(BLOCKS):
             i = t * BLOCKS + k
             slot = i % SLOTS
@@ -77,7 +76,7 @@ def loads(x_desc, E_desc, buffers, bars, n, first, tiles, G, C, D: gl.constexpr)
 
 
 @gluon.jit
-def excites(
+def excite_tiles(
     X_desc, R_desc, phases, buffers, stored, bars, n, first, tiles, N, G, C, GROUP: gl.constexpr, D: gl.constexpr
 ):
     x, E = buffers
@@ -87,27 +86,27 @@ def excites(
     NEURONS: gl.constexpr = E.type.shape[1]
     SLOTS: gl.constexpr = stored.type.shape[0]
     n += GROUP * NEURONS
-    m, position = place_of(first, G, C, TOKENS)
-    left_phase, right_phase = phases_of(phases, position, n, N, TOKENS, NEURONS)  # 2 x (TOKENS, STORED / 2)
+    m, position = tile_position(first, G, C, TOKENS)
+    left_phase, right_phase = load_phases(phases, position, n, N, TOKENS, NEURONS)  # 2 x (TOKENS, STORED / 2)
     mbarrier.wait(E_full.index(0), 0)
     for t in range(tiles):
         total = multiply(t, x, E, bars, GROUP, D)  # (TOKENS, NEURONS)
         left, right = total.reshape([TOKENS, 2, STORED]).permute((0, 2, 1)).split()  # 2 x (TOKENS, STORED)
         for h in gl.static_range(2):
-            X, R = turn(left if h == 0 else right, left_phase if h == 0 else right_phase)  # 2 x (TOKENS, STORED)
+            X, R = rotate(left if h == 0 else right, left_phase if h == 0 else right_phase)  # 2 x (TOKENS, STORED)
             i = 4 * t + 2 * h  # of the tiles that the group stores
-            send(X_desc, [m, n + h * STORED], X, stored.index(i % SLOTS), SLOTS)
-            send(R_desc, [m, n + h * STORED], R, stored.index((i + 1) % SLOTS), SLOTS)
-        m, following = place_of(first + gl.minimum(t + 1, tiles - 1), G, C, TOKENS)
+            store_async(X_desc, [m, n + h * STORED], X, stored.index(i % SLOTS), SLOTS)
+            store_async(R_desc, [m, n + h * STORED], R, stored.index((i + 1) % SLOTS), SLOTS)
+        m, following = tile_position(first + gl.minimum(t + 1, tiles - 1), G, C, TOKENS)
         if following != position:
-            left_phase, right_phase = phases_of(phases, following, n, N, TOKENS, NEURONS)
+            left_phase, right_phase = load_phases(phases, following, n, N, TOKENS, NEURONS)
         position = following
     tma.store_wait(0)
 
 
 @gluon.jit
 def multiply(t, x, E, bars, GROUP: gl.constexpr, D: gl.constexpr):
-    """x E^T of a group's tokens in tile t and its neurons, (TOKENS, NEURONS); gives the blocks of x back."""
+    """Return x E^T of a group's tokens in tile t and its neurons, (TOKENS, NEURONS); release the blocks of x."""
     x_full, x_empty, _ = bars
     BLOCKS: gl.constexpr = D // E.type.shape[2]
     SLOTS: gl.constexpr = x.type.shape[0]
@@ -129,8 +128,8 @@ def multiply(t, x, E, bars, GROUP: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def phases_of(phases, position, n, N, TOKENS: gl.constexpr, NEURONS: gl.constexpr):
-    """Of tokens from a position and neurons from n, 2 x (TOKENS, NEURONS / 4): a pair's sine and cosine in 32 bits."""
+def load_phases(phases, position, n, N, TOKENS: gl.constexpr, NEURONS: gl.constexpr):
+    """Load phases of tokens from a position, neurons from n, 2 x (TOKENS, NEURONS / 4): sine and cosine in 32 bits."""
     r = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, PAIRS))
     j = gl.arange(0, NEURONS // 4, layout=gl.SliceLayout(0, PAIRS))
     phases += position * (N // 2) + gl.minimum(n, N - NEURONS) // 2  # neurons past N, of any phases, are not stored
@@ -139,29 +138,29 @@ def phases_of(phases, position, n, N, TOKENS: gl.constexpr, NEURONS: gl.constexp
 
 
 @gluon.jit
-def turn(y, phase):
-    """relu(y) and what the phases, (TOKENS, STORED / 2), turn it to, both (TOKENS, STORED), bfloat16."""
+def rotate(y, phase):
+    """Return relu(y), and that rotated by phases (TOKENS, STORED / 2), both (TOKENS, STORED) bfloat16."""
     y = gl.maximum(y, 0.0, propagate_nan=NAN)  # (TOKENS, STORED)
     even, odd = y.reshape([y.shape[0], y.shape[1] // 2, 2]).split()
     even = gl.convert_layout(even, PAIRS, assert_trivial=True)  # (TOKENS, STORED / 2)
     odd = gl.convert_layout(odd, PAIRS, assert_trivial=True)  # (TOKENS, STORED / 2)
     cos = (phase << 16).to(gl.float32, bitcast=True)  # (TOKENS, STORED / 2)
     sin = (phase & -65536).to(gl.float32, bitcast=True)  # (TOKENS, STORED / 2)
-    turned = gl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(y.shape)  # (TOKENS, STORED)
+    rotated = gl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(y.shape)  # (TOKENS, STORED)
     X = gl.convert_layout(y.to(gl.bfloat16), HALF, assert_trivial=True)  # (TOKENS, STORED)
-    R = gl.convert_layout(turned.to(gl.bfloat16), HALF, assert_trivial=True)  # (TOKENS, STORED)
+    R = gl.convert_layout(rotated.to(gl.bfloat16), HALF, assert_trivial=True)  # (TOKENS, STORED)
     return X, R
 
 
 @gluon.jit
-def send(desc, place, tile, slot, SLOTS: gl.constexpr):
-    """Stores a tile from a slot, the next in turn: all stores but the last SLOTS - 1 have read theirs by then."""
+def store_async(desc, coords, tile, slot, SLOTS: gl.constexpr):
+    """Store a tile asynchronously from the next slot, after all but the last SLOTS - 1 stores have read theirs."""
     tma.store_wait(SLOTS - 1)
-    together()
+    sync_warps()
     slot.store(tile)
     fence_async_shared()
-    together()
-    store_tile(desc, place, slot)
+    sync_warps()
+    store_tile(desc, coords, slot)
 
 
 @gluon.jit(do_not_specialize=["N", "G", "C"])
@@ -181,7 +180,7 @@ def hopper_excite(
     COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
     STORED: gl.constexpr = X_desc.block_type.shape[1]
     SLOTS: gl.constexpr = 3  # for blocks of x, and for tiles that a group stores
-    # Programs of one run are neighbours: what they write at a time is long rows.
+    # Programs of one run are adjacent, so that they write long rows at a time.
     blocks = gl.cdiv(N, 2 * NEURONS)
     run, runs = gl.program_id(0) // blocks, gl.num_programs(0) // blocks
     n = gl.program_id(0) % blocks * 2 * NEURONS
@@ -192,16 +191,16 @@ def hopper_excite(
     E = gl.allocate_shared_memory(gl.bfloat16, [2 * (D // COLUMNS), NEURONS, COLUMNS], E_desc.layout)
     x = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, TOKENS, COLUMNS], x_desc.layout)
     stored = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, TOKENS, STORED], X_desc.layout)
-    stored_too = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, TOKENS, STORED], X_desc.layout)
+    stored_second = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, TOKENS, STORED], X_desc.layout)
     x_full, x_empty = barriers(SLOTS, 1), barriers(SLOTS, 2)  # both groups read
     E_full = barriers(1, 2 * (D // COLUMNS))
     fence_async_shared()
     buffers, bars = (x, E), (x_full, x_empty, E_full)
     gl.warp_specialize(
         [
-            (excites, (X_desc, R_desc, phases, buffers, stored, bars, n, first, tiles, N, G, C, 0, D)),
-            (excites, (X_desc, R_desc, phases, buffers, stored_too, bars, n, first, tiles, N, G, C, 1, D)),
-            (loads, (x_desc, E_desc, buffers, bars, n, first, tiles, G, C, D)),
+            (excite_tiles, (X_desc, R_desc, phases, buffers, stored, bars, n, first, tiles, N, G, C, 0, D)),
+            (excite_tiles, (X_desc, R_desc, phases, buffers, stored_second, bars, n, first, tiles, N, G, C, 1, D)),
+            (load_tiles, (x_desc, E_desc, buffers, bars, n, first, tiles, G, C, D)),
         ],
         [4, 1],
         [240, 24],
@@ -227,10 +226,10 @@ def excite(x: Tensor, E: Tensor, phases: Tensor, C: int, R: Tensor | None = None
     X = torch.empty(M, N, dtype=x.dtype, device=x.device)  # (M, N)
     R = torch.empty_like(X) if R is None else R  # (M, N)
     arguments = (
-        tiles_of(x, TOKENS, COLUMNS),
-        tiles_of(E, NEURONS, COLUMNS),
-        *(tiles_of(tensor, TOKENS, STORED) for tensor in (X, R)),
+        tile_descriptor(x, TOKENS, COLUMNS),
+        tile_descriptor(E, NEURONS, COLUMNS),
+        *(tile_descriptor(tensor, TOKENS, STORED) for tensor in (X, R)),
         phases, N, M // C, C,
     )  # fmt: skip
-    run(hopper_excite, blocks * cuts(blocks, tiles, 1, x.device), arguments, D=D)
+    run(hopper_excite, blocks * num_splits(blocks, tiles, 1, x.device), arguments, D=D)
     return X, R

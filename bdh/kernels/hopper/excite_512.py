@@ -1,15 +1,14 @@
-"""As `bdh.kernels.hopper.excite`, for D = 512: X = relu(x E^T) and R = rope(X) of one product.
+"""X = relu(x E^T) and R = rope(X), for D = 512.
 
-At that width a program has no room for both the weights of its neurons and much of x. So it keeps tokens instead: each
-of its two groups has 64 tokens' rows of x in registers, and the weights of one step of neurons after the other go
-through a ring of slots, from which both groups read.
+Each of a program's two groups keeps the rows of 64 tokens of x in registers; both read the weights of neurons, step by
+step, from a ring of slots.
 
-    loads:        one warp, which asks for x once, and for E ahead, in blocks of columns.
-    loads_phases: one warp, which asks for phases ahead, in tiles as they are turned.
-    excites:      two groups of four warps, one of which multiplies while the other turns pairs and stores.
+    load_tiles:   one warp, which loads x once and prefetches E, in blocks of columns.
+    load_phases:  one warp, which prefetches phases, in tiles as they are rotated.
+    excite_tiles: two groups of four warps; one multiplies while the other rotates pairs and stores.
 
-Tiles of tokens are numbered position after position of a chunk, and at each position chunk after chunk. A program has
-two that follow each other: of an even number of chunks both are at the same position, and the groups SHARE phases.
+Tiles of tokens are ordered by position in a chunk, then by chunk. A program has two consecutive tiles: for an even
+number of chunks both have the same positions, and the groups SHARE phases.
 """
 
 import torch
@@ -27,20 +26,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from bdh.kernels.hopper.device_functions import (
     arrive,
     barriers,
-    cuts,
     fetch,
     load_tile,
-    place_of,
+    num_splits,
     run,
     store_tile,
-    tiles_of,
-    together,
+    sync_warps,
+    tile_descriptor,
+    tile_position,
 )
 
 TOKENS = 64  # of a group
 NEURONS = 128  # of a step
 COLUMNS = 64  # of a block of x or E
-STORED = 64  # neurons that are turned and stored at a time
+STORED = 64  # neurons that are rotated and stored at a time
 WIDTH = 512  # D
 
 BLOCKS = gl.constexpr(WIDTH // COLUMNS)
@@ -53,10 +52,10 @@ ROWS = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=TILE.value, k_wi
 
 
 @gluon.jit
-def loads(x_desc, E_desc, ring, full, empty, m, other, n, far, steps):
+def load_tiles(x_desc, E_desc, ring, full, empty, m, other, n, stride, steps):
     TOKENS: gl.constexpr = x_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
-    for k in gl.static_range(BLOCKS):  # x goes through the ring's first turn, a group's tokens in each half of a slot
+    for k in gl.static_range(BLOCKS):  # x uses the ring's first round, a group's tokens in each half of a slot
         mbarrier.expect(full.index(k), 2 * x_desc.block_type.nbytes)
         load_tile(x_desc, [m, k * COLUMNS], full.index(k), ring.index(k).slice(0, TOKENS, 0))
         load_tile(x_desc, [other, k * COLUMNS], full.index(k), ring.index(k).slice(TOKENS, TOKENS, 0))
@@ -64,24 +63,26 @@ def loads(x_desc, E_desc, ring, full, empty, m, other, n, far, steps):
         for k in gl.static_range(BLOCKS):
             i = (u + 1) * BLOCKS + k
             mbarrier.wait(empty.index(i % SLOTS), ((i // SLOTS) & 1) ^ 1)
-            fetch(E_desc, [n + u * far, k * COLUMNS], full.index(i % SLOTS), ring.index(i % SLOTS))
+            fetch(E_desc, [n + u * stride, k * COLUMNS], full.index(i % SLOTS), ring.index(i % SLOTS))
 
 
 @gluon.jit
-def loads_phases(desc, phases, full, empty, position, other, n, far, steps, SHARED: gl.constexpr):
+def load_phases(desc, phases, full, empty, position, other, n, stride, steps, SHARED: gl.constexpr):
     STORED: gl.constexpr = desc.block_type.shape[1]
-    PARTS: gl.constexpr = 1 if SHARED else 2  # of a program's tokens, that have phases of their own
+    PARTS: gl.constexpr = 1 if SHARED else 2  # groups of a program's tokens with different phases
     for u in range(steps):
         for h in gl.static_range(2):
             for part in gl.static_range(PARTS):
                 i = (2 * u + h) * PARTS + part
                 mbarrier.wait(empty.index(i % PHASES), ((i // PHASES) & 1) ^ 1)
-                place = position if part == 0 else other
-                fetch(desc, [place, n + u * far + h * STORED], full.index(i % PHASES), phases.index(i % PHASES))
+                row = position if part == 0 else other
+                fetch(desc, [row, n + u * stride + h * STORED], full.index(i % PHASES), phases.index(i % PHASES))
 
 
 @gluon.jit
-def excites(X_desc, R_desc, ring, phases, stored, bars, m, n, far, steps, GROUP: gl.constexpr, SHARED: gl.constexpr):
+def excite_tiles(
+    X_desc, R_desc, ring, phases, stored, bars, m, n, stride, steps, GROUP: gl.constexpr, SHARED: gl.constexpr
+):
     full, empty, phases_full, phases_empty = bars
     TOKENS: gl.constexpr = X_desc.block_type.shape[0]
     STORED: gl.constexpr = X_desc.block_type.shape[1]
@@ -93,9 +94,9 @@ def excites(X_desc, R_desc, ring, phases, stored, bars, m, n, far, steps, GROUP:
         mbarrier.wait(full.index(k), 0)
         x += (ring.index(k).slice(GROUP * TOKENS, TOKENS, 0).load(ROWS),)
         arrive(empty.index(k))
-    nothing = gl.zeros([TOKENS, NEURONS], gl.float32, layout=TILE)
+    zeros = gl.zeros([TOKENS, NEURONS], gl.float32, layout=TILE)
     for u in range(steps):
-        total = nothing  # x E^T, (TOKENS, NEURONS)
+        total = zeros  # x E^T, (TOKENS, NEURONS)
         for k in gl.static_range(BLOCKS):
             i = (u + 1) * BLOCKS + k
             mbarrier.wait(full.index(i % SLOTS), (i // SLOTS) & 1)
@@ -112,25 +113,25 @@ def excites(X_desc, R_desc, ring, phases, stored, bars, m, n, far, steps, GROUP:
             mbarrier.wait(phases_full.index(i % PHASES), (i // PHASES) & 1)
             phase = phases.index(i % PHASES).load(HALF)  # (TOKENS, STORED)
             y = gl.convert_layout(left if h == 0 else right, HALF, assert_trivial=True)  # (TOKENS, STORED)
-            X, R = turn(y, phase)  # 2 x (TOKENS, STORED)
+            X, R = rotate(y, phase)  # 2 x (TOKENS, STORED)
             slot = (2 * u + h) * 2 % STORES
-            tma.store_wait(STORES - 2)  # the stores from these two slots have read theirs
-            together()
+            tma.store_wait(STORES - 2)  # the earlier stores from these two slots are complete
+            sync_warps()
             mbarrier.arrive(phases_empty.index(i % PHASES), count=1)
             stored.index(slot).store(X)
             stored.index(slot + 1).store(R)
             fence_async_shared()
-            together()
-            store_tile(X_desc, [m, n + u * far + h * STORED], stored.index(slot))
-            store_tile(R_desc, [m, n + u * far + h * STORED], stored.index(slot + 1))
+            sync_warps()
+            store_tile(X_desc, [m, n + u * stride + h * STORED], stored.index(slot))
+            store_tile(R_desc, [m, n + u * stride + h * STORED], stored.index(slot + 1))
     tma.store_wait(0)
 
 
 @gluon.jit
-def turn(y, phase):
-    """relu(y) and what the phases turn it to, both (TOKENS, STORED), bfloat16.
+def rotate(y, phase):
+    """Return relu(y), and that rotated by the phases, both (TOKENS, STORED) bfloat16.
 
-    A thread has pairs of neurons side by side in y and in phase, where they are a cosine and a sine.
+    A thread has the two neurons of a pair in y, and cosine and sine of the pair in phase.
     """
     return gl.inline_asm_elementwise(
         """{
@@ -175,27 +176,27 @@ def hopper_excite_512(
     NEURONS: gl.constexpr = E_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = E_desc.block_type.shape[1]
     STORED: gl.constexpr = X_desc.block_type.shape[1]
-    # Programs of the same tokens are neighbours: what they write at a time is longer rows.
+    # Programs of the same tokens are adjacent, so that they write longer rows at a time.
     split, block = gl.program_id(0) % splits, gl.program_id(0) // splits
-    m, position = place_of(2 * block, G, C, TOKENS)
-    m_too, position_too = place_of(2 * block + 1, G, C, TOKENS)
-    n, far, steps = split * NEURONS, splits * NEURONS, (all_steps - split + splits - 1) // splits
+    m, position = tile_position(2 * block, G, C, TOKENS)
+    m_second, position_second = tile_position(2 * block + 1, G, C, TOKENS)
+    n, stride, steps = split * NEURONS, splits * NEURONS, (all_steps - split + splits - 1) // splits
     ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, NEURONS, COLUMNS], E_desc.layout)
     phases = gl.allocate_shared_memory(gl.bfloat16, [PHASES, TOKENS, STORED], phases_desc.layout)
     stored = gl.allocate_shared_memory(gl.bfloat16, [STORES, TOKENS, STORED], X_desc.layout)
-    stored_too = gl.allocate_shared_memory(gl.bfloat16, [STORES, TOKENS, STORED], X_desc.layout)
+    stored_second = gl.allocate_shared_memory(gl.bfloat16, [STORES, TOKENS, STORED], X_desc.layout)
     full, empty = barriers(SLOTS, 1), barriers(SLOTS, 2)  # both groups read
     phases_full, phases_empty = barriers(PHASES, 1), barriers(PHASES, 2 if SHARED else 1)
     fence_async_shared()
     bars = full, empty, phases_full, phases_empty
     gl.warp_specialize(
         [
-            (excites, (X_desc, R_desc, ring, phases, stored, bars, m, n, far, steps, 0, SHARED)),
-            (excites, (X_desc, R_desc, ring, phases, stored_too, bars, m_too, n, far, steps, 1, SHARED)),
-            (loads, (x_desc, E_desc, ring, full, empty, m, m_too, n, far, steps)),
+            (excite_tiles, (X_desc, R_desc, ring, phases, stored, bars, m, n, stride, steps, 0, SHARED)),
+            (excite_tiles, (X_desc, R_desc, ring, phases, stored_second, bars, m_second, n, stride, steps, 1, SHARED)),
+            (load_tiles, (x_desc, E_desc, ring, full, empty, m, m_second, n, stride, steps)),
             (
-                loads_phases,
-                (phases_desc, phases, phases_full, phases_empty, position, position_too, n, far, steps, SHARED),
+                load_phases,
+                (phases_desc, phases, phases_full, phases_empty, position, position_second, n, stride, steps, SHARED),
             ),
         ],
         [4, 1, 1],
@@ -220,13 +221,13 @@ def excite(x: Tensor, E: Tensor, phases: Tensor, C: int, R: Tensor | None = None
     M, N = len(x), len(E)
     G = M // C
     blocks, steps = M // (2 * TOKENS), N // NEURONS
-    splits = cuts(blocks, steps, 4, x.device)
+    splits = num_splits(blocks, steps, 4, x.device)
     X = torch.empty(M, N, dtype=x.dtype, device=x.device)  # (M, N)
     R = torch.empty_like(X) if R is None else R  # (M, N)
     arguments = (
-        tiles_of(x, TOKENS, COLUMNS),
-        tiles_of(E, NEURONS, COLUMNS),
-        *(tiles_of(tensor, TOKENS, STORED) for tensor in (X, R, phases)),
+        tile_descriptor(x, TOKENS, COLUMNS),
+        tile_descriptor(E, NEURONS, COLUMNS),
+        *(tile_descriptor(tensor, TOKENS, STORED) for tensor in (X, R, phases)),
         steps, splits, G, C,
     )  # fmt: skip
     run(hopper_excite_512, blocks * splits, arguments, SHARED=G % 2 == 0)

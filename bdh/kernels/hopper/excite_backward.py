@@ -1,14 +1,14 @@
-"""Back through what R excited: dX = (dX + rope^-1(dP R + extra)) where X > 0, over dX in place; dP R is never written.
+"""dX = (dX + rope^-1(dP R + extra)) where X > 0, in place; dP R is not written to memory.
 
-A program has 128 tokens of a chunk and goes through neurons, 64 at a time. Its rows of dP stay in registers, so that dP
-is read once, and R once for every 128 tokens, out of the L2 cache.
+A program has 128 tokens of a chunk and iterates over neurons, 64 at a time. Its rows of dP stay in registers, so that
+dP is read once, and R once for every 128 tokens, from the L2 cache.
 
-    multiplies:  two groups of four warps with 64 tokens each: dP R, turns it back, adds, stores over dX.
-    loads_pieces, loads_tiles: one warp for dP and R, and one for each group's X, dX, phases and extra.
+    multiply_tiles: two groups of four warps with 64 tokens each: compute dP R, rotate it back, add, store to dX.
+    load_ring, load_tiles: one warp for dP and R, and one for each group's X, dX, phases and extra.
 
-dP and R come in pieces (128, 64) round one ring: first those of dP, all of group 0, then all of group 1, then those of
-R. dP is symmetric: columns of it are read for rows, so that its pieces have the shape of R's.
-Slots 2 * group + i % 2 have the tiles of a group's step i; the result takes the place of dX, from where it is stored.
+dP and R are loaded in pieces (128, 64) into one ring: first dP of group 0, then of group 1, then R. As dP is symmetric,
+its columns are loaded for its rows, so that its pieces have the shape of R's.
+Slots 2 * group + i % 2 have the tiles of a group's step i; the result replaces dX there and is stored from there.
 """
 
 from torch import Tensor
@@ -25,13 +25,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from bdh.kernels.hopper.device_functions import (
     arrive,
     barriers,
-    cuts,
     fetch,
     load_tile,
+    num_splits,
     run,
     store_tile,
-    tiles_of,
-    together,
+    sync_warps,
+    tile_descriptor,
 )
 
 TOKENS = 64  # of a group's tile
@@ -40,8 +40,8 @@ PIECE = 128  # rows of dP and R in a slot of the ring
 
 
 @gluon.jit
-def loads_pieces(descs, buffers, bars, chunk, m, first, last, PIECES: gl.constexpr):
-    """For a program with tokens m and on of the chunk that begins at row `chunk`; so everywhere."""
+def load_ring(descs, buffers, bars, chunk, m, first, last, PIECES: gl.constexpr):
+    """Load dP and R for tokens from m of the chunk that begins at row `chunk`."""
     dP_desc, R_desc, _, _, _, _ = descs
     ring, _, _, _, _ = buffers
     ring_full, _, ring_empty, _ = bars
@@ -53,8 +53,8 @@ def loads_pieces(descs, buffers, bars, chunk, m, first, last, PIECES: gl.constex
         slot = p % SLOTS
         group = p // PIECES
         mbarrier.wait(ring_empty.index(slot), ((p // SLOTS) & 1) ^ 1)
-        place = [chunk + (p - group * PIECES) * PIECE, m + group * TOKENS]
-        fetch(dP_desc, place, ring_full.index(slot), ring.index(slot))
+        coords = [chunk + (p - group * PIECES) * PIECE, m + group * TOKENS]
+        fetch(dP_desc, coords, ring_full.index(slot), ring.index(slot))
     p = 2 * PIECES
     for t in range(first, last):
         for k in range(PIECES):
@@ -65,7 +65,7 @@ def loads_pieces(descs, buffers, bars, chunk, m, first, last, PIECES: gl.constex
 
 
 @gluon.jit
-def loads_tiles(descs, buffers, bars, chunk, m, first, last, group: gl.constexpr, EXTRA: gl.constexpr):
+def load_tiles(descs, buffers, bars, chunk, m, first, last, group: gl.constexpr, EXTRA: gl.constexpr):
     _, _, X_desc, dX_desc, phases_desc, extra_desc = descs
     _, X, dX, phases, extra = buffers
     _, tiles_full, _, tiles_empty = bars
@@ -85,7 +85,7 @@ def loads_tiles(descs, buffers, bars, chunk, m, first, last, group: gl.constexpr
 
 
 @gluon.jit
-def multiplies(
+def multiply_tiles(
     descs, buffers, bars, chunk, m, first, last, group: gl.constexpr, PIECES: gl.constexpr, EXTRA: gl.constexpr
 ):
     _, _, _, dX_desc, _, _ = descs
@@ -102,20 +102,20 @@ def multiplies(
         if p // PIECES == group:
             dP += (ring.index(p % SLOTS).permute((1, 0)).load(LEFT),)  # (TOKENS, PIECE)
         arrive(ring_empty.index(p % SLOTS))
-    nothing = gl.zeros([TOKENS, NEURONS], gl.float32, layout=TILE)
+    zeros = gl.zeros([TOKENS, NEURONS], gl.float32, layout=TILE)
     p = 2 * PIECES
     for t in range(first, last):
         i = t - first
-        product = nothing
+        product = zeros
         for k in gl.static_range(PIECES):
             mbarrier.wait(ring_full.index(p % SLOTS), (p // SLOTS) & 1)
             product = warpgroup_mma(dP[k], ring.index(p % SLOTS), product, use_acc=k > 0, is_async=True)
-            if k > 0:  # the piece before was read
+            if k > 0:  # the previous piece has been read
                 product = warpgroup_mma_wait(1, deps=(product,))
                 arrive(ring_empty.index((p - 1) % SLOTS))
-            if k == 1:  # late enough that the step before has stored, early enough for the tiles of the next
+            if k == 1:  # late enough for the stores of the previous step, early enough for the tiles of the next
                 tma.store_wait(0)
-                together()
+                sync_warps()
                 mbarrier.arrive(tiles_empty.index(2 * group + (i + 1) % 2), count=1, pred=i > 0)
             p += 1
         product = warpgroup_mma_wait(0, deps=(product,))  # (TOKENS, NEURONS)
@@ -124,25 +124,25 @@ def multiplies(
         mbarrier.wait(tiles_full.index(slot), (i // 2) & 1)
         if EXTRA:
             product += extra.index(slot).load(TILE).to(gl.float32)
-        total = turned_back(product, phases.index(slot).load(TILE), TILE)  # (TOKENS, NEURONS)
+        total = rotate_back(product, phases.index(slot).load(TILE), TILE)  # (TOKENS, NEURONS)
         total += dX.index(slot).load(TILE).to(gl.float32)
         x = X.index(slot).load(TILE).to(gl.float32)  # (TOKENS, NEURONS)
-        dX.index(slot).store(gl.where(x > 0, total, nothing).to(gl.bfloat16))
+        dX.index(slot).store(gl.where(x > 0, total, zeros).to(gl.bfloat16))
         fence_async_shared()
-        together()
+        sync_warps()
         store_tile(dX_desc, [chunk + m, t * NEURONS], dX.index(slot))
     tma.store_wait(0)
 
 
 @gluon.jit
-def turned_back(tile, phase, TILE: gl.constexpr):
-    """Each pair of neurons, turned by minus its angle; phase: cos and sin of each pair, of the tile's shape."""
+def rotate_back(tile, phase, TILE: gl.constexpr):
+    """Rotate each pair of neurons by minus its angle; `phase` has cos and sin of each pair, in the tile's shape."""
     TOKENS: gl.constexpr = tile.type.shape[0]
     NEURONS: gl.constexpr = tile.type.shape[1]
     even, odd = tile.reshape([TOKENS, NEURONS // 2, 2]).split()  # (TOKENS, NEURONS / 2)
     cos, sin = phase.to(gl.float32).reshape([TOKENS, NEURONS // 2, 2]).split()  # (TOKENS, NEURONS / 2)
-    turned = gl.join(even * cos + odd * sin, odd * cos - even * sin)  # (TOKENS, NEURONS / 2, 2)
-    return gl.convert_layout(turned.reshape([TOKENS, NEURONS]), TILE, assert_trivial=True)
+    rotated = gl.join(even * cos + odd * sin, odd * cos - even * sin)  # (TOKENS, NEURONS / 2, 2)
+    return gl.convert_layout(rotated.reshape([TOKENS, NEURONS]), TILE, assert_trivial=True)
 
 
 @gluon.jit(do_not_specialize=["steps", "parts"])
@@ -154,7 +154,7 @@ def hopper_excite_backward(
     phases_desc,  # (C, N)
     extra_desc,  # (G C, N), or any if not EXTRA
     steps,
-    parts,  # into which the neurons are cut
+    parts,  # programs that share the neurons of a block
     PIECES: gl.constexpr,
     SLOTS: gl.constexpr,
     EXTRA: gl.constexpr,
@@ -185,11 +185,11 @@ def hopper_excite_backward(
     other = m + TOKENS
     gl.warp_specialize(
         [
-            (multiplies, (descs, buffers, bars, chunk, m, first, last, 0, PIECES, EXTRA)),
-            (multiplies, (descs, buffers, bars, chunk, other, first, last, 1, PIECES, EXTRA)),
-            (loads_pieces, (descs, buffers, bars, chunk, m, first, last, PIECES)),
-            (loads_tiles, (descs, buffers, bars, chunk, m, first, last, 0, EXTRA)),
-            (loads_tiles, (descs, buffers, bars, chunk, other, first, last, 1, EXTRA)),
+            (multiply_tiles, (descs, buffers, bars, chunk, m, first, last, 0, PIECES, EXTRA)),
+            (multiply_tiles, (descs, buffers, bars, chunk, other, first, last, 1, PIECES, EXTRA)),
+            (load_ring, (descs, buffers, bars, chunk, m, first, last, PIECES)),
+            (load_tiles, (descs, buffers, bars, chunk, m, first, last, 0, EXTRA)),
+            (load_tiles, (descs, buffers, bars, chunk, other, first, last, 1, EXTRA)),
         ],
         [4, 1, 1, 1],
         [240, 24, 24, 24],
@@ -197,7 +197,7 @@ def hopper_excite_backward(
 
 
 def fits(C: int, N: int) -> bool:
-    """The rows of dP have to fit into registers."""
+    """Return whether the sizes are supported; the rows of dP must fit into registers."""
     return C in (256, 512) and N % NEURONS == 0
 
 
@@ -210,19 +210,19 @@ def excite_backward(dP: Tensor, R: Tensor, X: Tensor, dX: Tensor, phases: Tensor
         X: (G, C, N) bfloat16.
         dX: (G, C, N) bfloat16, overwritten.
         phases: cos and sin of each pair, (C, N) bfloat16.
-        extra: (G, C, N) bfloat16, or nothing.
+        extra: (G, C, N) bfloat16, or None.
     """
     G, C, N = R.shape
     blocks, steps = G * C // (2 * TOKENS), N // NEURONS
-    parts = cuts(blocks, steps, 2, R.device)
-    dX_tiles = tiles_of(dX.view(G * C, N), TOKENS, NEURONS)
+    parts = num_splits(blocks, steps, 2, R.device)
+    dX_tiles = tile_descriptor(dX.view(G * C, N), TOKENS, NEURONS)
     arguments = (
-        tiles_of(dP.view(G * C, C), PIECE, TOKENS),
-        tiles_of(R.view(G * C, N), PIECE, NEURONS),
-        tiles_of(X.view(G * C, N), TOKENS, NEURONS),
+        tile_descriptor(dP.view(G * C, C), PIECE, TOKENS),
+        tile_descriptor(R.view(G * C, N), PIECE, NEURONS),
+        tile_descriptor(X.view(G * C, N), TOKENS, NEURONS),
         dX_tiles,
-        tiles_of(phases, TOKENS, NEURONS),
-        dX_tiles if extra is None else tiles_of(extra.view(G * C, N), TOKENS, NEURONS),
+        tile_descriptor(phases, TOKENS, NEURONS),
+        dX_tiles if extra is None else tile_descriptor(extra.view(G * C, N), TOKENS, NEURONS),
         steps, parts,
     )  # fmt: skip
     run(

@@ -1,14 +1,14 @@
-"""The gate and the decoder's product in one: nothing of (tokens, neurons) is written.
+"""The gate and the decoder's product, for D = 256, without writing tensors (tokens, neurons) to memory.
 
-A program has 128 tokens and goes through all neurons, 64 at a time. Two parts have 64 tokens each, with their rows of y
-in registers; both read the same tiles of the weights. Z goes from the registers of one product into the next:
+A program has 128 tokens and iterates over all neurons, 64 at a time. Two halves have 64 tokens each, with their rows of
+y in registers; both read the same tiles of the weights. Z stays in registers between the two products:
 
-    products: Y = A Ev^T, Z = X o relu(Y), dropped; y += Z Dec. Twice, for one half of the tokens each.
-    loads:    one warp for each of the weights and one for each half's A and X, which ask for tiles two ahead.
+    multiply_tiles: Y = A Ev^T, Z = X o relu(Y) with dropout; y += Z Dec. Twice, for one half of the tokens each.
+    load_weight, load_tokens: one warp for each weight and one for each half's A and X; they prefetch two tiles.
 
-A half queues the next Y before this tile's product with Dec, and gates that Y while the product runs. The halves queue
-in turns, so that the matrix units have one half's work while the other half gates. No sum is shared between programs:
-the same input gives the same numbers.
+A half queues the next Y before this tile's product with Dec, and gates that Y during the product. The halves queue in
+turns, so that the tensor cores compute for one half while the other half gates. Programs share no sums, so results are
+deterministic.
 """
 
 from torch import Tensor
@@ -29,8 +29,8 @@ from bdh.kernels.hopper.device_functions import (
     hash_of_neurons,
     hash_of_tokens,
     run,
-    signed,
-    tiles_of,
+    tile_descriptor,
+    to_int32,
 )
 from bdh.kernels.triton.launch import cdiv
 
@@ -40,7 +40,7 @@ WIDTH = 256  # D
 
 
 @gluon.jit
-def loads_of_weight(desc, buffer, full, empty, tiles):
+def load_weight(desc, buffer, full, empty, tiles):
     NEURONS: gl.constexpr = desc.block_type.shape[0]
     for t in range(tiles):
         slot = t % 2
@@ -49,7 +49,7 @@ def loads_of_weight(desc, buffer, full, empty, tiles):
 
 
 @gluon.jit
-def loads_of_tokens(HALF: gl.constexpr, descs, buffers, bars, m, tiles):
+def load_tokens(HALF: gl.constexpr, descs, buffers, bars, m, tiles):
     A_desc, X_desc = descs
     A, X, _, _ = buffers
     A_full, X_full, _, _, X_empty, _, _, _ = bars
@@ -62,19 +62,19 @@ def loads_of_tokens(HALF: gl.constexpr, descs, buffers, bars, m, tiles):
 
 
 @gluon.jit
-def answers(HALF: gl.constexpr, t, buffers, nothing):
-    """Queues the product Y of tile t, (TOKENS, NEURONS)."""
+def start_product(HALF: gl.constexpr, t, buffers, zeros):
+    """Queue the product Y of tile t, (TOKENS, NEURONS)."""
     A, _, Ev, _ = buffers
-    return warpgroup_mma(A.index(HALF), Ev.index(t % 2).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    return warpgroup_mma(A.index(HALF), Ev.index(t % 2).permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def prepare(HALF: gl.constexpr, t, buffers, bars, TILE: gl.constexpr):
-    """What gates tile t, read while its Y is multiplied: X (TOKENS, NEURONS), and the hash of pairs (NEURONS)."""
+    """Load X (TOKENS, NEURONS) of tile t during the product Y, and hash its pairs (NEURONS)."""
     _, X, _, _ = buffers
     _, X_full, _, _, _, _, _, _ = bars
     NEURONS: gl.constexpr = X.type.shape[2]
-    # unsigned: so the compiler sees that both neurons of a pair have one hash
+    # unsigned, so that the compiler knows that both neurons of a pair have one hash
     pair, _ = hash_of_neurons(gl.to_tensor(t * NEURONS).to(gl.uint32), NEURONS, gl.SliceLayout(0, TILE))  # (NEURONS)
     slot = 2 * HALF + t % 2
     mbarrier.wait(X_full.index(slot), (t // 2) & 1)
@@ -82,19 +82,19 @@ def prepare(HALF: gl.constexpr, t, buffers, bars, TILE: gl.constexpr):
 
 
 @gluon.jit
-def answered(HALF: gl.constexpr, t, bars):
-    """Says that tile t's Y is there: its Ev has been read, and X, too."""
+def release_inputs(HALF: gl.constexpr, t, bars):
+    """Release Ev and X of tile t after its product Y."""
     _, _, _, _, X_empty, Ev_empty, _, _ = bars
     arrive(Ev_empty.index(t % 2))
     mbarrier.arrive(X_empty.index(2 * HALF + t % 2), count=1)
 
 
 @gluon.jit
-def gated(Y, x, token, pair, first_kept, DROPOUT: gl.constexpr, LEFT: gl.constexpr):
-    """Z, as the next product takes it from registers, (TOKENS, NEURONS).
+def gate_tile(Y, x, token, pair, first_kept, DROPOUT: gl.constexpr, LEFT: gl.constexpr):
+    """Return Z in the register layout of the next product, (TOKENS, NEURONS).
 
-    With dropout it is written for the two neurons of a pair, which a thread has side by side: they share a hash h, and
-    the second one's random number is that of the first times 0x10001.
+    With dropout the code is for the two neurons of a pair, which a thread has in adjacent registers: they share a hash
+    h, and the random number of the second is that of the first times 0x10001.
     """
     if DROPOUT:
         h = gl.expand_dims(token, 1) ^ gl.expand_dims(pair, 0)  # (TOKENS, NEURONS)
@@ -131,10 +131,10 @@ def gated(Y, x, token, pair, first_kept, DROPOUT: gl.constexpr, LEFT: gl.constex
 
 
 @gluon.jit
-def products(
+def multiply_tiles(
     HALF: gl.constexpr, buffers, bars, y, m, M, tiles, key, first_kept, D: gl.constexpr, DROPOUT: gl.constexpr
 ):
-    """Tokens m and on. Those from M on are 0 in A and X, and masked in y; neurons from N on are 0 in Ev, Dec and X."""
+    """Compute tokens from m. From M on A and X are 0, and y is masked; from neuron N on Ev, Dec and X are 0."""
     _, X, _, Dec = buffers
     A_full, _, Ev_full, Dec_full, _, _, Dec_empty, turns = bars
     TOKENS: gl.constexpr = X.type.shape[1]
@@ -144,41 +144,41 @@ def products(
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
     r = m + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, SUM))
     d = gl.arange(0, D, layout=gl.SliceLayout(0, SUM))
-    place = y + (gl.expand_dims(r.to(gl.int64) * D, 1) + gl.expand_dims(d, 0))  # (TOKENS, D)
+    pointers = y + (gl.expand_dims(r.to(gl.int64) * D, 1) + gl.expand_dims(d, 0))  # (TOKENS, D)
     inside = gl.expand_dims(r < M, 1) & (gl.expand_dims(d, 0) >= 0)  # (TOKENS, D)
-    total = gl.load(place, mask=inside, other=0.0)  # (TOKENS, D)
-    nothing = gl.zeros([TOKENS, NEURONS], gl.float32, layout=TILE)
+    total = gl.load(pointers, mask=inside, other=0.0)  # (TOKENS, D)
+    zeros = gl.zeros([TOKENS, NEURONS], gl.float32, layout=TILE)
     token = hash_of_tokens(m, key, TOKENS, gl.SliceLayout(1, TILE))  # (TOKENS)
 
     mbarrier.wait(A_full.index(HALF), 0)
     mbarrier.wait(Ev_full.index(0), 0)
-    Y = answers(HALF, 0, buffers, nothing)
+    Y = start_product(HALF, 0, buffers, zeros)
     x, pair = prepare(HALF, 0, buffers, bars, TILE)
     Y = warpgroup_mma_wait(0, deps=(Y,))  # (TOKENS, NEURONS)
-    answered(HALF, 0, bars)
-    z = gated(Y, x, token, pair, first_kept, DROPOUT, LEFT)
+    release_inputs(HALF, 0, bars)
+    z = gate_tile(Y, x, token, pair, first_kept, DROPOUT, LEFT)
     mbarrier.wait(Dec_full.index(0), 0)
     for t in range(tiles - 1):
         slot = t % 2
         turn = ((t + 1) // 2) & 1  # of tile t + 1
         mbarrier.wait(Ev_full.index(slot ^ 1), turn)
-        # half 0 waits for what half 1 queued at t - 1, half 1 for what half 0 queued at t
+        # half 0 waits for the product that half 1 queued at t - 1, half 1 for that of half 0 at t
         mbarrier.wait(turns.index(HALF), (t & 1) ^ 1 ^ HALF)
-        Y = answers(HALF, t + 1, buffers, nothing)
+        Y = start_product(HALF, t + 1, buffers, zeros)
         total = warpgroup_mma(z, Dec.index(slot), total, is_async=True)  # (TOKENS, D)
         mbarrier.arrive(turns.index(1 - HALF), count=1)
         x, pair = prepare(HALF, t + 1, buffers, bars, TILE)
         Y = warpgroup_mma_wait(1, deps=(Y,))  # (TOKENS, NEURONS)
-        answered(HALF, t + 1, bars)
-        z_after = gated(Y, x, token, pair, first_kept, DROPOUT, LEFT)
-        # this wait also keeps the compiler from moving the one for the product up, before the gate
+        release_inputs(HALF, t + 1, bars)
+        z_after = gate_tile(Y, x, token, pair, first_kept, DROPOUT, LEFT)
+        # this wait also stops the compiler from moving the wait for the product before the gate
         mbarrier.wait(Dec_full.index(slot ^ 1), turn)
         total, z = warpgroup_mma_wait(0, deps=(total, z))
         arrive(Dec_empty.index(slot))
         z = z_after
     total = warpgroup_mma(z, Dec.index((tiles - 1) % 2), total, is_async=True)  # (TOKENS, D)
     total, z = warpgroup_mma_wait(0, deps=(total, z))
-    gl.store(place, total, mask=inside)
+    gl.store(pointers, total, mask=inside)
 
 
 @gluon.jit(do_not_specialize=["key", "first_kept", "M", "tiles"])
@@ -211,12 +211,12 @@ def hopper_gate(
     buffers = (A, X, Ev, Dec)
     gl.warp_specialize(
         [
-            (products, (0, buffers, bars, y, m, M, tiles, key, first_kept, D, DROPOUT)),
-            (products, (1, buffers, bars, y, m + TOKENS, M, tiles, key, first_kept, D, DROPOUT)),
-            (loads_of_weight, (Ev_desc, Ev, Ev_full, Ev_empty, tiles)),
-            (loads_of_weight, (Dec_desc, Dec, Dec_full, Dec_empty, tiles)),
-            (loads_of_tokens, (0, descs, buffers, bars, m, tiles)),
-            (loads_of_tokens, (1, descs, buffers, bars, m + TOKENS, tiles)),
+            (multiply_tiles, (0, buffers, bars, y, m, M, tiles, key, first_kept, D, DROPOUT)),
+            (multiply_tiles, (1, buffers, bars, y, m + TOKENS, M, tiles, key, first_kept, D, DROPOUT)),
+            (load_weight, (Ev_desc, Ev, Ev_full, Ev_empty, tiles)),
+            (load_weight, (Dec_desc, Dec, Dec_full, Dec_empty, tiles)),
+            (load_tokens, (0, descs, buffers, bars, m, tiles)),
+            (load_tokens, (1, descs, buffers, bars, m + TOKENS, tiles)),
         ],
         [4, 1, 1, 1, 1],
         [240, 24, 24, 24, 24],
@@ -228,7 +228,7 @@ def fits(M: int, N: int, D: int) -> bool:
 
 
 def gate(A: Tensor, Ev: Tensor, X: Tensor, key: int, dropped: int, Dec: Tensor, y: Tensor) -> None:
-    """Adds Z Dec to y, where Z = X o relu(A Ev^T), dropped.
+    """Add Z Dec to y, where Z = X o relu(A Ev^T) with dropout.
 
     Args:
         A: Normalised, (M, D) bfloat16.
@@ -241,9 +241,9 @@ def gate(A: Tensor, Ev: Tensor, X: Tensor, key: int, dropped: int, Dec: Tensor, 
     """
     (M, D), N = A.shape, len(Ev)
     arguments = (
-        tiles_of(A, TOKENS, D),
-        tiles_of(X, TOKENS, NEURONS),
-        *(tiles_of(weight, NEURONS, D) for weight in (Ev, Dec)),
-        y, key, signed(dropped << 16), M, cdiv(N, NEURONS),
+        tile_descriptor(A, TOKENS, D),
+        tile_descriptor(X, TOKENS, NEURONS),
+        *(tile_descriptor(weight, NEURONS, D) for weight in (Ev, Dec)),
+        y, key, to_int32(dropped << 16), M, cdiv(N, NEURONS),
     )  # fmt: skip
     run(hopper_gate, cdiv(M, 2 * TOKENS), arguments, DROPOUT=dropped > 0)

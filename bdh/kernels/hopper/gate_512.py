@@ -1,20 +1,20 @@
-"""The gate for D = 512, and back through it, in three kernels. Other products are left to cuBLAS.
+"""The gate and its gradients for D = 512, in three kernels; cuBLAS computes the other products.
 
-    "gate":   A, Ev, X -> Z = X o relu(A Ev^T), dropped.
-    "back":   the same again, and dX, dY of dZ, which cuBLAS has made of dy.
-    "ungate": dy, Dec, X, Z -> dX, dY, where Z was kept; here dy and Dec stand where A and Ev are spoken of below.
+    "gate":   A, Ev, X -> Z = X o relu(A Ev^T) with dropout.
+    "back":   recomputes Z, and computes dX and dY from dZ, a product of cuBLAS.
+    "ungate": dy, Dec, X, Z -> dX, dY, from the saved Z; dy and Dec take the roles of A and Ev below.
 
-A program has 128 tokens and goes through its part of the neurons, 128 a step. Its rows of A stay in registers, so that
-Ev is read once for every 128 tokens, out of the L2 cache. A Ev^T is never written.
+A program has 128 tokens and iterates over its part of the neurons, 128 a step. Its rows of A stay in registers, so that
+Ev is read once for every 128 tokens, from the L2 cache. A Ev^T is not written to memory.
 
-    multiplies: two groups of four warps with 64 tokens each: A Ev^T, of which they gate and store half at a time.
-    loads_pieces, loads_tiles: one warp for A and Ev, and one for each group's X and dZ.
+    multiply_tiles: two groups of four warps with 64 tokens each: compute A Ev^T, gate and store half of it at a time.
+    load_ring, load_tiles: one warp for A and Ev, and one for each group's X and dZ.
 
-A and Ev come in pieces (128, 64) round one ring: first those of A, of which each group takes its half, then those of
-Ev, which both read. The groups multiply in turns, so that the matrix units have one's work while the other gates.
-Each group has slots of its own for tiles (64, 64), two of which it takes a step. What comes out takes the places of
-what went in, from where it is stored: Z that of X to "gate"; going "back" dY that of X and dX that of dZ, and Z has a
-place of its own; to "ungate" dX that of X and dY that of Z.
+A and Ev are loaded in pieces (128, 64) into one ring: first A, of which each group reads its half, then Ev, which both
+read. The groups multiply in turns, so that the tensor cores compute for one group while the other gates. Each group has
+slots for tiles (64, 64), two for each step. Results replace the inputs in their slots and are stored from there: "gate"
+puts Z in place of X; "back" dY in place of X and dX in place of dZ, and has slots for Z; "ungate" dX in place of X and
+dY in place of Z.
 """
 
 from typing import Any
@@ -34,16 +34,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from bdh.kernels.hopper.device_functions import (
     arrive,
     barriers,
-    cuts,
     fetch,
     hash_of_tokens,
     load_tile,
+    num_splits,
     run,
-    signed,
-    tiles_of,
-    together,
+    sync_warps,
+    tile_descriptor,
+    to_int32,
 )
-from bdh.kernels.hopper.gate_512_tiles import TILE, narrow, passes
+from bdh.kernels.hopper.gate_512_tiles import TILE, gate_tiles, narrow
 from bdh.kernels.triton.launch import cdiv
 
 TOKENS = 64  # of a tile: a group's
@@ -59,12 +59,12 @@ LEFT = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=SUM.value, k_wid
 
 
 @gluon.jit
-def loads_pieces(descs, ring, bars, m, part, parts, count):
+def load_ring(descs, ring, bars, m, part, parts, count):
     A_desc, Ev_desc = descs[0], descs[1]
     ring_full, ring_empty, _, _, _ = bars
     PIECE: gl.constexpr = Ev_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = Ev_desc.block_type.shape[1]
-    for p in range(PIECES):  # the ring has room for all of them
+    for p in range(PIECES):  # the ring has a slot for each
         fetch(A_desc, [m, p * COLUMNS], ring_full.index(p), ring.index(p))
     p = PIECES
     for i in range(count):
@@ -76,7 +76,7 @@ def loads_pieces(descs, ring, bars, m, part, parts, count):
 
 
 @gluon.jit
-def loads_tiles(descs, tiles, bars, m, part, parts, count, group: gl.constexpr, MODE: gl.constexpr):
+def load_tiles(descs, tiles, bars, m, part, parts, count, group: gl.constexpr, MODE: gl.constexpr):
     X_desc = descs[2]
     _, _, tiles_full, tiles_empty, _ = bars
     NEURONS: gl.constexpr = X_desc.block_type.shape[1]
@@ -97,11 +97,11 @@ def loads_tiles(descs, tiles, bars, m, part, parts, count, group: gl.constexpr, 
 
 
 @gluon.jit
-def multiplies(
+def multiply_tiles(
     descs, ring, tiles, bars, m, part, parts, count, key, first_kept,
     group: gl.constexpr, DROPOUT: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
-    """Tokens m and on. Those from M on and neurons from N on are 0 in what is loaded, and not stored."""
+    """Compute tokens from m. Tokens from M on and neurons from N on are loaded as 0, and not stored."""
     ring_full, ring_empty, tiles_full, tiles_empty, turns = bars
     TOKENS: gl.constexpr = tiles[0].type.shape[1]
     NEURONS: gl.constexpr = tiles[0].type.shape[2]
@@ -113,24 +113,24 @@ def multiplies(
         A += (ring.index(p).slice(group * TOKENS, TOKENS, 0).load(LEFT),)  # (TOKENS, COLUMNS)
         arrive(ring_empty.index(p))
     token = hash_of_tokens(m, key, TOKENS, gl.SliceLayout(1, TILE))  # (TOKENS)
-    nothing = gl.zeros([TOKENS, PIECE], gl.float32, layout=SUM)
+    zeros = gl.zeros([TOKENS, PIECE], gl.float32, layout=SUM)
     p = PIECES
     for i in range(count):
-        if SLOTS == 2:  # at once: the step's tiles are loaded only then
+        if SLOTS == 2:  # first, because the step's tiles are loaded only then
             release(i, tiles_empty, group, SLOTS)
-        # group 0 waits for what group 1 queued at i - 1, group 1 for what group 0 queued at i
+        # group 0 waits for the product that group 1 queued at i - 1, group 1 for that of group 0 at i
         mbarrier.wait(turns.index(group), (i & 1) ^ 1 ^ group)
-        product = nothing
+        product = zeros
         for k in gl.static_range(PIECES):
             mbarrier.wait(ring_full.index(p % RING), (p // RING) & 1)
             weights = ring.index(p % RING).permute((1, 0))  # (COLUMNS, PIECE)
             product = warpgroup_mma(A[k], weights, product, use_acc=k > 0, is_async=True)
             if k == PIECES - 1:
                 mbarrier.arrive(turns.index(1 - group), count=1)
-            if k > 0:  # the piece before was read
+            if k > 0:  # the previous piece has been read
                 product = warpgroup_mma_wait(1, deps=(product,))
                 arrive(ring_empty.index((p - 1) % RING))
-            if SLOTS > 2 and k == 1:  # late enough that the step before has stored, early enough for the next tiles
+            if SLOTS > 2 and k == 1:  # late enough for the stores before, early enough for the next tiles
                 release(i, tiles_empty, group, SLOTS)
             p += 1
         product = warpgroup_mma_wait(0, deps=(product,))  # (TOKENS, PIECE)
@@ -141,16 +141,16 @@ def multiplies(
         if MODE != "gate":
             left, right = narrow(left, MODE), narrow(right, MODE)
         n = (part + i * parts) * PIECE
-        passes(left, 2 * i, m, n, token, first_kept, descs, tiles, tiles_full, group, DROPOUT, MODE)
-        passes(right, 2 * i + 1, m, n + NEURONS, token, first_kept, descs, tiles, tiles_full, group, DROPOUT, MODE)
+        gate_tiles(left, 2 * i, m, n, token, first_kept, descs, tiles, tiles_full, group, DROPOUT, MODE)
+        gate_tiles(right, 2 * i + 1, m, n + NEURONS, token, first_kept, descs, tiles, tiles_full, group, DROPOUT, MODE)
     tma.store_wait(0)
 
 
 @gluon.jit
 def release(i, tiles_empty, group: gl.constexpr, SLOTS: gl.constexpr):
-    """Gives back the slots of the two tiles of the step before i, when their stores have read them."""
+    """Release the slots of the two tiles of the step before i, when their stores are complete."""
     tma.store_wait(0)
-    together()
+    sync_warps()
     for h in gl.static_range(2):
         mbarrier.arrive(tiles_empty.index(group * SLOTS + (2 * i - 2 + h + SLOTS) % SLOTS), count=1, pred=i > 0)
 
@@ -183,11 +183,11 @@ def program(descs, key, first_kept, steps, parts, SLOTS: gl.constexpr, DROPOUT: 
     other = m + TOKENS
     gl.warp_specialize(
         [
-            (multiplies, (descs, ring, tiles, bars, m, part, parts, count, key, first_kept, 0, DROPOUT, MODE)),
-            (multiplies, (descs, ring, tiles, bars, other, part, parts, count, key, first_kept, 1, DROPOUT, MODE)),
-            (loads_pieces, (descs, ring, bars, m, part, parts, count)),
-            (loads_tiles, (descs, tiles, bars, m, part, parts, count, 0, MODE)),
-            (loads_tiles, (descs, tiles, bars, other, part, parts, count, 1, MODE)),
+            (multiply_tiles, (descs, ring, tiles, bars, m, part, parts, count, key, first_kept, 0, DROPOUT, MODE)),
+            (multiply_tiles, (descs, ring, tiles, bars, other, part, parts, count, key, first_kept, 1, DROPOUT, MODE)),
+            (load_ring, (descs, ring, bars, m, part, parts, count)),
+            (load_tiles, (descs, tiles, bars, m, part, parts, count, 0, MODE)),
+            (load_tiles, (descs, tiles, bars, other, part, parts, count, 1, MODE)),
         ],
         [4, 1, 1, 1],
         [240, 24, 24, 24],
@@ -195,7 +195,7 @@ def program(descs, key, first_kept, steps, parts, SLOTS: gl.constexpr, DROPOUT: 
 
 
 @gluon.jit(do_not_specialize=["key", "first_kept", "steps", "parts"])
-def hopper_gated(
+def hopper_gate_product(
     A_desc,  # (M, D), normalised
     Ev_desc,  # (N, D)
     X_desc,  # (M, N)
@@ -203,14 +203,14 @@ def hopper_gated(
     key,
     first_kept,
     steps,
-    parts,  # into which the neurons are cut
+    parts,  # programs that share the neurons of a block
     DROPOUT: gl.constexpr,
 ):
     program((A_desc, Ev_desc, X_desc, Z_desc), key, first_kept, steps, parts, 4, DROPOUT, "gate")
 
 
 @gluon.jit(do_not_specialize=["key", "first_kept", "steps", "parts"])
-def hopper_gated_backward(
+def hopper_gate_product_backward(
     A_desc,  # (M, D), normalised
     Ev_desc,  # (N, D)
     X_desc,  # (M, N)
@@ -220,24 +220,24 @@ def hopper_gated_backward(
     key,
     first_kept,
     steps,
-    parts,  # into which the neurons are cut
+    parts,  # programs that share the neurons of a block
     DROPOUT: gl.constexpr,
 ):
     program((A_desc, Ev_desc, X_desc, Z_desc, dX_desc, dY_desc), key, first_kept, steps, parts, 2, DROPOUT, "back")
 
 
 @gluon.jit(do_not_specialize=["key", "first_kept", "steps", "parts"])
-def hopper_ungated(
+def hopper_gate_product_backward_saved(
     dy_desc,  # (M, D)
     Dec_desc,  # (N, D)
     X_desc,  # (M, N)
     Z_desc,  # (M, N)
     dX_desc,  # (M, N), out
     dY_desc,  # (M, N), out
-    key,  # of no use here
-    first_kept,  # of no use here
+    key,  # not used
+    first_kept,  # not used
     steps,
-    parts,  # into which the neurons are cut
+    parts,  # programs that share the neurons of a block
     DROPOUT: gl.constexpr,
 ):
     program((dy_desc, Dec_desc, X_desc, Z_desc, dX_desc, dY_desc), key, first_kept, steps, parts, 3, DROPOUT, "ungate")
@@ -247,20 +247,20 @@ def fits(M: int, N: int, D: int) -> bool:
     return M > 0 and N > 0 and N % 8 == 0 and D == WIDTH  # rows of X begin at multiples of 16 bytes
 
 
-def start(kernel: Any, A: Tensor, Ev: Tensor, tensors: tuple[Tensor, ...], key: int, dropped: int) -> None:
-    """For tensors (M, N), in the kernel's order."""
+def launch_kernel(kernel: Any, A: Tensor, Ev: Tensor, tensors: tuple[Tensor, ...], key: int, dropped: int) -> None:
+    """Launch a kernel, with its tensors (M, N) in order."""
     blocks, steps = cdiv(len(A), PIECE), cdiv(len(Ev), PIECE)
-    parts = cuts(blocks, steps, 4, A.device)
+    parts = num_splits(blocks, steps, 4, A.device)
     arguments = (
-        *(tiles_of(tensor, PIECE, COLUMNS) for tensor in (A, Ev)),
-        *(tiles_of(tensor, TOKENS, NEURONS) for tensor in tensors),
-        key, signed(dropped << 16), steps, parts,
+        *(tile_descriptor(tensor, PIECE, COLUMNS) for tensor in (A, Ev)),
+        *(tile_descriptor(tensor, TOKENS, NEURONS) for tensor in tensors),
+        key, to_int32(dropped << 16), steps, parts,
     )  # fmt: skip
     run(kernel, blocks * parts, arguments, DROPOUT=dropped > 0)
 
 
-def gated(A: Tensor, Ev: Tensor, X: Tensor, key: int, dropped: int) -> Tensor:
-    """Z = X o relu(A Ev^T), dropped, (M, N).
+def gate_product(A: Tensor, Ev: Tensor, X: Tensor, key: int, dropped: int) -> Tensor:
+    """Compute Z = X o relu(A Ev^T) with dropout, (M, N).
 
     Args:
         A: Normalised, (M, D) bfloat16.
@@ -270,12 +270,14 @@ def gated(A: Tensor, Ev: Tensor, X: Tensor, key: int, dropped: int) -> Tensor:
         dropped: How many of 2^16 random numbers drop.
     """
     Z = torch.empty_like(X)  # (M, N)
-    start(hopper_gated, A, Ev, (X, Z), key, dropped)
+    launch_kernel(hopper_gate_product, A, Ev, (X, Z), key, dropped)
     return Z
 
 
-def gated_backward(A: Tensor, Ev: Tensor, X: Tensor, dX: Tensor, key: int, dropped: int) -> tuple[Tensor, Tensor]:
-    """Z and dY, (M, N); dX over dZ.
+def gate_product_backward(
+    A: Tensor, Ev: Tensor, X: Tensor, dX: Tensor, key: int, dropped: int
+) -> tuple[Tensor, Tensor]:
+    """Compute Z and dY, (M, N), and overwrite dZ with dX.
 
     Args:
         A: Normalised, (M, D) bfloat16.
@@ -286,19 +288,19 @@ def gated_backward(A: Tensor, Ev: Tensor, X: Tensor, dX: Tensor, key: int, dropp
         dropped: How many of 2^16 random numbers drop.
     """
     Z, dY = torch.empty_like(X), torch.empty_like(X)  # (M, N)
-    start(hopper_gated_backward, A, Ev, (X, Z, dX, dY), key, dropped)
+    launch_kernel(hopper_gate_product_backward, A, Ev, (X, Z, dX, dY), key, dropped)
     return Z, dY
 
 
-def ungated(dy: Tensor, Dec: Tensor, X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
-    """dY and dX, (M, N), of dZ = dy Dec^T, which is never written.
+def gate_product_backward_saved(dy: Tensor, Dec: Tensor, X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute dY and dX, (M, N), of dZ = dy Dec^T, which is not written to memory.
 
     Args:
         dy: (M, D) bfloat16.
         Dec: (N, D) bfloat16.
         X: (M, N) bfloat16.
-        Z: As `gated` made it, (M, N) bfloat16.
+        Z: As `gate_product` returns it, (M, N) bfloat16.
     """
     dX, dY = torch.empty_like(X), torch.empty_like(X)  # (M, N)
-    start(hopper_ungated, dy, Dec, (X, Z, dX, dY), 0, 0)
+    launch_kernel(hopper_gate_product_backward_saved, dy, Dec, (X, Z, dX, dY), 0, 0)
     return dY, dX

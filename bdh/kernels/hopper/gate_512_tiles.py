@@ -1,48 +1,48 @@
-"""What is done for D = 512 to a tile of neurons between the product that gave it and what is stored.
+"""Operations of `gate_512` on a tile of neurons between its product and its stores.
 
-All of it in bfloat16, the two neurons of a pair in one register, as there are none left for more.
+All of them are in bfloat16 with the two neurons of a pair in one register, because no registers are left.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from bdh.kernels.hopper.device_functions import hash_of_neurons, store_tile, together
-from bdh.kernels.hopper.gate import gated as gated_tile
+from bdh.kernels.hopper.device_functions import hash_of_neurons, store_tile, sync_warps
+from bdh.kernels.hopper.gate import gate_tile as gate_tile_256
 
 TILE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
 
 
 @gluon.jit
 def narrow(product, MODE: gl.constexpr):
-    """A product, or "back" its relu, in bfloat16, (TOKENS, NEURONS): half as many registers.
+    """Convert a product, for "back" its relu, to bfloat16, (TOKENS, NEURONS), which takes half the registers.
 
-    Not pure, so that the compiler does it here and not where the result is used.
+    Not pure, so that the compiler does not move it to the use of the result.
     """
     CONVERT: gl.constexpr = "cvt.rn.relu.bf16x2.f32 $0, $2, $1;" if MODE == "back" else "cvt.rn.bf16x2.f32 $0, $2, $1;"
     return gl.inline_asm_elementwise(CONVERT, "=r,f,f", [product], dtype=gl.bfloat16, is_pure=False, pack=2)
 
 
 @gluon.jit
-def passes(
+def gate_tiles(
     product, t, m, n, token, first_kept, descs, tiles, tiles_full,
     group: gl.constexpr, DROPOUT: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
-    """Takes a group's tile t, at tokens m and neurons n, through the gate or back, and begins to store the results."""
+    """Compute a group's tile t, of tokens from m and neurons from n, and start to store the results."""
     X, Z = tiles[0], tiles[1]
     SLOTS: gl.constexpr = X.type.shape[0] // 2  # of the group
     slot = group * SLOTS + t % SLOTS
-    # unsigned: so the compiler sees that both neurons of a pair have one hash
+    # unsigned, so that the compiler knows that both neurons of a pair have one hash
     pair, _ = hash_of_neurons(n.to(gl.uint32), X.type.shape[2], gl.SliceLayout(0, TILE))  # (NEURONS)
     mbarrier.wait(tiles_full.index(slot), (t // SLOTS) & 1)
     x = X.index(slot).load(TILE)  # (TOKENS, NEURONS)
     if MODE == "gate":
-        Z.index(slot).store(gated_tile(product, x, token, pair, first_kept, DROPOUT, TILE))
+        Z.index(slot).store(gate_tile_256(product, x, token, pair, first_kept, DROPOUT, TILE))
     if MODE == "back":
         dX, Y = tiles[2], product
         dz = dX.index(slot).load(TILE)  # (TOKENS, NEURONS)
         if DROPOUT:
-            Y = kept(Y, token, pair, first_kept)  # (TOKENS, NEURONS)
+            Y = apply_dropout(Y, token, pair, first_kept)  # (TOKENS, NEURONS)
         z, dx, dy = x * Y, dz * Y, where_positive(Y, dz * x)  # 3 x (TOKENS, NEURONS)
         Z.index(slot).store(z)
         dX.index(slot).store(dx)
@@ -50,9 +50,9 @@ def passes(
     if MODE == "ungate":
         z = Z.index(slot).load(TILE)  # (TOKENS, NEURONS)
         Z.index(slot).store(where_positive(z, product * x))  # dY
-        X.index(slot).store(ungated(product, x, z))  # dX
+        X.index(slot).store(divide_gradient(product, x, z))  # dX
     fence_async_shared()
-    together()
+    sync_warps()
     if MODE == "gate":
         store_tile(descs[3], [m, n], Z.index(slot))
     if MODE == "back":
@@ -65,11 +65,11 @@ def passes(
 
 
 @gluon.jit
-def kept(y, token, pair, first_kept):
-    """y where dropout keeps it, else 0, (TOKENS, NEURONS) bfloat16.
+def apply_dropout(y, token, pair, first_kept):
+    """Return y where dropout keeps it, else 0, (TOKENS, NEURONS) bfloat16.
 
-    As in `gate.gated` it is for the two neurons of a pair, which share a hash; here a thread has them in one register,
-    and a mask of two halves keeps one, both or none.
+    As in `gate.gate_tile`, the two neurons of a pair share a hash; here they are in one register, with a mask of two
+    halves.
     """
     h = gl.expand_dims(token, 1) ^ gl.expand_dims(pair, 0)  # (TOKENS, NEURONS)
     least = gl.full(y.type.shape, first_kept.to(gl.uint32), gl.uint32, layout=TILE)  # (TOKENS, NEURONS)
@@ -97,7 +97,7 @@ def kept(y, token, pair, first_kept):
 
 @gluon.jit
 def where_positive(y, tile):
-    """A tile where y > 0, else 0, (TOKENS, NEURONS) bfloat16: the two of a pair at a time, which Triton does not do."""
+    """Return a tile where y > 0, else 0, (TOKENS, NEURONS) bfloat16, two at a time, which Triton does not do."""
     zero = gl.full(y.type.shape, 0.0, gl.bfloat16, layout=TILE)  # (TOKENS, NEURONS)
     return gl.inline_asm_elementwise(
         "{ .reg .b32 u; set.gt.u32.bf16x2 u, $1, $3; and.b32 $0, $2, u; }",
@@ -110,8 +110,8 @@ def where_positive(y, tile):
 
 
 @gluon.jit
-def ungated(dz, x, z):
-    """dz z / x where x is at least `operations.SMALLEST` (0x0080), else 0, (TOKENS, NEURONS) bfloat16: by pairs."""
+def divide_gradient(dz, x, z):
+    """Return dz z / x where x is at least SMALLEST_NORMAL (0x0080), else 0, (TOKENS, NEURONS) bfloat16, by pairs."""
     return gl.inline_asm_elementwise(
         """{
         .reg .b32 a, b, c, d, u, v, least;

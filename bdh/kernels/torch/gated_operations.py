@@ -11,10 +11,10 @@ class TorchGatedOperations:
     """See `GatedOperations`.
 
     Args:
-        workspace: For results that are needed within an operation only.
+        workspace: For short-lived results.
     """
 
-    all_heads_at_once = False
+    all_heads_per_call = False
 
     def __init__(self, workspace: Workspace):
         self.workspace = workspace
@@ -29,7 +29,7 @@ class TorchGatedOperations:
         P = R @ R.mT  # (G, C, C)
         squares = P.diagonal(dim1=1, dim2=2).to(u.dtype, copy=True)  # (G, C)
         M = self.pair_weights(u, squares, documents, u.dtype)  # (G, C, C)
-        M *= self.copied(P, u.dtype)
+        M *= self.convert(P, u.dtype)
         L = beta[..., None] * M  # (G, C, C)
         identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M)  # (G, C, C)
         inverse = torch.linalg.solve_triangular(L, identity, upper=False, unitriangular=True)  # (G, C, C)
@@ -57,9 +57,9 @@ class TorchGatedOperations:
         return dP, of_u
 
     def pair_weights(self, u: Tensor, squares: Tensor | None, documents: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """a_t a_s exp(u_t - u_s) for s < t of the same document, else 0: (G, C, C), in the workspace.
+        """Compute a_t a_s exp(u_t - u_s) for s < t of the same document, else 0: (G, C, C), in the workspace.
 
-        The factors a, if there are `squares`, are in the exponent, so that there is one pass less for each.
+        The factors a, given `squares`, are added to the exponents, which takes fewer operations on (G, C, C).
         """
         of_t, of_s = u, u  # (G, C)
         if squares is not None:
@@ -70,14 +70,14 @@ class TorchGatedOperations:
         weights.exp_().tril_(-1)  # what may be infinite above the diagonal is 0 then
         if documents is not None:
             weights.masked_fill_(documents[:, :, None] != documents[:, None, :], 0)
-        return weights if dtype == u.dtype else self.copied(weights, dtype)
+        return weights if dtype == u.dtype else self.convert(weights, dtype)
 
-    def copied(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor in another dtype, in the workspace."""
-        return self.workspace.take("copied", tensor.shape, dtype).copy_(tensor)
+    def convert(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Convert a tensor to another dtype, in the workspace."""
+        return self.workspace.take("converted", tensor.shape, dtype).copy_(tensor)
 
     def row_dots(self, a: Tensor, b: Tensor) -> Tensor:
-        """Sums of a b over the last dimension, float32 at least: (..., D) twice -> (...)."""
+        """Sum a b over the last dimension, in float32 at least: (..., D) twice -> (...)."""
         products = torch.mul(a, b, out=self.workspace.take("products", a.shape, a.dtype))  # (..., D)
         return products.sum(-1, dtype=synapse_dtype(a.dtype))
 
@@ -98,7 +98,7 @@ class TorchGatedOperations:
         R: Tensor,
         W: Tensor,
         Y: Tensor,
-        remains: Tensor,
+        retention: Tensor,
         state: Tensor | None,
         cos: Tensor,
         sin: Tensor,
@@ -110,7 +110,7 @@ class TorchGatedOperations:
             states[:, i] = S
             Q[:, i] = R[:, i] @ states[:, i]
             Y[:, i] -= W[:, i] @ Q[:, i]
-            S = turn_rows(S * remains[:, i, None, None] + R[:, i].mT @ Y[:, i], cos, -sin)  # (B, N, D)
+            S = rotate_rows(S * retention[:, i, None, None] + R[:, i].mT @ Y[:, i], cos, -sin)  # (B, N, D)
         if state is not None:
             state.copy_(S)
         return states, Q
@@ -122,7 +122,7 @@ class TorchGatedOperations:
         of_x = rows(beta, V) * V  # (k * G, C, D)
         E = dA - of_x  # (k * G, C, D)
         for of_head in of_x.split(G):  # k x (G, C, D)
-            dx += self.copied(of_head, dx.dtype)
+            dx += self.convert(of_head, dx.dtype)
         read, written, length = self.row_dots(A, E), self.row_dots(U, V), squares.sqrt()  # (k * G, C)
         diagonal = torch.where(squares > 0, -(read + written) / (length * (length + KEY_EPS)), 0)  # (k * G, C)
         d_beta = torch.where(beta > 0, written / beta, 0)  # (k * G, C)  as U = beta (x - A)
@@ -133,7 +133,7 @@ class TorchGatedOperations:
 
 
 def start_scan(R: Tensor, Y: Tensor, state: Tensor | None, back: bool) -> tuple[Tensor, Tensor]:
-    """Allocates the results of `scan_delta`, with the state before the first chunk: (B, c, N, D), (B, c, C, D)."""
+    """Allocate the results of `scan_delta`, with the state before the first chunk: (B, c, N, D), (B, c, C, D)."""
     B, c, _, N = R.shape
     states = Y.new_empty(B, c, N, Y.shape[-1])  # (B, c, N, D)
     first = states[:, -1 if back else 0]  # (B, N, D)
@@ -145,18 +145,18 @@ def start_scan(R: Tensor, Y: Tensor, state: Tensor | None, back: bool) -> tuple[
 
 
 def chunk_order(R: Tensor, back: bool) -> list[int]:
-    """The chunks of R (B, c, C, N) in the order in which they are computed."""
+    """Return the indices of the chunks of R (B, c, C, N), reversed if `back`."""
     chunks = range(R.shape[1])
     return [*(reversed(chunks) if back else chunks)]
 
 
-def turn_rows(S: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns synapses (..., N, D) by phases (N/2), or (..., N/2), of their neurons."""
+def rotate_rows(S: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate synapses (..., N, D) by phases (N/2), or (..., N/2), of their neurons."""
     even, odd = S.unflatten(-2, (-1, 2)).unbind(-2)  # 2 x (..., N/2, D)
     cos, sin = cos[..., None], sin[..., None]  # (..., N/2, 1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-2).flatten(-3, -2)  # (..., N, D)
 
 
 def rows(w: Tensor, like: Tensor) -> Tensor:
-    """Factors of rows, (G, C) -> (G, C, 1) in the dtype of a tensor: two dtypes in one operation are slow on a CPU."""
+    """Convert factors of rows, (G, C) -> (G, C, 1), to the dtype of a tensor: mixed dtypes are slow on a CPU."""
     return w.to(like.dtype)[..., None]

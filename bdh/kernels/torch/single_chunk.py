@@ -1,4 +1,4 @@
-"""The attention of a head with decay and with the delta rule where each sequence is one chunk, in PyTorch.
+"""Attention with decay and with the delta rule for sequences of one chunk, in PyTorch.
 
 Equations and names as in `bdh.kernels.gated_attention`, without synapses. With the weights of pairs of tokens
 
@@ -13,8 +13,8 @@ and backward, with H = E x^T for "add" and E (x - A)^T = E x^T (I - K)^T for "de
     dx = K^T dA,    E = dA for "add", dA - dx for "delta"
     dM o (weights of M) = W o H,    A . E = row sums of L o H,    U . V = column sums of L o H
 
-So that the passes beside the products are over (C, C), not over (C, D): on a CPU that multiplies bfloat16 in hardware
-they take as long as the products do.
+Thus elementwise operations are over (C, C), not over (C, D); on a CPU that multiplies bfloat16 in hardware they take as
+long as the products.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bdh.kernels.attention import AttentionGradient
-from bdh.kernels.forward_context import Reading
+from bdh.kernels.forward_context import ForwardContext
 from bdh.kernels.gated_attention import ChunkedGates, sums_over_later_tokens
 from bdh.kernels.products import add_product_
 from bdh.kernels.torch.workspace import Workspace
@@ -31,27 +31,27 @@ from bdh.model.modeling_bdh import KEY_EPS
 
 
 class SingleChunkAttention:
-    """See `bdh.kernels.attention.Attention`; no synapses come in or go out.
+    """`bdh.kernels.attention.Attention` without synapses before or after.
 
     Args:
-        reading: Of the pass.
+        context: Of the forward pass.
         gates: Of the layer.
         x: Values, (B, C, D) dt.
-        workspace: For results that are needed within a pass of a head only.
-        same_decay: Whether all sequences have the same u; the weights of pairs are then computed for one of them.
+        workspace: For short-lived results.
+        same_decay: Whether all sequences have the same u, so that the weights of pairs are computed for one of them.
 
     Attributes:
-        wants_decay: Whether the gradient of log_decay is needed.
+        needs_decay_gradient: Whether the gradient of log_decay is needed.
     """
 
-    heads_at_once = 1
+    heads_per_call = 1
 
-    def __init__(self, reading: Reading, gates: ChunkedGates, x: Tensor, workspace: Workspace, same_decay: bool):
-        self.document_ids = None if reading.documents is None else reading.documents.of  # (B, C)
+    def __init__(self, context: ForwardContext, gates: ChunkedGates, x: Tensor, workspace: Workspace, same_decay: bool):
+        self.document_ids = None if context.documents is None else context.documents.ids  # (B, C)
         self.gates, self.x, self.workspace = gates, x, workspace
         self.same_decay = same_decay and self.document_ids is None
         self.written_u = gates.u if gates.beta is None else gates.u - gates.beta.log()  # (h, B, C)  inf at padding
-        self.wants_decay = False
+        self.needs_decay_gradient = False
         self.read, self.written = torch.empty_like(gates.u), torch.empty_like(gates.u)  # (h, B, C)  A . E and U . V
 
     def forward(
@@ -76,13 +76,7 @@ class SingleChunkAttention:
         return K @ self.x, None, (W, L, K, length * key)
 
     def backward(
-        self,
-        heads: slice,
-        R: Tensor,
-        dA: Tensor,
-        saved: Sequence[Tensor | None],
-        dS: Tensor | None,
-        dx: Tensor,
+        self, heads: slice, R: Tensor, dA: Tensor, saved: Sequence[Tensor | None], dS: Tensor | None, dx: Tensor
     ) -> AttentionGradient:
         W, L, K, key_scale = saved  # the last two are None for "add"
         assert W is not None and L is not None
@@ -95,7 +89,7 @@ class SingleChunkAttention:
             add_product_(dx, L.mT, dA)  # (B, C, D)
             H = dA @ self.x.mT  # (B, C, C)
         read, written = self.read[heads.start], self.written[heads.start]  # (B, C)
-        if self.wants_decay or K is not None:
+        if self.needs_decay_gradient or K is not None:
             products = torch.mul(L, H, out=self.workspace.take("products", L.shape, L.dtype))  # (B, C, C)
             torch.sum(products, -1, dtype=read.dtype, out=read)
             torch.sum(products, -2, dtype=read.dtype, out=written)
@@ -107,7 +101,7 @@ class SingleChunkAttention:
         return AttentionGradient(dP, None, None)
 
     def pair_weights(self, of_t: Tensor, of_s: Tensor, dtype: torch.dtype) -> Tensor:
-        """exp(of_t - of_s) for s < t of the same document, else 0: (B, C) twice -> (B, C, C)."""
+        """Return exp(of_t - of_s) for s < t of the same document, else 0: (B, C) twice -> (B, C, C)."""
         weights = self.workspace.take("weights", (*of_t.shape, of_t.shape[-1]), of_t.dtype)  # (B, C, C)
         torch.sub(of_t[:, :, None], of_s[:, None, :], out=weights)
         weights.exp_().tril_(-1)  # what may be infinite above the diagonal is 0 then
@@ -116,7 +110,7 @@ class SingleChunkAttention:
         return weights.to(dtype, copy=True)
 
     def decay_gradient(self) -> Tensor:
-        """The gradient of log_decay after the backward pass, (h, B, C)."""
+        """Return the gradient of log_decay after the backward pass, (h, B, C)."""
         return sums_over_later_tokens(self.read - self.written, len(self.x))
 
     @property

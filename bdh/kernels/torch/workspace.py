@@ -1,4 +1,4 @@
-"""Memory of a CPU that operations use again."""
+"""Memory of a CPU that operations reuse."""
 
 import ctypes
 import sys
@@ -10,20 +10,20 @@ from torch import Tensor
 
 
 class Workspace:
-    """Buffers by name and dtype, for results that are needed for a short time.
+    """Buffers by name and dtype, for short-lived results.
 
-    The operating system hands new memory to a process on a CPU page by page, and clears it first, which takes longer
-    than many operations do. On other devices a buffer is allocated anew each time: PyTorch caches their memory already.
+    On a CPU the operating system allocates and clears new memory page by page, which takes longer than many operations.
+    On other devices each buffer is allocated anew, because PyTorch caches their memory.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, keep: bool = False) -> Tensor:
-        """An uninitialized tensor: to keep, or valid until the next of its name and dtype is taken."""
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, save: bool = False) -> Tensor:
+        """Return an uninitialized tensor, new if `save`, else valid until the next one of its name and dtype."""
         size = prod(shape)
-        if keep or self.device.type != "cpu":
+        if save or self.device.type != "cpu":
             return torch.empty(*shape, dtype=dtype, device=self.device)
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:
@@ -37,11 +37,11 @@ LARGEST_MMAP_THRESHOLD = 32 << 20  # bytes; glibc accepts no more on 64 bits
 
 
 def retain_freed_memory() -> None:
-    """Lets the C library keep the memory that a training step frees, for the next step.
+    """Make the C library retain the memory that a training step frees, for the next step.
 
     glibc returns free memory at the end of its heap to the operating system, so that a step that frees some 30 MB gets
-    thousands of new pages the next time. Once this is called, the process keeps the most memory that it has ever used.
-    Other C libraries are left as they are.
+    thousands of new pages the next time. Afterwards the process keeps the most memory that it has ever used.
+    Other C libraries are not changed.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,12 +1,12 @@
-"""Device functions of the Triton kernels: masks, order of tiles, products, rotary pairs, dropout."""
+"""Device functions of the Triton kernels of training: loads and stores, tiles, products, rotary pairs, dropout."""
 
 import triton
 import triton.language as tl
 
 from bdh.kernels import layer_operations
 
-SMALLEST = tl.constexpr(layer_operations.SMALLEST)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by Triton's interpreter, on a CPU
+SMALLEST_NORMAL = tl.constexpr(layer_operations.SMALLEST_NORMAL)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # runs in Triton's interpreter, on a CPU
 
 
 # ------------------------------------------------------------------------------------------------ blocks
@@ -14,8 +14,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by Triton's interp
 
 @triton.jit
 def add_product(a, b, total):
-    """total + a b, of blocks (M, K) and (K, N), in float32."""
-    if INTERPRETED:  # there bfloat16 is multiplied as if it were whole numbers
+    """Return total + a b of blocks (M, K) and (K, N), in float32."""
+    if INTERPRETED:  # the interpreter multiplies bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
 
@@ -36,8 +36,8 @@ def store(pointers, values, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def stream(pointers, values, inside, EVEN: tl.constexpr):
-    """Stores what is too much for the cache, so that other things stay there."""
+def store_streaming(pointers, values, inside, EVEN: tl.constexpr):
+    """Store with a hint not to cache, for tensors larger than the cache."""
     if EVEN:
         tl.store(pointers, values, cache_modifier=".cs")
     else:
@@ -50,32 +50,46 @@ def relu(values):
 
 
 @triton.jit
-def tile_of(rows, columns, GROUP: tl.constexpr):
-    """Which of rows x columns tiles a program does: those of GROUP rows go before the next, to share the cache."""
+def program_tile(rows, columns, GROUP: tl.constexpr):
+    """Return row and column of a program's tile; tiles of GROUP rows precede the next rows, to share the cache."""
     program = tl.program_id(0)
     first = program // (GROUP * columns) * GROUP
     height = min(rows - first, GROUP)
-    place = program % (GROUP * columns)
-    return first + place % height, place // height
+    index = program % (GROUP * columns)
+    return first + index % height, index // height
 
 
 @triton.jit
-def rows_of(x, rows_left, start, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):
-    """Columns `start` and on of BLOCK_M rows of x (rows, D), of which `rows_left` are there: (BLOCK_M, BLOCK_K)."""
+def token_rows(M, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return a program's ROWS tokens of M, and of these the mask and the offsets in (M, D), both (ROWS, WIDTH)."""
+    m, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    return m, (m < M)[:, None] & (d < D)[None, :], m.to(tl.int64)[:, None] * D + d[None, :]
+
+
+@triton.jit
+def chunk_rows(C, D, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return a program's chunk, its ROWS tokens of C, and their mask and offsets in (C, D), both (ROWS, WIDTH)."""
+    t, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    return tl.program_id(1).to(tl.int64), t, (t < C)[:, None] & (d < D)[None, :], t[:, None] * D + d[None, :]
+
+
+@triton.jit
+def load_rows(x, rows_left, start, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):
+    """Load columns from `start` of BLOCK_M rows of x (rows, D), of which `rows_left` exist: (BLOCK_M, BLOCK_K)."""
     r, d = tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_K)
     return load(x + r[:, None] * D + d[None, :], (r < rows_left)[:, None] & (d < D)[None, :], EVEN)
 
 
 @triton.jit
-def halves(pairs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Columns 2i and columns 2i + 1: (BLOCK_M, BLOCK_N) -> twice (BLOCK_M, BLOCK_N / 2)."""
+def split_pairs(pairs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Split columns 2i from columns 2i + 1: (BLOCK_M, BLOCK_N) -> twice (BLOCK_M, BLOCK_N / 2)."""
     return tl.split(pairs.reshape(BLOCK_M, BLOCK_N // 2, 2))
 
 
 @triton.jit
 def rope(values, cos, sin, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pairs of columns turned by phases: (BLOCK_M, BLOCK_N), twice (BLOCK_M, BLOCK_N / 2) -> (BLOCK_M, BLOCK_N)."""
-    even, odd = halves(values, BLOCK_M, BLOCK_N)
+    """Rotate pairs of columns by phases: (BLOCK_M, BLOCK_N), twice (BLOCK_M, BLOCK_N / 2) -> (BLOCK_M, BLOCK_N)."""
+    even, odd = split_pairs(values, BLOCK_M, BLOCK_N)
     return tl.interleave(even * cos - odd * sin, odd * cos + even * sin)
 
 
@@ -92,10 +106,10 @@ def add_products(
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """total + a b^T."""
+    """Return total + a b^T."""
     for start in range(0, D, BLOCK_K):
-        left = rows_of(a, rows_left, start, D, BLOCK_M, BLOCK_K, EVEN)  # (BLOCK_M, BLOCK_K)
-        right = rows_of(b, columns_left, start, D, BLOCK_N, BLOCK_K, EVEN)  # (BLOCK_N, BLOCK_K)
+        left = load_rows(a, rows_left, start, D, BLOCK_M, BLOCK_K, EVEN)  # (BLOCK_M, BLOCK_K)
+        right = load_rows(b, columns_left, start, D, BLOCK_N, BLOCK_K, EVEN)  # (BLOCK_N, BLOCK_K)
         total = add_product(left, right.T, total)  # (BLOCK_M, BLOCK_N)
     return total
 
@@ -105,18 +119,18 @@ def add_products(
 
 @triton.jit
 def mix(h):
-    """uint32 to uint32, one to one, every bit of the result depending on all."""
+    """Hash uint32 to uint32, one to one, so that each bit of the result depends on all bits."""
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
     return h ^ (h >> 16)
 
 
 @triton.jit
-def keeps(m, i, key, dropped, BLOCK_M: tl.constexpr, PAIRS: tl.constexpr):
-    """Which products dropout keeps: (BLOCK_M, 2 * PAIRS), of tokens m and pairs i and on.
+def dropout_keeps(m, i, key, dropped, BLOCK_M: tl.constexpr, PAIRS: tl.constexpr):
+    """Return which products dropout keeps, of tokens from m and pairs from i: (BLOCK_M, 2 * PAIRS).
 
-    A pair's 32 random bits are 16 for each neuron, and those below `dropped` are dropped. The upper halves of two
-    products of what token and pair have been mixed to: the second adds the lower half of the first to its upper one.
+    A pair has 16 random bits for each neuron; values below `dropped` are dropped. They are the upper halves of two
+    products of the hash of token and pair, the second of which adds the lower half of the first to its upper half.
     """
     token = mix((m + tl.arange(0, BLOCK_M)).to(tl.uint32) ^ key.to(tl.uint32))  # (BLOCK_M)
     pair = mix((i + tl.arange(0, PAIRS)).to(tl.uint32) + 0x9E3779B9)  # (PAIRS)

@@ -1,14 +1,14 @@
 """Triton kernels of attention with decay and with the delta rule in training; see `bdh.kernels.gated_attention`.
 
-All of them move tensors of (tokens, D) or (C, C) numbers, or one state: what is of size (tokens, N) stays with the
-kernels of `bdh.kernels.triton.neuron_kernels`. Shapes: G chunks of C tokens, M = G * C, D `n_embd`, N neurons of one
+They read and write tensors (tokens, D) or (C, C), or one state; `bdh.kernels.triton.neuron_kernels` has those of size
+(tokens, N). Shapes: G chunks of C tokens, M = G * C, D `n_embd`, N neurons of one
 head.
 """
 
 import triton
 import triton.language as tl
 
-from bdh.kernels.triton.device_functions import add_product
+from bdh.kernels.triton.device_functions import add_product, chunk_rows, token_rows
 from bdh.kernels.triton.token_kernels import KEY_EPS, pair_weights
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -42,7 +42,7 @@ def scaled_matrix(
 
 @triton.jit
 def lower_block(M, beta, t, s, C):
-    """diag(beta) M of rows t and columns s of a chunk, in M's dtype, 0 outside."""
+    """Return diag(beta) M of rows t and columns s of a chunk, in M's dtype, 0 outside."""
     inside = (t < C)[:, None] & (s < C)[None, :]
     scores = tl.load(M + t[:, None] * C + s[None, :], mask=inside, other=0.0).to(tl.float32)
     strength = tl.load(beta + t, mask=t < C, other=0.0)
@@ -61,7 +61,7 @@ def store_block(X, t, s, values, C):
 
 @triton.jit
 def merge_block(X, M, beta, start, C, SIZE: tl.constexpr):
-    """The inverse of [[L11, 0], [L21, L22]] from those of L11 and L22: below them -X22 L21 X11. SIZE rows each."""
+    """Invert [[L11, 0], [L21, L22]] from the inverses of L11 and L22: -X22 L21 X11 below them. SIZE rows each."""
     first, second = start + tl.arange(0, SIZE), start + SIZE + tl.arange(0, SIZE)
     upper, lower = load_block(X, first, first, C), load_block(X, second, second, C)  # (SIZE, SIZE)
     between = lower_block(M, beta, second, first, C)  # (SIZE, SIZE)
@@ -72,11 +72,11 @@ def merge_block(X, M, beta, start, C, SIZE: tl.constexpr):
 
 @triton.jit
 def scale_and_invert_diagonal(
-    M,  # (G, C, C): scores below the diagonal; left as M
+    M,  # (G, C, C): scores below the diagonal; in and out
     squares,  # (G, C) float32: |R|^2
     u,  # (G, C) float32: cumulative log-decay
     beta,  # (G, C) float32
-    X,  # (G, C, C), out: the blocks on the diagonal, and zeros above
+    X,  # (G, C, C), out: the blocks on the diagonal, and zeros above them
     C,
     SIDE: tl.constexpr,  # 4 BASE
     BASE: tl.constexpr,
@@ -150,7 +150,7 @@ def invert_columns(
 @triton.jit
 def scaled_difference(
     w,  # (G, C) float32; G strided
-    x,  # (x_chunks, C, D), x_chunks a divisor of G: those of one head serve all; strided
+    x,  # (x_chunks, C, D), x_chunks a divisor of G: heads share them; strided
     r,  # (G, C) float32, or None; G strided
     Q,  # (G, C, D), or None; G strided
     out,  # (G, C, D); G strided
@@ -166,10 +166,7 @@ def scaled_difference(
     WIDTH: tl.constexpr,
 ):
     """w (x - r Q), or w x, of ROWS tokens of a chunk."""
-    g = tl.program_id(1).to(tl.int64)
-    t, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    inside = (t < C)[:, None] & (d < D)[None, :]
-    tile = t[:, None] * D + d[None, :]
+    g, t, inside, tile = chunk_rows(C, D, ROWS, WIDTH)
     values = tl.load(x + (g % x_chunks) * x_stride + tile, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
     if Q is not None:
         scale = tl.load(r + g * r_stride + t, mask=t < C, other=0.0)  # (ROWS)
@@ -192,10 +189,7 @@ def add_scaled(
     WIDTH: tl.constexpr,
 ):
     """A + r Q of ROWS tokens of a chunk."""
-    g = tl.program_id(1).to(tl.int64)
-    t, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    inside = (t < C)[:, None] & (d < D)[None, :]
-    tile = t[:, None] * D + d[None, :]
+    g, t, inside, tile = chunk_rows(C, D, ROWS, WIDTH)
     A += g * A_stride
     scale = tl.load(r + g * r_stride + t, mask=t < C, other=0.0)  # (ROWS)
     total = tl.load(A + tile, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
@@ -223,22 +217,20 @@ def delta_rows_backward(
     WIDTH: tl.constexpr,
 ):
     """E = dA - beta V, dx += beta V, and the sums over D that the gates' gradients need, of ROWS tokens."""
-    m, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    inside = (m < M)[:, None] & (d < D)[None, :]
-    tile = m.to(tl.int64)[:, None] * D + d[None, :]
+    m, inside, tile = token_rows(M, D, ROWS, WIDTH)
     value = tl.load(x + tile, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
     total = tl.load(dx + tile, mask=inside, other=0.0)  # (ROWS, WIDTH)
     for head in tl.static_range(HEADS):
         first = M.to(tl.int64) * head
-        place = first * D + tile
-        gradient = tl.load(V + place, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
+        offsets = first * D + tile
+        gradient = tl.load(V + offsets, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
         strength = tl.load(beta + first + m, mask=m < M, other=0.0)  # (ROWS)
         of_x = strength[:, None] * gradient  # (ROWS, WIDTH)
         total += of_x
-        of_A = tl.load(dA + place, mask=inside, other=0.0).to(tl.float32) - of_x  # (ROWS, WIDTH)
-        tl.store(E + place, of_A.to(E.dtype.element_ty), mask=inside)
-        read = tl.load(A + place, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
-        wrote = tl.load(U + place, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
+        of_A = tl.load(dA + offsets, mask=inside, other=0.0).to(tl.float32) - of_x  # (ROWS, WIDTH)
+        tl.store(E + offsets, of_A.to(E.dtype.element_ty), mask=inside)
+        read = tl.load(A + offsets, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
+        wrote = tl.load(U + offsets, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
         reading, writing = tl.sum(read * of_A, 1), tl.sum(wrote * gradient, 1)  # (ROWS)
         square = tl.load(squares + first + m, mask=m < M, other=0.0)  # (ROWS)
         length = tl.sqrt(square)  # (ROWS)
@@ -263,9 +255,7 @@ def difference_of_dots(
     WIDTH: tl.constexpr,
 ):
     """r (E . Q) - w (U . P) of ROWS tokens."""
-    m, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    inside = (m < M)[:, None] & (d < D)[None, :]
-    tile = m.to(tl.int64)[:, None] * D + d[None, :]
+    m, inside, tile = token_rows(M, D, ROWS, WIDTH)
     left = tl.load(E + tile, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
     read = tl.sum(left * tl.load(Q + tile, mask=inside, other=0.0).to(tl.float32), 1)  # (ROWS)
     right = tl.load(U + tile, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
@@ -280,24 +270,24 @@ def difference_of_dots(
 @triton.jit(do_not_specialize=["HALF"])
 def advance(
     before,  # (B, N, D), or None: zeros; B strided
-    rest,  # (B, N, D), or None: what `before` lacks, and then what `after` does
+    rest,  # (B, N, D), or None: the rest that rounding took from `before`; then of `after`
     written,  # (B, N, D)
-    remains,  # (B) float32, strided
+    retention,  # (B) float32, strided
     cos,  # (HALF) float32
     sin,  # (HALF) float32
     after,  # (B, N, D), out; B strided
     before_stride,
-    remains_stride,
+    retention_stride,
     after_stride,
     HALF,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """rope_(-C)(remains state + written), of PAIRS pairs of neurons and BLOCK_D values of each.
+    """rope_(-C)(retention state + written), of PAIRS pairs of neurons and BLOCK_D values of each.
 
-    The state is a tensor of its dtype and the rest that the dtype has no digits for: two of bfloat16 are read and
-    written sooner than one of float32, and the first of them is what the products of the next chunk need.
+    The state is the sum of a tensor of its dtype and `rest`, which rounding took from it: two bfloat16 tensors are
+    faster to read and write than one of float32, and the products of the next chunk need the first of them.
     """
     b = tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
@@ -313,7 +303,7 @@ def advance(
     if rest is not None:
         rest += b * size
     if before is not None:
-        share = tl.load(remains + b * remains_stride)
+        share = tl.load(retention + b * retention_stride)
         before += b * before_stride
         state = tl.load(before + tile, mask=inside, other=0.0).to(tl.float32)  # (PAIRS, BLOCK_D)
         state_odd = tl.load(before + tile + D, mask=inside, other=0.0).to(tl.float32)  # (PAIRS, BLOCK_D)

@@ -15,7 +15,7 @@ SIDE = 64  # rows of a block of the inverse
 class TritonGatedOperations:
     """See `GatedOperations`."""
 
-    all_heads_at_once = True
+    all_heads_per_call = True
 
     def add_scores(self, R: Tensor, u: Tensor, documents: Tensor | None) -> Tensor:
         return pairs("scores", R, R, documents, u=u)[0]
@@ -67,7 +67,7 @@ class TritonGatedOperations:
         R: Tensor,
         W: Tensor,
         Y: Tensor,
-        remains: Tensor,
+        retention: Tensor,
         state: Tensor | None,
         cos: Tensor,
         sin: Tensor,
@@ -75,8 +75,8 @@ class TritonGatedOperations:
     ) -> tuple[Tensor, Tensor]:
         states, Q = start_scan(R, Y, state, back)  # (B, c, N, D), (B, c, C, D)
         order = chunk_order(R, back)
-        R_of, W_of, Y_of, Q_of, S_of, remains_of = (each.unbind(1) for each in (R, W, Y, Q, states, remains))
-        # In bfloat16 the state is a sum of two tensors, so that it keeps the digits of both: see the kernel.
+        R_of, W_of, Y_of, Q_of, S_of, retention_of = (each.unbind(1) for each in (R, W, Y, Q, states, retention))
+        # In bfloat16 the state is a sum of two tensors, for more precision: see the kernel.
         rest = None if Y.dtype == torch.float32 else torch.empty_like(S_of[0])  # (B, N, D)
         end = None if state is None else torch.empty_like(S_of[0])  # (B, N, D)
         before = None if state is None else S_of[order[0]]  # (B, N, D)
@@ -90,7 +90,7 @@ class TritonGatedOperations:
                 Y_of[i].baddbmm_(W_of[i], Q_of[i], alpha=-1)  # (B, C, D)
             if after is not None:
                 written = torch.bmm(R_of[i].mT, Y_of[i])  # (B, N, D)
-                advance(before, rest, written, remains_of[i], cos, sin, after)
+                advance(before, rest, written, retention_of[i], cos, sin, after)
             before = after
         if state is not None and end is not None:
             state.copy_(end if rest is None else torch.add(end, rest.to(state.dtype)))
@@ -115,25 +115,25 @@ def advance(
     before: Tensor | None,
     rest: Tensor | None,
     written: Tensor,
-    remains: Tensor,
+    retention: Tensor,
     cos: Tensor,
     sin: Tensor,
     after: Tensor,
 ) -> None:
-    """after = rope_(-C)(remains before + written), (B, N, D) dt; `rest` is what dt has no digits for, in and out."""
+    """Compute after = rope_(-C)(retention before + written), (B, N, D) dt; `rest` is the rounding error, in and out."""
     B, N, D = written.shape
     tiles = TILES["advance"][after.dtype]
     columns = min(tiles.columns, triton.next_power_of_2(D))
-    strides = (0 if before is None else before.stride(0), remains.stride(0), after.stride(0))
+    strides = (0 if before is None else before.stride(0), retention.stride(0), after.stride(0))
     launch(
         gated_kernels.advance, (cdiv(N // 2, tiles.rows), cdiv(D, columns), B),
-        (before, rest, written, remains, cos, sin, after, *strides, N // 2),
+        (before, rest, written, retention, cos, sin, after, *strides, N // 2),
         {"D": D, "PAIRS": tiles.rows, "BLOCK_D": columns}, num_warps=tiles.warps,
     )  # fmt: skip
 
 
 def over_chunks(kernel: object, like: Tensor, *arguments: object) -> None:
-    """Launches a kernel that takes some rows of one chunk of (G, C, D)."""
+    """Launch a kernel over rows of the chunks of (G, C, D)."""
     G, C, D = like.shape
     rows = min(TILES["norm"][like.dtype].rows, triton.next_power_of_2(C))
     constants = {"ROWS": rows, "WIDTH": triton.next_power_of_2(D)}
@@ -141,7 +141,7 @@ def over_chunks(kernel: object, like: Tensor, *arguments: object) -> None:
 
 
 def over_rows(kernel: object, like: Tensor, *arguments: object, **constants: object) -> None:
-    """Launches a kernel that takes some rows of (G, C, D)."""
+    """Launch a kernel over rows of (G, C, D)."""
     G, C, D = like.shape
     rows = TILES["norm"][like.dtype].rows
     constants |= {"ROWS": rows, "WIDTH": triton.next_power_of_2(D)}

@@ -1,7 +1,7 @@
-"""Launching Triton's kernels without much work for the CPU, which a step of a thousand launches would wait for.
+"""Launches compiled Triton kernels with little work on the CPU.
 
-What Triton does at each launch to find out which compiled form of a kernel its arguments need, takes longer than many a
-kernel. Here that is asked once for each kind of arguments; after that the compiled form is launched itself.
+Triton's own launch looks up the specialization for the arguments, which takes longer than many kernels; a training step
+has a thousand launches. Here specializations are cached by the properties of the arguments that they depend on.
 """
 
 from typing import Any
@@ -16,20 +16,20 @@ COMPILED: dict[tuple[object, ...], Any] = {}
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[object, ...], constants: dict[str, object], **options: object
 ) -> None:
-    """Launches a kernel.
+    """Launch a kernel.
 
     Args:
-        kernel: A function of Triton's or Gluon's language, whose constants come after its other parameters.
-        grid: How many programs.
-        arguments: Tensors, contiguous, of all kinds that the kernel takes, in order.
-        constants: By name, in order.
-        options: For the compiler.
+        kernel: Triton or Gluon kernel, whose constants follow its other parameters.
+        grid: Number of programs in each dimension.
+        arguments: Arguments in order; tensors are contiguous.
+        constants: Compile-time constants by name, in order.
+        options: Options of the compiler.
     """
     if triton.knobs.runtime.interpret:
         kernel[grid](*arguments, **constants, **options)
         return
     device = torch.cuda.current_device()
-    key = (kernel, device, *constants.values(), *options.values(), *map(kind, arguments))
+    key = (kernel, device, *constants.values(), *options.values(), *map(specialization, arguments))
     compiled = COMPILED.get(key)
     if compiled is None:
         COMPILED[key] = kernel[grid](*arguments, **constants, **options)
@@ -37,8 +37,8 @@ def launch(
         compiled[(*grid, 1, 1)](*arguments, *constants.values())
 
 
-def kind(argument: object) -> object:
-    """What of an argument makes a difference to the compiler."""
+def specialization(argument: object) -> object:
+    """Return the properties of an argument that compiled code depends on."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, int):
@@ -47,5 +47,5 @@ def kind(argument: object) -> object:
 
 
 def cdiv(size: int, block: int) -> int:
-    """How many blocks hold so many."""
+    """Return size / block, rounded up."""
     return -(-size // block)

@@ -1,12 +1,12 @@
-"""What goes from token to token in training on a GPU, in Triton: scores, synapses from chunk to chunk, layer norms.
+"""Triton kernels of training over tokens and synapses of one head: scores, scans over chunks, layer norms.
 
-A head at a time, with the batch's tokens in G chunks of C. Shapes: B sequences of c chunks, D `n_embd`, N neurons.
+Shapes: B sequences of c chunks of C tokens, G = B * c, D `n_embd`, N neurons of the head.
 """
 
 import triton
 import triton.language as tl
 
-from bdh.kernels.triton.device_functions import add_product, load, store
+from bdh.kernels.triton.device_functions import add_product, load, store, token_rows
 from bdh.model import modeling_bdh
 
 KEY_EPS = tl.constexpr(modeling_bdh.KEY_EPS)
@@ -18,7 +18,7 @@ KEY_EPS = tl.constexpr(modeling_bdh.KEY_EPS)
 def pairs(
     a,  # (G, C, K)
     b,  # (G, C, K)
-    documents,  # (G, C) int32 or int64, or None: all tokens are of one
+    documents,  # (G, C) int32 or int64, or None: one document
     u,  # (G, C) float32, cumulative log-decay, or None
     squares,  # (G, C) float32, |R|^2 of keys of unit length, or None
     diagonal,  # (G, C) float32, or None
@@ -36,13 +36,13 @@ def pairs(
 ):
     """P = tril(a b^T, -1), 0 where documents differ: one square tile on or below a chunk's diagonal.
 
-    With u, P_ts is scaled by exp(u_t - u_s), and with squares by the inverse lengths of both keys; `diagonal` is put on
-    the diagonal of the result. With M, the sum of `differences` over tiles is, for each token, the sum over its row
-    minus the sum over its column of a b^T * M.
+    With u, P_ts is scaled by exp(u_t - u_s), and with squares by the inverse lengths of both keys; `diagonal` becomes
+    the diagonal of the result. With M, `differences` summed over tiles is, for each token, the sum over its row minus
+    the sum over its column of a b^T * M.
 
-    The tile above the diagonal that mirrors it is written too: with zeros or, BOTH_WAYS, with this one's transpose.
+    The mirrored tile above the diagonal is written too: with zeros or, BOTH_WAYS, with the transpose.
     """
-    row, column = below_diagonal(tl.program_id(0))
+    row, column = lower_tile(tl.program_id(0))
     g = tl.program_id(1).to(tl.int64)
     a += g * C * K
     b += g * C * K
@@ -101,7 +101,7 @@ def pairs(
 
 @triton.jit
 def pair_weights(u, squares, t, s, C, UNIT: tl.constexpr):
-    """exp(u_t - u_s), times a_t a_s if UNIT, for s <= t of one chunk."""
+    """Return exp(u_t - u_s), times a_t a_s if UNIT, for s <= t of one chunk."""
     u_t = tl.load(u + t, mask=t < C, other=0.0)  # (BLOCK)
     u_s = tl.load(u + s, mask=s < C, other=0.0)  # (BLOCK)
     weights = tl.exp(tl.minimum(u_t[:, None] - u_s[None, :], 0.0))  # (BLOCK, BLOCK)
@@ -118,25 +118,25 @@ def inverse_length(squares):
 
 
 @triton.jit
-def below_diagonal(place):
-    """Row and column of the tiles (0, 0), (1, 0), (1, 1), (2, 0) … by their place in that order."""
-    row = ((tl.sqrt(8.0 * place.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
-    row = tl.where(row * (row + 1) // 2 > place, row - 1, row)  # what the root's rounding did
-    row = tl.where((row + 1) * (row + 2) // 2 <= place, row + 1, row)
-    return row, place - row * (row + 1) // 2
+def lower_tile(index):
+    """Return row and column of a tile, by its index in the order (0, 0), (1, 0), (1, 1), (2, 0) …"""
+    row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
+    row = tl.where(row * (row + 1) // 2 > index, row - 1, row)  # corrects the rounding of the root
+    row = tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
+    return row, index - row * (row + 1) // 2
 
 
-# ------------------------------------------------------------------------------------------------ from chunk to chunk
+# ------------------------------------------------------------------------------------------------ scans over chunks
 
 
 @triton.jit(do_not_specialize=["HALF"])
 def scan(
-    new,  # (B, c, N, D): what comes in by each chunk
-    begin,  # (B, N, D) float32, or None: zeros
-    cos,  # (HALF) float32, of a chunk's whole length
-    sin,  # (HALF) float32, of how far it turns
-    kept,  # (B, c) float32, or None: all
-    there,  # (B, c, N, D), out: what was there when each came in
+    updates,  # (B, c, N, D): what each chunk adds
+    initial,  # (B, N, D) float32, or None: zeros
+    cos,  # (HALF) float32: phases of a whole chunk
+    sin,  # (HALF) float32
+    retention,  # (B, c) float32, or None: all
+    states,  # (B, c, N, D), out: the state when each chunk is added
     end,  # (B, N, D) float32, out
     chunks,
     HALF,
@@ -145,44 +145,44 @@ def scan(
     PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Synapses from chunk to chunk, or their gradients from the last chunk BACK: PAIRS pairs, BLOCK_D values of each.
+    """Scan of the synapses over chunks, or BACK of their gradients: PAIRS pairs, BLOCK_D values of each.
 
-    On the way there S^{c+1} = rope(kept_c S^c + new_c) and there_c = S^c; on the way back there_c = rope(g^{c+1}) and
-    g^c = kept_c there_c + new_c.
+    Forward, S^{c+1} = rope(retention_c S^c + updates_c) and states_c = S^c; BACK, from the last chunk,
+    states_c = rope(g^{c+1}) and g^c = retention_c states_c + updates_c.
     """
     b = tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (i < HALF)[:, None] & (d < D)[None, :]
-    size = 2 * HALF.to(tl.int64) * D  # of a chunk's
+    size = 2 * HALF.to(tl.int64) * D  # of a chunk
     tile = i.to(tl.int64)[:, None] * (2 * D) + d[None, :]  # of the even neurons; the odd ones' is D further
     c = tl.load(cos + i, mask=i < HALF, other=1.0)[:, None]  # (PAIRS, 1)
     s = tl.load(sin + i, mask=i < HALF, other=0.0)[:, None]  # (PAIRS, 1)
     even = tl.zeros((PAIRS, BLOCK_D), tl.float32)
     odd = tl.zeros((PAIRS, BLOCK_D), tl.float32)
-    if begin is not None:
-        even = tl.load(begin + b * size + tile, mask=inside, other=0.0)  # (PAIRS, BLOCK_D)
-        odd = tl.load(begin + b * size + tile + D, mask=inside, other=0.0)  # (PAIRS, BLOCK_D)
-    first = chunks - 1 if BACK else 0
-    tile += (b * chunks + first) * size
-    come_even = tl.load(new + tile, mask=inside, other=0.0)  # (PAIRS, BLOCK_D)
-    come_odd = tl.load(new + tile + D, mask=inside, other=0.0)  # (PAIRS, BLOCK_D)
+    if initial is not None:
+        even = tl.load(initial + b * size + tile, mask=inside, other=0.0)  # (PAIRS, BLOCK_D)
+        odd = tl.load(initial + b * size + tile + D, mask=inside, other=0.0)  # (PAIRS, BLOCK_D)
+    first_chunk = chunks - 1 if BACK else 0
+    tile += (b * chunks + first_chunk) * size
+    update_even = tl.load(updates + tile, mask=inside, other=0.0)  # (PAIRS, BLOCK_D)
+    update_odd = tl.load(updates + tile + D, mask=inside, other=0.0)  # (PAIRS, BLOCK_D)
     for step in range(0, chunks):
         following = tile - size if BACK else tile + size
-        more = (i < HALF * min(chunks - 1 - step, 1))[:, None] & (d < D)[None, :]
-        next_even = tl.load(new + following, mask=more, other=0.0)  # (PAIRS, BLOCK_D)  asked for before it is needed
-        next_odd = tl.load(new + following + D, mask=more, other=0.0)  # (PAIRS, BLOCK_D)
+        has_next = (i < HALF * min(chunks - 1 - step, 1))[:, None] & (d < D)[None, :]
+        next_even = tl.load(updates + following, mask=has_next, other=0.0)  # (PAIRS, BLOCK_D)  prefetched
+        next_odd = tl.load(updates + following + D, mask=has_next, other=0.0)  # (PAIRS, BLOCK_D)
         if BACK:
             even, odd = even * c - odd * s, odd * c + even * s  # (PAIRS, BLOCK_D)
-        tl.store(there + tile, even.to(there.dtype.element_ty), mask=inside)
-        tl.store(there + tile + D, odd.to(there.dtype.element_ty), mask=inside)
-        if kept is not None:
-            share = tl.load(kept + b * chunks + (chunks - 1 - step if BACK else step))
+        tl.store(states + tile, even.to(states.dtype.element_ty), mask=inside)
+        tl.store(states + tile + D, odd.to(states.dtype.element_ty), mask=inside)
+        if retention is not None:
+            share = tl.load(retention + b * chunks + (chunks - 1 - step if BACK else step))
             even, odd = even * share, odd * share  # (PAIRS, BLOCK_D)
-        even, odd = even + come_even.to(tl.float32), odd + come_odd.to(tl.float32)  # (PAIRS, BLOCK_D)
+        even, odd = even + update_even.to(tl.float32), odd + update_odd.to(tl.float32)  # (PAIRS, BLOCK_D)
         if not BACK:
             even, odd = even * c - odd * s, odd * c + even * s  # (PAIRS, BLOCK_D)
-        come_even, come_odd, tile = next_even, next_odd, following
+        update_even, update_odd, tile = next_even, next_odd, following
     tile = i.to(tl.int64)[:, None] * (2 * D) + d[None, :]
     tl.store(end + b * size + tile, even, mask=inside)
     tl.store(end + b * size + tile + D, odd, mask=inside)
@@ -192,16 +192,16 @@ def scan(
 
 
 @triton.jit
-def normalised(a, inside, eps, D):
-    """Layer norm of rows (ROWS, WIDTH), and 1 / deviation (ROWS, 1)."""
-    off = tl.where(inside, a - (tl.sum(a, 1) / D)[:, None], 0.0)  # (ROWS, WIDTH)
-    inverse = tl.math.rsqrt(tl.sum(off * off, 1) / D + eps)[:, None]  # (ROWS, 1)
-    return off * inverse, inverse
+def layer_norm(a, inside, eps, D):
+    """Return the layer norm of rows (ROWS, WIDTH), and 1 / deviation (ROWS, 1)."""
+    centered = tl.where(inside, a - (tl.sum(a, 1) / D)[:, None], 0.0)  # (ROWS, WIDTH)
+    inverse = tl.math.rsqrt(tl.sum(centered * centered, 1) / D + eps)[:, None]  # (ROWS, 1)
+    return centered * inverse, inverse
 
 
 @triton.jit
-def back_through(g, a, inverse, D):
-    """The gradient before a layer norm that gave a, from that after it: (ROWS, WIDTH), of which D count."""
+def layer_norm_backward(g, a, inverse, D):
+    """Return the gradient before a layer norm with result a, from the one after it: (ROWS, WIDTH), D of them valid."""
     return (g - (tl.sum(g, 1) / D)[:, None] - a * (tl.sum(g * a, 1) / D)[:, None]) * inverse  # (ROWS, WIDTH)
 
 
@@ -217,18 +217,16 @@ def norm(
     WIDTH: tl.constexpr,  # at least D
 ):
     """LN(A) of ROWS tokens, and 1 / deviation."""
-    m, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    inside = (m < M)[:, None] & (d < D)[None, :]
-    place = m.to(tl.int64)[:, None] * D + d[None, :]
-    a, inverse = normalised(tl.load(A + place, mask=inside, other=0.0).to(tl.float32), inside, eps, D)  # (ROWS, WIDTH)
-    tl.store(result + place, a.to(result.dtype.element_ty), mask=inside)
+    m, inside, tile = token_rows(M, D, ROWS, WIDTH)
+    a, inverse = layer_norm(tl.load(A + tile, mask=inside, other=0.0).to(tl.float32), inside, eps, D)  # (ROWS, WIDTH)
+    tl.store(result + tile, a.to(result.dtype.element_ty), mask=inside)
     tl.store(rstd + m[:, None], inverse, mask=(m < M)[:, None])
 
 
 @triton.jit
 def norm_backward(
     gradient,  # (M, D)
-    A,  # (M, D), normalised
+    A,  # (M, D), normalized
     rstd,  # (M) float32
     result,  # (M, D), out
     M,
@@ -237,17 +235,15 @@ def norm_backward(
     WIDTH: tl.constexpr,
 ):
     """(g - mean(g) - A mean(g A)) / deviation, of ROWS tokens."""
-    m, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    inside = (m < M)[:, None] & (d < D)[None, :]
-    place = m.to(tl.int64)[:, None] * D + d[None, :]
-    g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
-    a = tl.load(A + place, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
+    m, inside, tile = token_rows(M, D, ROWS, WIDTH)
+    g = tl.load(gradient + tile, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
+    a = tl.load(A + tile, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
     inverse = tl.load(rstd + m, mask=m < M, other=0.0)[:, None]  # (ROWS, 1)
-    tl.store(result + place, back_through(g, a, inverse, D).to(result.dtype.element_ty), mask=inside)
+    tl.store(result + tile, layer_norm_backward(g, a, inverse, D).to(result.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def join(
+def add_norm(
     x,  # (M, D)
     y,  # (M, D)
     result,  # (M, D), out
@@ -258,17 +254,15 @@ def join(
     WIDTH: tl.constexpr,
 ):
     """LN(x + LN(y)) of ROWS tokens."""
-    m, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    inside = (m < M)[:, None] & (d < D)[None, :]
-    place = m.to(tl.int64)[:, None] * D + d[None, :]
-    before = tl.load(x + place, mask=inside, other=0.0)  # (ROWS, WIDTH)
-    made, _ = normalised(tl.load(y + place, mask=inside, other=0.0), inside, eps, D)  # (ROWS, WIDTH)
-    total, _ = normalised(before + made, inside, eps, D)  # (ROWS, WIDTH)
-    tl.store(result + place, total, mask=inside)
+    _, inside, tile = token_rows(M, D, ROWS, WIDTH)
+    before = tl.load(x + tile, mask=inside, other=0.0)  # (ROWS, WIDTH)
+    normalized, _ = layer_norm(tl.load(y + tile, mask=inside, other=0.0), inside, eps, D)  # (ROWS, WIDTH)
+    total, _ = layer_norm(before + normalized, inside, eps, D)  # (ROWS, WIDTH)
+    tl.store(result + tile, total, mask=inside)
 
 
 @triton.jit
-def join_backward(
+def add_norm_backward(
     gradient,  # (M, D)
     x,  # (M, D)
     y,  # (M, D)
@@ -280,14 +274,12 @@ def join_backward(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The gradients of x and y of ROWS tokens; both norms are worked out again."""
-    m, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    inside = (m < M)[:, None] & (d < D)[None, :]
-    place = m.to(tl.int64)[:, None] * D + d[None, :]
-    before = tl.load(x + place, mask=inside, other=0.0)  # (ROWS, WIDTH)
-    made, of_y = normalised(tl.load(y + place, mask=inside, other=0.0), inside, eps, D)  # (ROWS, WIDTH), (ROWS, 1)
-    total, of_total = normalised(before + made, inside, eps, D)  # (ROWS, WIDTH), (ROWS, 1)
-    g = back_through(tl.load(gradient + place, mask=inside, other=0.0), total, of_total, D)  # (ROWS, WIDTH)
+    """The gradients of x and y of ROWS tokens; recomputes both norms."""
+    _, inside, tile = token_rows(M, D, ROWS, WIDTH)
+    before = tl.load(x + tile, mask=inside, other=0.0)  # (ROWS, WIDTH)
+    normalized, of_y = layer_norm(tl.load(y + tile, mask=inside, other=0.0), inside, eps, D)  # (ROWS, WIDTH), (ROWS, 1)
+    total, of_total = layer_norm(before + normalized, inside, eps, D)  # (ROWS, WIDTH), (ROWS, 1)
+    g = layer_norm_backward(tl.load(gradient + tile, mask=inside, other=0.0), total, of_total, D)  # (ROWS, WIDTH)
     g = tl.where(inside, g, 0.0)  # (ROWS, WIDTH)
-    tl.store(dx + place, g, mask=inside)
-    tl.store(dy + place, back_through(g, made, of_y, D), mask=inside)
+    tl.store(dx + tile, g, mask=inside)
+    tl.store(dy + tile, layer_norm_backward(g, normalized, of_y, D), mask=inside)

@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter: the runner for GPUs against the model, on odd sizes."""
+"""The Triton kernels of inference, in Triton's interpreter: `CUDARunner` against the model, on odd sizes."""
 
 import copy
 from dataclasses import replace
@@ -18,7 +18,7 @@ from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import Gates, attention_quadratic, gated_attention_recurrent, unit_keys
 
 
-def model_of(
+def make_model(
     n_layer: int, n_head: int, n_embd: int, multiplier: int, vocab_size: int = 37, **gates: Any
 ) -> BDHForCausalLM:
     torch.manual_seed(n_layer + 10 * n_head + n_embd)
@@ -50,7 +50,7 @@ def test_prefill_and_decoding_equal_the_model(
     sizes: tuple[int, int, int, int], matrix_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner_cuda, "MATRIX_BATCH", matrix_batch)
-    model = model_of(*sizes)
+    model = make_model(*sizes)
     tokens = torch.randint(37, (1, 30))
     expected = model(tokens).logits[0]  # (T, V)
     ids = tokens[0].tolist()
@@ -68,8 +68,8 @@ def test_prefill_and_decoding_equal_the_model(
 
 
 @torch.inference_mode()
-def test_decoding_for_longer_than_the_waiting_list() -> None:
-    model = model_of(1, 2, 8, 4)
+def test_decoding_beyond_the_pending_tokens() -> None:
+    model = make_model(1, 2, 8, 4)
     tokens = torch.randint(37, (1, 40))
     expected = model(tokens).logits[0]  # (T, V)
     runner = CUDARunner(model, 2)
@@ -97,9 +97,9 @@ GATES = [
 def test_decay_and_the_delta_rule_equal_the_model(
     gates: dict[str, Any], sizes: tuple[int, int, int, int], matrix_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two sequences with different numbers of waiting pairs, past the waiting list; states carried, prompts read."""
+    """Two sequences with different numbers of pending tokens, past a flush; with carried states and prompts."""
     monkeypatch.setattr(runner_cuda, "MATRIX_BATCH", matrix_batch)
-    model = model_of(*sizes, **gates)
+    model = make_model(*sizes, **gates)
     runner, reference = CUDARunner(model, 4), ModelRunner(model, 4)
     for slot in range(4):
         runner.clear(slot)
@@ -142,7 +142,7 @@ def test_prompts_of_several_chunks_with_decay_and_the_delta_rule(
     gates: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner_cuda, "CHUNK", 16)
-    model = model_of(1, 2, 8, 4, **gates)
+    model = make_model(1, 2, 8, 4, **gates)
     runner, reference = CUDARunner(model, 2), ModelRunner(model, 1)
     for each, slot in ((runner, 0), (runner, 1), (reference, 0)):
         each.clear(slot)
@@ -159,7 +159,7 @@ def test_prompts_of_several_chunks_with_decay_and_the_delta_rule(
 @torch.inference_mode()
 def test_decoding_in_bfloat16_with_decay_and_the_delta_rule() -> None:
     """Without products of matrices, which Triton's interpreter does not know in bfloat16."""
-    exact = model_of(1, 2, 8, 16, decay="gated", write="delta", decay_half_lives=[3.0, None])
+    exact = make_model(1, 2, 8, 16, decay="gated", write="delta", decay_half_lives=[3.0, None])
     reference = ModelRunner(exact, 1)
     runner = CUDARunner(cast(copy.deepcopy(exact), torch.bfloat16), 1)
     reference.clear(0)
@@ -172,7 +172,7 @@ def test_decoding_in_bfloat16_with_decay_and_the_delta_rule() -> None:
 
 @torch.inference_mode()
 def test_state_goes_between_runner_and_model_at_a_far_position() -> None:
-    model = model_of(1, 2, 8, 4)
+    model = make_model(1, 2, 8, 4)
     state = BDHState.zeros(model.config, 1)
     state.position += 1_000_003
     state.synapses = [torch.randn_like(S) for S in state.synapses]
@@ -185,13 +185,13 @@ def test_state_goes_between_runner_and_model_at_a_far_position() -> None:
         assert torch.allclose(runner.decode([1], [int(tokens[0, t])])[0], expected[t], atol=2e-5)
     left = runner.read_state(1)
     assert int(left.position) == int(state.position) == 1_000_009
-    for S, other in zip(left.synapses, state.synapses, strict=True):
-        assert torch.allclose(S, other, atol=1e-5)
+    for S, expected_S in zip(left.synapses, state.synapses, strict=True):
+        assert torch.allclose(S, expected_S, atol=1e-5)
 
 
 @torch.inference_mode()
-def test_a_row_does_not_depend_on_who_is_beside_it() -> None:
-    model = model_of(1, 2, 8, 4)
+def test_a_row_does_not_depend_on_other_rows() -> None:
+    model = make_model(1, 2, 8, 4)
     alone, together = CUDARunner(model, 3), CUDARunner(model, 3)
     for runner in (alone, together):
         for slot in range(3):
@@ -203,7 +203,7 @@ def test_a_row_does_not_depend_on_who_is_beside_it() -> None:
 
 @torch.inference_mode()
 def test_how_the_work_is_cut_up_does_not_matter() -> None:
-    model = model_of(1, 1, 8, 16)  # 128 neurons a head
+    model = make_model(1, 1, 8, 16)  # 128 neurons a head
     tokens = [3, 1, 4]
     results = []
     for tiles in (DecodeTiles(1, 1, 16, 16, 1), DecodeTiles(4, 8, 16, 16, 2), DecodeTiles(2, 2, 64, 128, 1)):
@@ -217,7 +217,7 @@ def test_how_the_work_is_cut_up_does_not_matter() -> None:
 
 @torch.inference_mode()
 def test_silent_neurons() -> None:
-    model = model_of(1, 2, 8, 4)
+    model = make_model(1, 2, 8, 4)
     model.model.layer.encoder.weight[:] = 0  # nobody ever fires
     tokens = torch.randint(37, (1, 12))
     runner = CUDARunner(model, 1)
@@ -232,9 +232,9 @@ def test_silent_neurons() -> None:
 @given(h=st.integers(1, 4), half=st.integers(1, 9), D=st.integers(1, 5))
 def test_layout_goes_both_ways(h: int, half: int, D: int) -> None:
     rows = torch.arange(h * 2 * half * D).view(h * 2 * half, D)
-    there = halved(rows, h)
-    assert torch.equal(interleaved(there, h), rows)
-    head = there.view(h, 2 * half, D)
+    reordered = halved(rows, h)
+    assert torch.equal(interleaved(reordered, h), rows)
+    head = reordered.view(h, 2 * half, D)
     assert torch.equal(head[:, :half], rows.view(h, half, 2, D)[:, :, 0])
 
 

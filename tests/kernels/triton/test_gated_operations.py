@@ -1,4 +1,4 @@
-"""The Triton operations of decay and the delta rule, under Triton's interpreter, against those in PyTorch."""
+"""The Triton operations of decay and the delta rule, in Triton's interpreter, against those in PyTorch."""
 
 import pytest
 import torch
@@ -35,11 +35,11 @@ def gates_of(G: int, C: int) -> tuple[Tensor, Tensor, Tensor]:
     return -torch.rand(G, C).cumsum(-1), torch.rand(G, C), torch.rand(G, C) * 30
 
 
-def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
-    """As close as the dtype of what went in allows, by default that of the results."""
-    tolerance = 1e-5 if (dtype or found.dtype) == torch.float32 else 3e-2
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    assert (found.float() - expected.float()).norm() <= tolerance * (1 + expected.float().norm())
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Compare with the tolerance of the inputs' dtype, by default that of the results."""
+    tolerance = 1e-5 if (dtype or actual.dtype) == torch.float32 else 3e-2
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert (actual.float() - expected.float()).norm() <= tolerance * (1 + expected.float().norm())
 
 
 @over_sizes
@@ -56,15 +56,15 @@ def test_scores_and_their_gradient(
     ids = (torch.arange(C).expand(G, C) // 5).contiguous() if documents else None
     if not unit:
         assert_close(triton_op.add_scores(R, u, ids), torch_op.add_scores(R, u, ids))
-    given = (E, U, u, squares if unit else None, ids, draw(G, C) if unit else None)
+    arguments = (E, U, u, squares if unit else None, ids, draw(G, C) if unit else None)
     M = torch_op.add_scores(R, u, ids)  # (G, C, C)
-    found, of_u = triton_op.gated_scores_backward(*given, M)
-    expected, expected_of_u = torch_op.gated_scores_backward(*given, M)
-    assert_close(found, expected)
+    actual, of_u = triton_op.gated_scores_backward(*arguments, M)
+    expected, expected_of_u = torch_op.gated_scores_backward(*arguments, M)
+    assert_close(actual, expected)
     assert of_u is not None and expected_of_u is not None
     assert_close(of_u, expected_of_u, dtype)
-    without, nothing = triton_op.gated_scores_backward(*given, None)
-    assert nothing is None and without.equal(found)
+    without, nothing = triton_op.gated_scores_backward(*arguments, None)
+    assert nothing is None and without.equal(actual)
 
 
 def test_rounding_cancels_in_the_gradient_of_decay() -> None:
@@ -90,15 +90,15 @@ def test_scores_of_the_delta_rule_and_their_inverse(
     R[:, 0] = 0  # a silent token
     u, beta, _ = gates_of(G, C)
     ids = (torch.arange(C).expand(G, C) // 70).contiguous() if documents else None
-    found, expected = (op.delta_scores(R, u / 50, beta, ids) for op in (triton_op, torch_op))
-    for one, other in zip(found, expected, strict=True):
-        assert_close(one, other, dtype)
-    M, inverse, _ = (each.float() for each in found)
+    actual, expected = (op.delta_scores(R, u / 50, beta, ids) for op in (triton_op, torch_op))
+    for result, wanted in zip(actual, expected, strict=True):
+        assert_close(result, wanted, dtype)
+    M, inverse, _ = (each.float() for each in actual)
     product = (torch.eye(C) + beta[..., None] * M) @ inverse  # (G, C, C)
     assert (product - torch.eye(C)).abs().max() < (1e-4 if dtype == torch.float32 else 5e-2)
     rows, columns = torch.rand(G, C), torch.rand(G, C)
     assert_close(
-        triton_op.scaled_matrix(found[1], rows, columns), torch_op.scaled_matrix(found[1], rows, columns), dtype
+        triton_op.scaled_matrix(actual[1], rows, columns), torch_op.scaled_matrix(actual[1], rows, columns), dtype
     )
 
 
@@ -111,10 +111,10 @@ def test_rows_of_tokens(sizes: tuple[int, int, int, int], dtype: torch.dtype) ->
     w, r = draw(G, 2, C)[:, 1], draw(G, 2, C)[:, 0]
     assert_close(triton_op.scaled_difference(w, x), torch_op.scaled_difference(w, x))
     assert_close(triton_op.scaled_difference(w, x, r, Q), torch_op.scaled_difference(w, x, r, Q))
-    found, expected = Q.clone(), Q.clone()
-    triton_op.add_scaled_(found, x.contiguous(), r)
+    actual, expected = Q.clone(), Q.clone()
+    triton_op.add_scaled_(actual, x.contiguous(), r)
     torch_op.add_scaled_(expected, x.contiguous(), r)
-    assert_close(found, expected)
+    assert_close(actual, expected)
 
 
 @over_sizes
@@ -138,8 +138,8 @@ def test_rows_backward(sizes: tuple[int, int, int, int], dtype: torch.dtype, hea
                 op.difference_of_dots(beta, dA, V, squares, A, U),
             ]
         )  # fmt: skip
-    for found, expected in zip(*results, strict=True):
-        assert_close(found, expected, dtype)
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, dtype)
 
 
 @over_dtypes
@@ -156,5 +156,5 @@ def test_a_state_is_scanned(dtype: torch.dtype, back: bool, carried: bool) -> No
         values, mine = Y.clone(), state.clone() if carried else None
         scanned = op.scan_delta(R, W.mT if back else W, values, remains, mine, angle.cos(), angle.sin(), back)
         results.append([*scanned, values, *([] if mine is None else [mine])])
-    for found, expected in zip(*results, strict=True):
-        assert_close(found, expected, dtype)
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, dtype)

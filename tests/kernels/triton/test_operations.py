@@ -1,4 +1,4 @@
-"""The operations of training in Triton, under its interpreter, against plain PyTorch forms of them, on odd sizes."""
+"""The Triton operations of training, in Triton's interpreter, against plain PyTorch, on odd sizes."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def close(result: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a result is as near as its dtype allows; sums of some ten terms of about 1."""
+    """Return whether a result, a sum of some ten terms of about 1, is as exact as its dtype allows."""
     error = (result.float() - expected.float()).abs().max().item()
     return error <= (1e-4 if dtype == torch.float32 else 2e-2) * max(1.0, expected.abs().max().item())
 
@@ -52,7 +52,7 @@ def phases(C: int, N: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def rope(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs of the last dimension."""
+    """Rotate the pairs of the last dimension."""
     even, odd = values[..., 0::2], values[..., 1::2]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
 
@@ -73,8 +73,8 @@ def mix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def keeps(M: int, N: int, dropout: Dropout) -> Tensor:
-    """What dropout keeps, (M, N), 0 or 1."""
+def dropout_mask(M: int, N: int, dropout: Dropout) -> Tensor:
+    """Return the products that dropout keeps, (M, N) bool."""
     key, dropped = dropout_numbers(dropout)
     token, pair = torch.arange(M), torch.arange(N // 2)
     bits = mix(token ^ (key & 0xFFFFFFFF))[:, None] ^ mix((pair + 0x9E3779B9) & 0xFFFFFFFF)[None, :]  # (M, N/2)
@@ -84,7 +84,7 @@ def keeps(M: int, N: int, dropout: Dropout) -> Tensor:
 
 
 def plain_gate(A: Tensor, Ev: Tensor, X: Tensor, dropout: Dropout) -> Tensor:
-    return X * F.relu(A @ Ev.mT) * keeps(X.shape[0] * X.shape[1], X.shape[2], dropout).view_as(X)  # (G, C, N)
+    return X * F.relu(A @ Ev.mT) * dropout_mask(X.shape[0] * X.shape[1], X.shape[2], dropout).view_as(X)  # (G, C, N)
 
 
 def plain_scan(U: Tensor, S: Tensor, cos: Tensor, sin: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,11 +148,11 @@ def test_gate_and_its_gradients(sizes: tuple[int, int, int, int], dtype: torch.d
     A, Ev, X = draw(G, C, D, dtype=dtype), draw(N, D, dtype=dtype), F.relu(draw(G, C, N, dtype=dtype))
     dy, Dec = draw(G, C, D, dtype=dtype), draw(D, 3 * N, dtype=dtype)[:, N : 2 * N]  # of three heads
     Y = (A.float() @ Ev.float().mT).requires_grad_()  # (G, C, N), before relu
-    fired = X.float().requires_grad_()
-    expected = fired * F.relu(Y) * keeps(G * C, N, dropout).view(G, C, N)  # (G, C, N)
-    dY, dX = torch.autograd.grad(expected, (Y, fired), dy.float() @ Dec.float())
-    assert close(op.gated(A, Ev, X, dropout), expected, dtype)
-    Z, *gradients = op.gated_backward(dy, Dec, A, Ev, X, dropout)
+    activity = X.float().requires_grad_()
+    expected = activity * F.relu(Y) * dropout_mask(G * C, N, dropout).view(G, C, N)  # (G, C, N)
+    dY, dX = torch.autograd.grad(expected, (Y, activity), dy.float() @ Dec.float())
+    assert close(op.gate_product(A, Ev, X, dropout), expected, dtype)
+    Z, *gradients = op.gate_product_backward(dy, Dec, A, Ev, X, dropout)
     for result, wanted in zip((Z, *gradients), (expected, dY, dX), strict=True):
         assert result.dtype == dtype
         assert close(result, wanted, dtype)
@@ -160,12 +160,12 @@ def test_gate_and_its_gradients(sizes: tuple[int, int, int, int], dtype: torch.d
     began = y.clone()
     op.gate(A, Ev, X, dropout, Dec, y)
     assert close(y, began + Z.float() @ Dec.float().mT, dtype)
-    again = op.gate_backward(dy, Dec, A, Ev, X, dropout, dDec, dEv)
-    assert all(torch.equal(result, wanted) for result, wanted in zip(again, gradients, strict=True))
+    repeated = op.gate_backward(dy, Dec, A, Ev, X, dropout, dDec, dEv)
+    assert all(torch.equal(result, wanted) for result, wanted in zip(repeated, gradients, strict=True))
     assert close(dDec, dy.float().flatten(0, 1).mT @ Z.float().flatten(0, 1), dtype)
-    assert close(dEv, again[0].float().flatten(0, 1).mT @ A.float().flatten(0, 1), dtype)
+    assert close(dEv, repeated[0].float().flatten(0, 1).mT @ A.float().flatten(0, 1), dtype)
     for operations in (op, TorchOperations(torch.device("cpu"))):
-        from_kept = operations.gate_backward_kept(dy, Dec, A, X.detach(), expected.detach().to(dtype), dDec, dEv)
+        from_kept = operations.gate_backward_saved(dy, Dec, A, X.detach(), expected.detach().to(dtype), dDec, dEv)
         for result, wanted in zip(from_kept, (dY, torch.where(X > 0, dX, 0.0)), strict=True):
             assert result.dtype == dtype
             assert close(result, wanted, dtype)
@@ -207,15 +207,15 @@ def test_scan_and_its_gradients(sizes: tuple[int, int, int, int], dtype: torch.d
     V, dS_end = draw(B, c, N, D, dtype=dtype), draw(B, N, D)
     written, first = U.float().requires_grad_(), (S if carried else torch.zeros_like(S)).requires_grad_()
     before, end = plain_scan(written, first, cos, sin, torch.ones(B, c) if kept is None else kept)
-    came = dS_end if carried else torch.zeros_like(dS_end)
-    dU, dS = torch.autograd.grad((before, end), (written, first), (V.float(), came))
-    there, result = op.scan(U, S.detach() if carried else None, cos, sin, kept)
-    assert (there.dtype, result.dtype) == (dtype, torch.float32)
-    assert close(there, before, dtype)
+    dS_after = dS_end if carried else torch.zeros_like(dS_end)
+    dU, dS = torch.autograd.grad((before, end), (written, first), (V.float(), dS_after))
+    states, result = op.scan(U, S.detach() if carried else None, cos, sin, kept)
+    assert (states.dtype, result.dtype) == (dtype, torch.float32)
+    assert close(states, before, dtype)
     assert close(result, end, torch.float32)
-    there, result = op.scan_backward(V, dS_end if carried else None, cos, sin, kept)
-    assert (there.dtype, result.dtype) == (dtype, torch.float32)
-    assert close(there, dU, dtype)
+    states, result = op.scan_backward(V, dS_end if carried else None, cos, sin, kept)
+    assert (states.dtype, result.dtype) == (dtype, torch.float32)
+    assert close(states, dU, dtype)
     assert close(result, dS, torch.float32)
 
 
@@ -238,11 +238,11 @@ def test_join_and_its_gradients(sizes: tuple[int, int, int]) -> None:
     x, y, gradient = draw(*sizes).requires_grad_(), draw(*sizes).requires_grad_(), draw(*sizes)
     D = sizes[-1:]
     expected = F.layer_norm(x + F.layer_norm(y, D, eps=1e-5), D, eps=1e-5)
-    result, kept = op.join(x.detach(), y.detach(), 1e-5)
+    result, kept = op.add_norm(x.detach(), y.detach(), 1e-5)
     assert close(result, expected, torch.float32)
     wanted = torch.autograd.grad(expected, (x, y), gradient)
-    for found, right in zip(op.join_backward(gradient, kept, 1e-5), wanted, strict=True):
-        assert close(found, right, torch.float32)
+    for actual, wanted_gradient in zip(op.add_norm_backward(gradient, kept, 1e-5), wanted, strict=True):
+        assert close(actual, wanted_gradient, torch.float32)
 
 
 def test_silent_tokens() -> None:
@@ -252,7 +252,9 @@ def test_silent_tokens() -> None:
     assert not X.any()
     assert not R.any()
     assert not op.scores(R, None).any()
-    for result in op.gated_backward(draw(G, C, D), draw(D, N), draw(G, C, D), draw(N, D), X, NOTHING_DROPPED)[:2]:
+    for result in op.gate_product_backward(draw(G, C, D), draw(D, N), draw(G, C, D), draw(N, D), X, NOTHING_DROPPED)[
+        :2
+    ]:
         assert not result.any()
     assert not op.excite_backward(draw(G, C, C), R, X, draw(G, C, N), cos, sin, None).any()
 
@@ -260,17 +262,17 @@ def test_silent_tokens() -> None:
 # ------------------------------------------------------------------------------------------------ dropout
 
 
-def kept_by(dropout: Dropout, G: int, C: int, N: int) -> Tensor:
-    """Which products stay, (G, C, N): those of neurons that all fire and answer."""
+def kept_products(dropout: Dropout, G: int, C: int, N: int) -> Tensor:
+    """Return which products of active neurons dropout keeps, (G, C, N)."""
     ones = torch.ones(G, C, N)
-    return op.gated(ones[..., :8].contiguous(), torch.ones(N, 8), ones, dropout) > 0
+    return op.gate_product(ones[..., :8].contiguous(), torch.ones(N, 8), ones, dropout) > 0
 
 
 @pytest.mark.parametrize("p", [0.1, 0.9])
 def test_dropout_keeps_its_share_everywhere(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     use(Tiles(64, 256, 16, 4, 2), monkeypatch)
     M, N = 120, 500
-    kept = kept_by(Dropout(p, 7, 0), 2, M // 2, N).view(M, N).float()
+    kept = kept_products(Dropout(p, 7, 0), 2, M // 2, N).view(M, N).float()
     assert abs(kept.mean() - (1 - p)) < 0.006  # 3 standard deviations of 60,000
     assert (kept.mean(0) - (1 - p)).abs().max() < 0.25  # by neuron
     assert (kept.mean(1) - (1 - p)).abs().max() < 0.12  # by token
@@ -281,12 +283,12 @@ def test_dropout_keeps_its_share_everywhere(p: float, monkeypatch: pytest.Monkey
 
 
 def test_dropout_is_a_function_of_seed_head_token_and_neuron() -> None:
-    kept = kept_by(Dropout(0.5, 3, 1), 2, 20, 50)
-    assert torch.equal(kept, kept_by(Dropout(0.5, 3, 1), 2, 20, 50))
-    assert torch.equal(kept.view(40, 50), kept_by(Dropout(0.5, 3, 1), 5, 8, 50).view(40, 50))
-    assert torch.equal(kept[0, :, :30], kept_by(Dropout(0.5, 3, 1), 1, 20, 30)[0])
+    kept = kept_products(Dropout(0.5, 3, 1), 2, 20, 50)
+    assert torch.equal(kept, kept_products(Dropout(0.5, 3, 1), 2, 20, 50))
+    assert torch.equal(kept.view(40, 50), kept_products(Dropout(0.5, 3, 1), 5, 8, 50).view(40, 50))
+    assert torch.equal(kept[0, :, :30], kept_products(Dropout(0.5, 3, 1), 1, 20, 30)[0])
     for other in (Dropout(0.5, 4, 1), Dropout(0.5, 3, 0), Dropout(0.5, 3 + (1 << 32), 1), Dropout(0.5, 2, 2)):
-        alike = (kept == kept_by(other, 2, 20, 50)).float().mean()
+        alike = (kept == kept_products(other, 2, 20, 50)).float().mean()
         assert abs(alike - 0.5) < 0.04
 
 
@@ -299,13 +301,13 @@ def all_results(G: int, C: int, D: int, N: int, dtype: torch.dtype) -> list[Tens
     x, E, dP = draw(G, C, D, dtype=dtype), draw(N, D, dtype=dtype), draw(G, C, C, dtype=dtype)
     dA, S, values, dS = (draw(G, size, D, dtype=dtype) for size in (C, N, C, N))
     X, R = op.excite(x, E, cos, sin)
-    Z, dY, dX = op.gated_backward(dA, E.mT, x, E, X, DROPPED)
+    Z, dY, dX = op.gate_product_backward(dA, E.mT, x, E, X, DROPPED)
     results = [
         X,
         R,
         op.scores(R, None),
         op.scores_backward(dA, values, None),
-        op.gated(x, E, X, DROPPED),
+        op.gate_product(x, E, X, DROPPED),
         Z,
         dY,
         dX.clone(),
