@@ -6,7 +6,7 @@ from typing import Any
 from bdh.cli.parsing import Parser, ReadyConfigFile, check_environment
 from bdh.errors import BDHError
 from bdh.inference.engine_process import EngineProcess
-from bdh.serving.config import ModelSettings, ServeConfig
+from bdh.serving.config import ModelSettings, ServeConfig, check_folders, validate
 
 USAGE = "bdh serve --model [NAME=]DIR [--model [NAME=]DIR …] [--config FILE] [options]"
 DESCRIPTION = (
@@ -40,12 +40,10 @@ def run(argv: list[str]) -> int:
     spare = None
     try:
         if not {"-h", "--help", "--ray"} & {*argv}:
-            spare = EngineProcess()  # gets ready while the settings are read
+            spare = EngineProcess()  # starts while the settings are read
         config = parsed_config(argv)
         if not config.ray.enabled:
-            from bdh.serving.launch import launch
-
-            launch(config, spare)
+            serve_on_this_machine(config, spare)
             return 0
     finally:
         if spare is not None:
@@ -54,6 +52,32 @@ def run(argv: list[str]) -> int:
 
     serve_on_ray(config)
     return 0
+
+
+def serve_on_this_machine(config: ServeConfig, spare: EngineProcess | None) -> None:
+    """Serve until a signal arrives. The models start to load before this process imports FastAPI.
+
+    Args:
+        config: Settings of the server.
+        spare: A started process for the first model.
+
+    Raises:
+        BDHError: The server cannot start, or a model cannot be loaded.
+    """
+    from bdh.serving.model_registry import ModelRegistry
+    from bdh.serving.observability.logs import configure_logging
+
+    validate(config)
+    check_folders(config)
+    configure_logging(config.logging)
+    models = ModelRegistry(config, spare)
+    try:
+        models.start_processes()
+        from bdh.serving.server import serve  # takes half a second
+
+        serve(config, models)
+    finally:
+        models.end_unused_processes()
 
 
 def parsed_config(argv: list[str]) -> ServeConfig:

@@ -1,1 +1,1 @@
-"""Models as a service: the OpenAI API over the engine, sessions, and a page to talk to a model and watch it think."""
+"""Server of models: the OpenAI API, sessions, the activity of neurons, and a web page."""

@@ -25,7 +25,9 @@ from bdh.inference.params import SamplingParams
 from bdh.inference.process_llm import ProcessLLM
 from bdh.model import BDHState
 from bdh.model.export import save_export
-from bdh.serving.activity.traces import BrainSettings, TraceStore
+from bdh.serving.activity.traces import TraceStore
+from bdh.serving.config import BrainSettings, ModelSettings, ServeConfig
+from bdh.serving.model_registry import ServedModel
 from tests.inference.small import CHAT, letters, small_llm, small_model
 
 ENDLESS = letters(262, max_new_tokens=10**9)
@@ -266,11 +268,12 @@ def test_what_nothing_stands_for_any_more_goes(export: Path) -> None:
             session = llm.session(SYSTEM, letters(262))
             await taken(await session.send("Hi"))
             store = TraceStore(BrainSettings())
-            watch = await store.begin("tiny", llm, None, list(b"The dragon"), None)
-            told = await watch.prompt()
+            served = ServedModel(ModelSettings("tiny", name="tiny"), ServeConfig(), llm)
+            watch = await store.start(served, None, list(b"The dragon"), None)
+            told = await watch.read_prompt()
             details = await watch.trace.token(9)
-            assert len(told["tokens"]) == 10 and details["layers"][1]["neurons"]
-            assert (await watch.trace.neuron(1, 3))["of"] == 10
+            assert len(told.tokens) == 10 and details.layers[1].neurons
+            assert (await watch.trace.neuron(1, 3)).of == 10
             assert await objects_there(llm) >= before + 2
             del session, watch, store
             gc.collect()

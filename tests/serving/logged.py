@@ -12,7 +12,8 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from bdh.serving.observability.logs import LogSettings, RequestLog, configure_logging
+from bdh.serving.config import LogSettings
+from bdh.serving.observability.logs import RequestLog, configure_logging
 from bdh.serving.observability.metrics import Metrics
 
 logger = logging.getLogger("bdh.test")

@@ -1,161 +1,54 @@
-"""/v1/brain: what neurons and synapses did while a text was written with `"brain": true`."""
+"""/v1/brain: the activity of neurons and synapses while a text was written with `"brain": true`."""
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Request
-from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from bdh.serving.activity.traces import BrainSettings, Trace, TraceStore, Watch
-from bdh.serving.api.openapi import WRITTEN
-from bdh.serving.api.sse import JSONAnswer, until_gone
-from bdh.serving.auth.authentication import Caller, current_caller
-
-if TYPE_CHECKING:
-    from bdh.serving.server import Server
-
-__all__ = ["BrainChunk", "BrainSettings", "TraceStore", "Watch", "router"]
+from bdh.serving.activity.schemas import BrainTrace, NeuronDetails, TokenDetails
+from bdh.serving.activity.traces import ActivityTrace
+from bdh.serving.api.dependencies import CurrentCaller, Traces
+from bdh.serving.api.openapi import GENERATION_ERRORS
+from bdh.serving.api.response_schemas import ModelResponse
+from bdh.serving.api.sse import wait_for
 
 router = APIRouter(prefix="/v1/brain", tags=["brain"])
 
 
-class BrainToken(BaseModel):
-    """A token that was read or written."""
-
-    index: int = Field(description="In the trace, from 0.")
-    id: int = Field(description="Of the token in the vocabulary.")
-    text: str = Field(description="Bytes that are a part of a character are written as <0xE2>.")
-    prompt: bool
-    share: list[float] = Field(description="Of each layer, which part of its neurons was active.")
-    raster: list[str] = Field(
-        description="Of each layer, base64 of one byte for each bin of neurons, in their order: 0 if all of them were "
-        "silent, else ceil(255 * sqrt(a / sqrt(n_embd))), 255 at most, where a is the largest activity among them. "
-        "Each bin has ceil(n_neurons / 256) neurons, but for the last, which may have fewer."
-    )
-
-
-class BrainChunk(BaseModel):
-    """What a piece of a stream tells, beside its text. Tokens that the trace has no room for are left out."""
-
-    trace: str
-    tokens: list[BrainToken]
-
-
-class BrainTrace(BaseModel):
-    """A whole trace."""
-
-    trace: str
-    model: str
-    n_layer: int
-    n_head: int
-    n_neurons: int = Field(description="Of all heads together; neuron k of head i has the number i * n / n_head + k.")
-    bins: int = Field(description="Of a raster.")
-    tokens: list[BrainToken]
-
-
-class NeuronActivity(BaseModel):
-    neuron: int
-    activity: float
-
-
-class BrainSynapse(BaseModel):
-    """A connection from one neuron to another of its head. A negative strength keeps the receiver from firing."""
-
-    sender: int = Field(alias="from")
-    receiver: int = Field(alias="to")
-    strength: float
-
-
-class Source(BaseModel):
-    index: int
-    text: str
-    weight: float
-
-
-class BrainLayer(BaseModel):
-    """What a token did in a layer. All lists begin with the strongest, by absolute value."""
-
-    layer: int
-    active: int = Field(description="How many neurons fired.")
-    share: float = Field(description="The same as a part of all.")
-    neurons: list[NeuronActivity] = Field(description="Which fired most.", max_length=32)
-    written: list[BrainSynapse] = Field(description="What the token changed.", max_length=16)
-    read: list[BrainSynapse] = Field(
-        description="What the past brought the neurons on the right because those on the left fired.", max_length=16
-    )
-    sources: list[Source] = Field(description="Earlier tokens that it reads most from.", max_length=16)
-    log_decay: list[float] | None = Field(
-        description="Of each head, the logarithm of the part of its synapses that the token retains; null if no "
-        "synapses decay."
-    )
-    write_strength: list[float] | None = Field(
-        description="Of each head, how much of the difference between the token's vector and what the synapses already "
-        "return is written, from 0 to 1; null if the model does not write by the delta rule."
-    )
-
-
-class TokenDetails(BaseModel):
-    """What one token did."""
-
-    index: int
-    id: int
-    text: str
-    layers: list[BrainLayer]
-
-
-class TokenActivity(BaseModel):
-    index: int
-    text: str
-    activity: float
-
-
-class NeuronDetails(BaseModel):
-    """What excited one neuron."""
-
-    layer: int
-    neuron: int
-    head: int
-    fired: int = Field(description="By how many tokens.")
-    of: int = Field(description="Tokens seen so far.")
-    tokens: list[TokenActivity] = Field(description="Those that excited it most.", max_length=32)
-
-
 async def own_trace(
-    request: Request,
     trace: Annotated[str, Path(pattern="^trc_[0-9a-f]{32}$", description="From the answer of a request.")],
-    caller: Annotated[Caller, Depends(current_caller)],
-) -> Trace:
-    """The trace that a path names. Raises ApiError 404 if there is none, or it is another key's."""
-    server: Server = request.app.state.server
-    return server.traces.get(trace, caller.owner)
+    caller: CurrentCaller,
+    traces: Traces,
+) -> ActivityTrace:
+    """Return the trace that a path names. Raises ApiError 404 if there is none, or it is another key's."""
+    return traces.get(trace, caller.owner)
 
 
-Own = Annotated[Trace, Depends(own_trace)]
+OwnTrace = Annotated[ActivityTrace, Depends(own_trace)]
 Number = Annotated[int, Path(ge=0)]
 
 
 @router.get("/{trace}", response_model=BrainTrace)
-async def whole_trace(trace: Own) -> Response:
+async def whole_trace(trace: OwnTrace) -> Response:
     """All tokens of a trace, and how active the neurons were at each."""
-    return await asyncio.to_thread(lambda: JSONAnswer(trace.whole()))  # of megabytes
+    return await asyncio.to_thread(lambda: ModelResponse(trace.whole()))  # megabytes
 
 
-@router.get("/{trace}/tokens/{index}", response_model=TokenDetails, responses=WRITTEN)
-async def token(request: Request, trace: Own, index: Number) -> Response:
-    """What one token did: the neurons it excited, the synapses it wrote and read, and where it read them from."""
-    return JSONAnswer(await until_gone(request, trace.token(index)))
+@router.get("/{trace}/tokens/{index}", response_model=TokenDetails, responses=GENERATION_ERRORS)
+async def token(request: Request, trace: OwnTrace, index: Number) -> Response:
+    """The effects of one token: neurons it excited, synapses it wrote and read, and the tokens that it read from."""
+    return ModelResponse(await wait_for(request, trace.token(index)))
 
 
 @router.get("/{trace}/neurons/{layer}/{neuron}", response_model=NeuronDetails)
-async def neuron(request: Request, trace: Own, layer: Number, neuron: Number) -> Response:
-    """Which tokens excited one neuron."""
-    return JSONAnswer(await until_gone(request, trace.neuron(layer, neuron)))
+async def neuron(request: Request, trace: OwnTrace, layer: Number, neuron: Number) -> Response:
+    """The tokens that excited one neuron."""
+    return ModelResponse(await wait_for(request, trace.neuron(layer, neuron)))
 
 
 @router.delete("/{trace}", status_code=204, response_class=Response)
-async def forget(request: Request, trace: Own) -> Response:
+async def forget(trace: OwnTrace, traces: Traces) -> Response:
     """Forgets a trace. A text that is still being written goes on without it."""
-    server: Server = request.app.state.server
-    server.traces.delete(trace.id, trace.owner)
+    traces.delete(trace.id, trace.owner)
     return Response(status_code=204)

@@ -1,6 +1,6 @@
-"""What is done for traces where a model works: errands for `AsyncModel.call`, whose results go to other processes.
+"""Functions for traces that run in the engine's process, through `AsyncModel.call`.
 
-All of `bdh.insight` is imported where it is used: a server's own process has no torch.
+`bdh.insight` is imported in the functions: the process of the server does not import torch.
 """
 
 from collections.abc import Sequence
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the neurons did at one token: the share of each layer that was active, and a raster of each."""
+class RecordedToken:
+    """Activity at one token: for each layer the share of active neurons, and a raster."""
 
     shares: list[float]
     rasters: list[bytes]
 
 
 @dataclass(frozen=True)
-class Excited:
-    """Which tokens excited a neuron: how many of all, and the strongest, as numbers of tokens and the activity."""
+class NeuronExcitation:
+    """Tokens that excited a neuron: their number, the number of all tokens, and the strongest with their activity."""
 
     fired: int
     of: int
     strongest: list[tuple[int, float]]
 
 
-def begin(llm: "LLM", max_tokens: int, state: "BDHState | None") -> "tuple[Observer, Record, int]":
-    """One who looks at what the model does from a state on, what it keeps, and how many bins its rasters have.
+def start(llm: "LLM", max_tokens: int, state: "BDHState | None") -> "tuple[Observer, Record, int]":
+    """Create an observer of the model from a state on; return it, its record, and the number of bins of its rasters.
 
-    Raises BDHError where there is no model."""
+    Raises BDHError if the runner has no model."""
     from bdh.insight import Observer
 
     observer = Observer(model_of(llm), max_tokens, state)
@@ -43,59 +43,63 @@ def begin(llm: "LLM", max_tokens: int, state: "BDHState | None") -> "tuple[Obser
 
 
 def skip(llm: "LLM", observer: "Observer", tokens: Sequence[int]) -> None:
-    """Has tokens read that are not kept."""
+    """Read tokens without recording them."""
     observer.skip(tokens)
 
 
-def read(llm: "LLM", observer: "Observer", tokens: Sequence[int]) -> list[Seen]:
-    """Has tokens read; what was seen at each."""
+def read(llm: "LLM", observer: "Observer", tokens: Sequence[int]) -> list[RecordedToken]:
+    """Read tokens; return the activity at each."""
     record = observer.record
     start = len(record)
     observer.read(tokens)
     rows = range(start, len(record))
-    return [Seen(record.shares[row].tolist(), [one.tobytes() for one in record.rasters[row]]) for row in rows]
+    return [
+        RecordedToken(record.shares[row].tolist(), [raster.tobytes() for raster in record.rasters[row]]) for row in rows
+    ]
 
 
-def excited(llm: "LLM", record: "Record", layer: int, neuron: int, known: int, count: int) -> Excited:
-    """Which of the first `known` tokens excited a neuron; of the strongest so many."""
-    from bdh.insight import neuron_activity
+def neuron_activity(
+    llm: "LLM", record: "Record", layer: int, neuron: int, num_tokens: int, top: int
+) -> NeuronExcitation:
+    """Return which of the first `num_tokens` tokens excited a neuron, and the `top` strongest."""
+    from bdh import insight
 
-    activity = neuron_activity(model_of(llm), record, layer, neuron)[:known]
-    best = activity.topk(min(count, len(activity)))
+    activity = insight.neuron_activity(model_of(llm), record, layer, neuron)[:num_tokens]
+    best = activity.topk(min(top, len(activity)))
     strongest = [pair for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True) if pair[1] > 0]
-    return Excited(int((activity > 0).sum()), len(activity), strongest)
+    return NeuronExcitation(int((activity > 0).sum()), len(activity), strongest)
 
 
-def begin_study(llm: "LLM", record: "Record", index: int, layer: int) -> "tuple[LayerStudy, int]":
-    """The study of what a token did in a layer, and how many pieces of the past it is to be told to read."""
+def start_study(llm: "LLM", record: "Record", index: int, layer: int) -> "tuple[LayerStudy, int]":
+    """Start the study of a token in a layer; return it with the number of chunks of the past that it reads."""
     from bdh.insight import LayerStudy
 
     study = LayerStudy(model_of(llm), record, index, layer)
     return study, len(study.pieces)
 
 
-def study_piece(llm: "LLM", study: "LayerStudy", number: int) -> None:
+def study_chunk(llm: "LLM", study: "LayerStudy", number: int) -> None:
     study.read_past(study.pieces[number])
 
 
 def view(llm: "LLM", study: "LayerStudy") -> dict[str, Any]:
-    """What was found, as JSON, but that sources are numbers of tokens and their weights."""
-    found = study.view()
+    """Return the results of a study as the fields of `BrainLayer`, with sources as pairs of index and weight."""
+    result = study.view()
     return {
-        "layer": found.layer,
-        "active": found.active,
-        "share": round(found.share, 6),
-        "neurons": [{"neuron": neuron, "activity": activity} for neuron, activity in found.neurons],
-        "written": synapses(found.written),
-        "read": synapses(found.read),
-        "sources": found.sources,
-        "log_decay": found.log_decay,
-        "write_strength": found.write_strength,
+        "layer": result.layer,
+        "active": result.active,
+        "share": round(result.share, 6),
+        "neurons": [{"neuron": neuron, "activity": activity} for neuron, activity in result.neurons],
+        "written": synapses(result.written),
+        "read": synapses(result.read),
+        "sources": result.sources,
+        "log_decay": result.log_decay,
+        "write_strength": result.write_strength,
     }
 
 
-def synapses(found: "Sequence[Synapse]") -> list[dict[str, Any]]:
-    return [{"from": one.sender, "to": one.receiver, "strength": one.strength} for one in found]
+def synapses(connections: "Sequence[Synapse]") -> list[dict[str, Any]]:
+    return [{"from": synapse.sender, "to": synapse.receiver, "strength": synapse.strength} for synapse in connections]
 
 
 def model_of(llm: "LLM") -> "BDHForCausalLM":

@@ -1,20 +1,22 @@
-"""What single tokens are in the answers: text and bytes of each, and log-probabilities in both dialects."""
+"""Log-probabilities of tokens in responses, with the text and bytes of each token."""
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bdh.errors import BDHError
 from bdh.inference.outputs import Delta, TokenLogprob
+from bdh.serving.api.response_schemas import ChatLogprob, ChatLogprobs, CompletionLogprobs, TopLogprob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 class TokenTexts:
-    """The text and bytes of each token of a vocabulary."""
+    """Text and bytes of each token of a vocabulary."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", vocab_size: int):
         from bdh.data.chat_format import special_ids
@@ -25,56 +27,56 @@ class TokenTexts:
         self.vocab_size = vocab_size
         try:
             self._bytes: list[bytes] | None = token_bytes(tokenizer, vocab_size)[1]
-        except BDHError:  # a decoder that does more than to join texts
+        except BDHError:  # the decoder does more than concatenate texts
             self._bytes = None
         self.text = lru_cache(maxsize=1 << 16)(self._text)
 
     @cached_property
     def longest(self) -> int:
-        """The most characters that one token can stand for; 0 where that is not known."""
+        """Largest number of characters that one token stands for; 0 if unknown."""
         from tokenizers.models import BPE
 
         backend = self.tokenizer.backend_tokenizer
         model = backend.model
-        nothing_is_lost = isinstance(model, BPE) and backend.normalizer is None and model.unk_token is None
-        return max(map(len, self._bytes)) if self._bytes and nothing_is_lost else 0
+        is_lossless = isinstance(model, BPE) and backend.normalizer is None and model.unk_token is None
+        return max(map(len, self._bytes)) if self._bytes and is_lossless else 0
 
     def bytes(self, token: int) -> bytes:
-        """The bytes of a token; of a special one, those of its name."""
+        """Return the bytes of a token; for a special token, the bytes of its name."""
         if token not in self.special and self._bytes is not None and self._bytes[token]:
             return self._bytes[token]
         return (self.tokenizer.convert_ids_to_tokens(token) or "").encode("utf-8", "replace")
 
     def _text(self, token: int) -> str:
-        """The text of a token; of a part of a character, its bytes, as OpenAI writes them."""
+        """Return the text of a token; for a part of a character its bytes, in the notation of OpenAI."""
         raw = self.bytes(token)
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def one(self, token: int, logprob: float, part: str | None = None) -> dict[str, Any]:
-        """A token with its log-probability, as the chat dialect has it.
+    def top_logprob(self, token: int, logprob: float, part: str | None = None) -> TopLogprob:
+        """Build the entry of a token in the log-probabilities of a chat.
 
         Args:
             token: The token.
             logprob: Its log-probability.
-            part: The part of its text that belongs to the answer, if that is not all of it.
+            part: The part of its text that belongs to the response, if not all of it does.
         """
         if part is not None:
-            return {"token": part, "logprob": logprob, "bytes": list(part.encode())}
-        special = token in self.special  # is no text, so there are no bytes of it in the answer
-        return {"token": self.text(token), "logprob": logprob, "bytes": None if special else list(self.bytes(token))}
+            return TopLogprob(token=part, logprob=logprob, bytes=list(part.encode()))
+        content = None if token in self.special else list(self.bytes(token))  # special tokens are not text
+        return TopLogprob(token=self.text(token), logprob=logprob, bytes=content)
 
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token in a text, with its log-probabilities.
+    """Token of a text with its log-probability.
 
     Attributes:
-        offset: Where it begins in the text, in characters.
-        logprob: Of the token; NaN for the first token of a text, which has none.
-        text: The part of the token that belongs to the text, if that is not all of it.
+        offset: Position in the text, in characters.
+        logprob: Its log-probability; NaN for the first token of a text.
+        text: The part of the token that belongs to the text, if not all of it does.
     """
 
     offset: int
@@ -83,18 +85,17 @@ class ScoredToken:
 
 
 class LogprobWriter:
-    """The log-probabilities of the tokens that one continuation's text consists of, as the text is handed on.
+    """Reports the log-probabilities of one continuation's tokens together with its text.
 
-    The tokens agree with the text: those of a stop string, and of the white space that is left out at the beginning,
-    are not reported; of a token that reaches across either border, the part inside is.
+    The reported tokens agree with the text: tokens of a stop string and of stripped white space are omitted, and of a
+    token that crosses either border only the part inside is reported.
 
     Args:
-        texts: Of the vocabulary.
+        texts: Texts of the vocabulary.
         ends: Tokens that end a text.
-        strip: Whether white space before the text is left out.
-        offset: Characters before the continuation, for the completion dialect's offsets.
-        tells_end: Whether an end token is reported too, as completions do: who asks for one token after an echoed
-            prompt counts on its being there, and drops it.
+        strip: Whether white space before the text is stripped.
+        offset: Characters before the continuation, for the offsets of completions.
+        report_end: Whether an end token is reported too.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class LogprobWriter:
         ends: frozenset[int],
         strip: bool = False,
         offset: int = 0,
-        tells_end: bool = False,
+        report_end: bool = False,
     ):
         from bdh.data.tokenizer import OffsetDecoder
 
@@ -111,75 +112,73 @@ class LogprobWriter:
         self.ends = ends
         self.strip = strip
         self.offset = offset
-        self.tells_end = tells_end
+        self.report_end = report_end
         self.decoder = OffsetDecoder(texts.tokenizer)
-        self.waiting: deque[tuple[int, TokenLogprob]] = deque()  # each with its number in the decoder
-        self.handed_on = 0  # characters
-        self.dropped = 0  # characters before the text
+        self.pending: deque[tuple[int, TokenLogprob]] = deque()  # with their indices in the decoder
+        self.emitted = 0  # characters of the text so far
+        self.stripped = 0  # characters before the text
 
     def take(self, delta: Delta) -> list[ScoredToken]:
-        """The tokens that belong to the text so far and have not been reported."""
+        """Add a delta; return the unreported tokens that belong to the text so far."""
         for scored in delta.logprobs or ():
             is_end = scored.token in self.ends
-            if self.tells_end or not is_end:
-                self.waiting.append((len(self.decoder.tokens), scored))
+            if self.report_end or not is_end:
+                self.pending.append((len(self.decoder.tokens), scored))
             if not is_end:
                 self.decoder.step(scored.token)
         finished = delta.finish_reason is not None
         if finished:
             self.decoder.end()
-        if self.strip and delta.text and not self.handed_on and not delta.text[0].isspace():
+        if self.strip and delta.text and not self.emitted and not delta.text[0].isspace():
             written = self.decoder.written
-            self.dropped = len(written) - len(written.lstrip())
-        self.handed_on += len(delta.text)
+            self.stripped = len(written) - len(written.lstrip())
+        self.emitted += len(delta.text)
         return self._settled(finished)
 
     def _settled(self, finished: bool) -> list[ScoredToken]:
-        """Takes the tokens out of the line that are inside the text that was handed on."""
+        """Remove and return the pending tokens that are inside the emitted text."""
         starts, length = self.decoder.starts, self.decoder.length
-        end_of_text = self.dropped + self.handed_on
-        whole = finished and length <= end_of_text  # the last tokens may be special ones, without text
+        end_of_text = self.stripped + self.emitted
+        complete = finished and length <= end_of_text  # the last tokens may be special ones, without text
         settled = []
-        while self.waiting:
-            number, scored = self.waiting[0]
-            start = starts[number] if number < len(starts) else length
-            end = starts[number + 1] if number + 1 < len(starts) else length
-            if not whole and (start >= end_of_text or (end > end_of_text and not finished)):
+        while self.pending:
+            index, token = self.pending[0]
+            start = starts[index] if index < len(starts) else length
+            end = starts[index + 1] if index + 1 < len(starts) else length
+            if not complete and (start >= end_of_text or (end > end_of_text and not finished)):
                 break
-            self.waiting.popleft()
-            if start < self.dropped and end <= self.dropped and scored.token not in self.texts.special:
+            self.pending.popleft()
+            if start < self.stripped and end <= self.stripped and token.token not in self.texts.special:
                 continue
-            inside = max(start, self.dropped), min(end, end_of_text)
-            cut = self.decoder.written[slice(*inside)] if inside != (start, end) and start < end else None
-            settled.append(ScoredToken(max(0, start - self.dropped) + self.offset, scored, cut))
+            inside = max(start, self.stripped), min(end, end_of_text)
+            part = self.decoder.written[slice(*inside)] if inside != (start, end) and start < end else None
+            settled.append(ScoredToken(max(0, start - self.stripped) + self.offset, token, part))
         return settled
 
 
-def chat_logprobs(texts: TokenTexts, scored: Iterable[ScoredToken]) -> dict[str, Any]:
-    """Log-probabilities as chats report them."""
-    content = [
-        {
-            **texts.one(one.logprob.token, one.logprob.logprob, one.text),
-            "top_logprobs": [texts.one(token, logprob) for token, logprob in one.logprob.top],
-        }
-        for one in scored
-    ]
-    return {"content": content, "refusal": None}
+def chat_logprobs(texts: TokenTexts, scored: Iterable[ScoredToken]) -> ChatLogprobs:
+    """Build the log-probabilities of a chat."""
+    content = []
+    for token in scored:
+        entry = texts.top_logprob(token.logprob.token, token.logprob.logprob, token.text)
+        top = [texts.top_logprob(*pair) for pair in token.logprob.top]
+        content.append(ChatLogprob(token=entry.token, logprob=entry.logprob, bytes=entry.bytes, top_logprobs=top))
+    return ChatLogprobs(content=content, refusal=None)
 
 
-def completion_logprobs(texts: TokenTexts, scored: Sequence[ScoredToken], wants_top: bool) -> dict[str, Any]:
-    """Log-probabilities as completions report them."""
-    logprobs = [one.logprob for one in scored]
-    return {
-        "tokens": [texts.text(one.logprob.token) if one.text is None else one.text for one in scored],
-        "token_logprobs": [None if one.logprob != one.logprob else one.logprob for one in logprobs],
-        "top_logprobs": [_top(texts, one) for one in logprobs] if wants_top else None,
-        "text_offset": [one.offset for one in scored],
-    }
+def completion_logprobs(texts: TokenTexts, scored: Sequence[ScoredToken], wants_top: bool) -> CompletionLogprobs:
+    """Build the log-probabilities of a completion. The first token of an echoed prompt has none."""
+    logprobs = [token.logprob for token in scored]
+    return CompletionLogprobs(
+        tokens=[texts.text(token.logprob.token) if token.text is None else token.text for token in scored],
+        token_logprobs=[None if math.isnan(token.logprob) else token.logprob for token in logprobs],
+        top_logprobs=[_top(texts, token) for token in logprobs] if wants_top else None,
+        text_offset=[token.offset for token in scored],
+    )
 
 
-def _top(texts: TokenTexts, one: TokenLogprob) -> dict[str, float] | None:
-    """The likeliest tokens, and the one that was taken; None where there is nothing to tell."""
-    if one.logprob != one.logprob:
+def _top(texts: TokenTexts, scored: TokenLogprob) -> dict[str, float] | None:
+    """Return the log-probabilities of the likeliest tokens and of the sampled one by their texts."""
+    if math.isnan(scored.logprob):
         return None
-    return {texts.text(token): logprob for token, logprob in [*one.top, (one.token, one.logprob)]}
+    return {texts.text(token): logprob for token, logprob in (*scored.top, (scored.token, scored.logprob))}

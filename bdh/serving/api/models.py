@@ -1,29 +1,70 @@
-"""GET /v1/models: what is served."""
+"""GET /v1/models: the models that are served."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Literal
 
-from fastapi import APIRouter, Depends, Request
-from starlette.responses import Response
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
 
-from bdh.serving.api.response_schemas import ModelCard, ModelList
-from bdh.serving.api.sse import JSONAnswer
-from bdh.serving.auth.authentication import Caller, current_caller
-
-if TYPE_CHECKING:
-    from bdh.serving.server import Server
+from bdh.serving.api.dependencies import CurrentCaller, Models
+from bdh.serving.model_registry import ServedModel
 
 router = APIRouter(tags=["OpenAI"])
 
 
-@router.get("/v1/models", response_model=ModelList)
-async def models(request: Request, caller: Annotated[Caller, Depends(current_caller)]) -> Response:
+class ModelDetails(BaseModel):
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_neurons: int = Field(description="Of all heads together.")
+    vocab_size: int
+    n_parameters: int
+    state_bytes: int = Field(description="Of one sequence's synapses, however long it is.")
+    slots: int = Field(description="Continuations in work at once.")
+    device: str
+    dtype: str
+    quantization: str | None
+    chat_template: bool
+    max_prompt_tokens: int
+    max_tokens: int
+
+
+class ModelCard(BaseModel):
+    """A model, with its sizes in `bdh`."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    bdh: ModelDetails
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+@router.get("/v1/models")
+async def models(models: Models, caller: CurrentCaller) -> ModelList:
     """All models that are loaded."""
-    server: Server = request.app.state.server
-    return JSONAnswer({"object": "list", "data": [served.card() for served in server.models.all()]})
+    return ModelList(object="list", data=[model_card(served) for served in models.all()])
 
 
-@router.get("/v1/models/{id}", response_model=ModelCard)
-async def model(id: str, request: Request, caller: Annotated[Caller, Depends(current_caller)]) -> Response:
+@router.get("/v1/models/{id}")
+async def model(id: str, models: Models, caller: CurrentCaller) -> ModelCard:
     """One of them."""
-    server: Server = request.app.state.server
-    return JSONAnswer(server.models.get(id).card())
+    return model_card(models.get(id))
+
+
+def model_card(served: ServedModel) -> ModelCard:
+    info = served.llm.model_info
+    sizes = {name: getattr(info, name) for name in ModelDetails.model_fields if hasattr(info, name)}
+    details = ModelDetails(
+        **sizes,
+        state_bytes=info.state_nbytes,
+        slots=info.n_slots,
+        quantization=None if served.settings.quantization == "none" else served.settings.quantization,
+        chat_template=served.llm.prompt_encoder.tokenizer.chat_template is not None,
+        max_prompt_tokens=served.limits.max_prompt_tokens,
+        max_tokens=served.limits.max_tokens,
+    )
+    return ModelCard(id=served.name, object="model", created=served.created, owned_by="bdh", bdh=details)

@@ -1,4 +1,4 @@
-"""What the OpenAPI description says that the routes' own types do not."""
+"""OpenAPI description of the server, beyond the types of the routes."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from bdh.serving.api.errors import ErrorAnswer
+from bdh.serving.api.errors import ErrorResponse
 from bdh.serving.api.response_schemas import ChatChunk
 
-WORDS = {
+DESCRIPTIONS = {
     400: "Something in the request is wrong.",
     401: "No API key, or none that counts.",
     404: "No such thing.",
@@ -25,16 +25,16 @@ WORDS = {
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The documentation of these errors."""
-    return {status: {"model": ErrorAnswer, "description": WORDS[status]} for status in statuses}
+    """Document the errors with these statuses."""
+    return {status: {"model": ErrorResponse, "description": DESCRIPTIONS[status]} for status in statuses}
 
 
 def links(value: str, **parameters: tuple[str, ...]) -> dict[str, Any]:
-    """The documentation of what can be done with a value of an answer: for a path's parameter, the routes that take it.
+    """Document the routes that take a value of the response as a parameter of their path.
 
     Args:
-        value: Where it is, as "#/id".
-        parameters: Names of functions that are routes.
+        value: JSON pointer to the value, as "#/id".
+        parameters: For each parameter, the names of the functions of the routes.
     """
     return {
         "links": {
@@ -45,43 +45,40 @@ def links(value: str, **parameters: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def describe(app: FastAPI, keys_required: bool) -> dict[str, Any]:
-    """The OpenAPI description of an app.
-
-    FastAPI says that a mistake in a request is answered with 422 and a form of its own, which is not so here.
-    """
-    found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    schemas = found["components"]["schemas"]
+def openapi(app: FastAPI, keys_required: bool) -> dict[str, Any]:
+    """Create the OpenAPI description of an app, without FastAPI's own errors (422), which this server does not send."""
+    description = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    schemas = description["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     chunk = ChatChunk.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas |= chunk.pop("$defs") | {"ChatChunk": chunk}  # which is no answer of its own
-    for path, operations in found["paths"].items():
+    schemas |= chunk.pop("$defs") | {"ChatChunk": chunk}  # used in the documentation of streams
+    for path, operations in description["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
             if keys_required and path.startswith("/v1/"):
                 operation["security"] = [{"key": []}]
     if keys_required:
-        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    return found
+        description["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return description
 
 
-COMMON = errors(400, 401, 404, 408, 413, 429, 500, 503)
-WRITTEN = errors(504)
+COMMON_ERRORS = errors(400, 401, 404, 408, 413, 429, 500, 503)
+GENERATION_ERRORS = errors(504)
 
 
-def streamed(piece: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """The documentation of an answer that may be a stream of such pieces."""
-    pieces = [{"$ref": f"#/components/schemas/{one.__name__}"} for one in (piece, ErrorAnswer)]
+def streamed(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Document a response that may be a stream of chunks of this type."""
+    schemas = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in (chunk, ErrorResponse)]
     data = {
         "anyOf": [
             {"const": "[DONE]"},
-            {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": pieces}},
+            {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": schemas}},
         ]
     }
     event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     return {
-        **WRITTEN,
+        **GENERATION_ERRORS,
         200: {
             **links("#/brain/trace", trace=("whole_trace", "forget")),
             "description": "The answer; with `stream`, server-sent events whose data are pieces of it, and [DONE] at "

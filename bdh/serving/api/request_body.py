@@ -1,4 +1,4 @@
-"""Reads JSON bodies of requests; large ones in a thread, so that other requests are answered meanwhile."""
+"""Parses JSON bodies of requests; large ones in a thread, so that other requests are answered meanwhile."""
 
 import asyncio
 import json
@@ -8,14 +8,14 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-SMALL_BODY_BYTES = 1 << 16  # read in the event loop: that takes a millisecond
+SMALL_BODY_BYTES = 1 << 16  # parsed in the event loop, in a millisecond
 
 
 class JSONBodyRequest(Request):
-    """A request whose JSON is read without delaying other requests."""
+    """Request whose JSON is parsed without delaying other requests."""
 
     async def json(self) -> Any:
-        """The body. Raises json.JSONDecodeError, UnicodeDecodeError or RecursionError."""
+        """Parse the body. Raises json.JSONDecodeError, UnicodeDecodeError or RecursionError."""
         body = await self.body()
         if len(body) <= SMALL_BODY_BYTES:
             return json.loads(body)
@@ -23,7 +23,7 @@ class JSONBodyRequest(Request):
 
 
 class JSONBodyRoute(APIRoute):
-    """A route that reads its body as `JSONBodyRequest` does."""
+    """Route whose requests are a `JSONBodyRequest`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -35,21 +35,14 @@ class JSONBodyRoute(APIRoute):
 
 
 def read_in_thread(body: bytes) -> Any:
-    """The value of a JSON text. Raises as `json.loads`.
+    """Decode a JSON text without keeping other threads from running. Raises as `json.loads`.
 
-    The decoder is C code, during which no other thread runs. The functions that it calls here for each number and
-    object are Python code, during which others may.
+    The decoder is C code, which holds the lock of the interpreter, except while it calls Python functions: here for
+    each number and each object.
     """
-    return json.loads(body, parse_int=as_int, parse_float=as_float, object_hook=as_object)
-
-
-def as_int(text: str) -> int:
-    return int(text)
-
-
-def as_float(text: str) -> float:
-    return float(text)
-
-
-def as_object(value: dict[str, Any]) -> dict[str, Any]:
-    return value
+    return json.loads(
+        body,
+        parse_int=lambda text: int(text),
+        parse_float=lambda text: float(text),
+        object_hook=lambda value: value,
+    )

@@ -1,7 +1,7 @@
-"""What clients send: the requests of the OpenAI API, and what a BDH can add to them.
+"""Requests of the OpenAI API, with additional sampling parameters.
 
-Each mistake takes pydantic a kilobyte, and a request of a few megabytes has room for a million: lists are read up to
-their first one (`fail_fast`), and objects have few fields.
+pydantic needs a kilobyte for each error, and a request of a few megabytes could have a million. So lists are validated
+up to their first error (`fail_fast`), and objects have a limited number of fields.
 """
 
 import json
@@ -12,19 +12,22 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from bdh.data.message_content import ContentError, content_text
-from bdh.inference.params import SamplingParams, check_depth
+from bdh.inference.params import REALS, SamplingParams, check_depth
 from bdh.serving.api.errors import bad_request
 from bdh.serving.config import RequestSettings
 
 LARGEST = 2**31 - 1
-MOST_SCHEMA_BYTES = 1 << 16
-EVERYTHING = 0  # a top_k
-MOST_FIELDS = 100
-MOST_ENTRIES = 1 << 14  # of an object or a list that may have any
+MAX_SCHEMA_BYTES = 1 << 16
+MAX_FIELDS = 100
+MAX_ENTRIES = 1 << 14  # of an object or a list without a limit of its own
 
-Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+
+def limits_of(name: str) -> Any:
+    """Return the limits that `SamplingParams` has for a real number."""
+    low, high, includes_low = REALS[name]
+    return Field(ge=low if includes_low else None, gt=None if includes_low else low, le=high, allow_inf_nan=False)
+
+
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Token = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -33,36 +36,36 @@ TokenText = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 
 
 class Strict(BaseModel):
-    """A part of a request: no other fields, and no value of another type."""
+    """Part of a request: no other fields, and no values of other types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
-    def beginning(cls, value: Any) -> Any:
-        """Not more fields than there could be; one too many is enough to say so."""
-        return dict(islice(value.items(), MOST_FIELDS)) if isinstance(value, dict) else value
+    def limit_fields(cls, value: Any) -> Any:
+        """Drop fields beyond the limit: one unknown field is enough for the error."""
+        return dict(islice(value.items(), MAX_FIELDS)) if isinstance(value, dict) else value
 
 
-def few(value: Any) -> Any:
-    """Raises PydanticCustomError for an object or a list with very many entries, before each of them is checked."""
-    if isinstance(value, dict | list) and len(value) > MOST_ENTRIES:
-        raise PydanticCustomError("too_long", f"there are {len(value)} entries; {MOST_ENTRIES} are the most")
+def check_entries(value: Any) -> Any:
+    """Raises PydanticCustomError for an object or a list with very many entries, before each of them is validated."""
+    if isinstance(value, dict | list) and len(value) > MAX_ENTRIES:
+        raise PydanticCustomError("too_long", f"there are {len(value)} entries; {MAX_ENTRIES} are the most")
     return value
 
 
-Few = BeforeValidator(few)
+Few = BeforeValidator(check_entries)
 
 
 class StreamOptions(Strict):
-    """What a stream tells besides the text."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # known and not needed: nothing here is padded
+    include_obfuscation: bool | None = None  # accepted and ignored: chunks are never padded
 
 
 class JsonSchema(Strict):
-    """A schema that an answer is to satisfy."""
+    """Schema that the generated text must satisfy."""
 
     name: str
     description: str | None = None
@@ -87,30 +90,30 @@ ResponseFormat = Annotated[TextFormat | JsonFormat | JsonSchemaFormat, Field(dis
 
 
 class SamplingFields(Strict):
-    """How tokens are chosen: fields of all requests that write text. None is what is usual."""
+    """Sampling parameters of all requests that generate text. None is the default of the API."""
 
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    presence_penalty: Annotated[float, limits_of("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, limits_of("frequency_penalty")] | None = None
     logit_bias: Annotated[dict[TokenText, Bias] | None, Few] = None
-    seed: int | None = None  # as clients have it; those that are the same modulo 2^63 are the same
+    seed: int | None = None  # any integer; taken modulo 2^63
     stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    # of this server
+    # not in the OpenAI API
     top_k: int | None = Field(default=None, ge=-1, le=LARGEST)
-    min_p: Share | None = None
-    typical_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
+    min_p: Annotated[float, limits_of("min_p")] | None = None
+    typical_p: Annotated[float, limits_of("typical_p")] | None = None
+    repetition_penalty: Annotated[float, limits_of("repetition_penalty")] | None = None
     min_tokens: int | None = Field(default=None, ge=0, le=LARGEST)
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[Token] | None, Field(fail_fast=True), Few] = None
     regex: str | None = None
     brain: bool | None = None
 
-    def sampling(
+    def sampling_params(
         self,
         limits: RequestSettings,
         max_tokens: int,
@@ -119,53 +122,44 @@ class SamplingFields(Strict):
         best_of: int | None = None,
         logprobs: int | None = None,
     ) -> SamplingParams:
-        """The engine's params. Raises ApiError, or BDHError for what only SamplingParams sees."""
+        """Return the parameters of the engine. Raises ApiError, or BDHError for what `SamplingParams` refuses."""
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options is for streams; leave it out, or set stream to true", "stream_options")
         if max_tokens > limits.max_tokens:
-            raise bad_request(
-                f"max_tokens is {max_tokens}; this server writes {limits.max_tokens} at most", "max_tokens"
-            )
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+            message = f"max_tokens is {max_tokens}; this server writes {limits.max_tokens} at most"
+            raise bad_request(message, "max_tokens")
+        fields = {name: getattr(self, name) for name in SAME_IN_ENGINE}
         return SamplingParams(
             max_new_tokens=max_tokens,
             min_new_tokens=self.min_tokens or 0,
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=max(self.top_k or EVERYTHING, EVERYTHING),
-            top_p=1.0 if self.top_p is None else max(self.top_p, 1e-6),  # 0 is the likeliest alone
-            min_p=self.min_p or 0.0,
-            typical_p=1.0 if self.typical_p is None else self.typical_p,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
+            top_k=max(self.top_k or 0, 0),
+            top_p=1.0 if self.top_p is None else max(self.top_p, 1e-6),  # 0 selects the likeliest token
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()} or None,
-            stop=tuple(stop),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=bool(self.ignore_eos),
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             logprobs=logprobs,
             n=n,
             best_of=best_of,
             seed=None if self.seed is None else self.seed % 2**63,
-            regex=self.regex,
             json_schema=self.checked_schema(),
+            **{name: value for name, value in fields.items() if value is not None},
         )
 
     def checked_schema(self) -> dict[str, Any] | None:
-        """The schema of the answer, if there is one. Raises ApiError for one that would take long to follow."""
-        schema = self.schema_of_answer()
+        """Return the JSON schema of the generated text, if any. Raises ApiError or BDHError for a too large one."""
+        schema = self.response_schema()
         check_depth(schema)
-        if schema is not None and len(json.dumps(schema)) > MOST_SCHEMA_BYTES:
-            words = f"the schema has more than {MOST_SCHEMA_BYTES} bytes; give a smaller one"
-            raise bad_request(words, "response_format")
+        if schema is not None and len(json.dumps(schema)) > MAX_SCHEMA_BYTES:
+            message = f"the schema has more than {MAX_SCHEMA_BYTES} bytes; give a smaller one"
+            raise bad_request(message, "response_format")
         return schema
 
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        """The JSON schema that the whole text must satisfy, if one is asked for."""
+    def response_schema(self) -> dict[str, Any] | None:
         match self.response_format:
             case JsonFormat():
                 return {"type": "object"}
-            case JsonSchemaFormat(json_schema=named):
-                return {} if named.schema_ is None else named.schema_
+            case JsonSchemaFormat(json_schema=json_schema):
+                return json_schema.schema_ or {}
         return None
 
     @property
@@ -173,11 +167,21 @@ class SamplingFields(Strict):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-CacheControl = Annotated[dict[str, Any] | None, Few]  # beginnings of prompts are kept as the server sees fit
+SAME_IN_ENGINE = (  # fields that SamplingParams has under the same name and with the same default
+    "presence_penalty",
+    "frequency_penalty",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "ignore_eos",
+    "stop_token_ids",
+    "regex",
+)
+CacheControl = Annotated[dict[str, Any] | None, Few]  # ignored: the server manages its prefix cache itself
 
 
 class KnownFields(SamplingFields):
-    """Fields that clients send as a matter of course, and that change nothing here."""
+    """Fields that clients commonly send and that are accepted and ignored."""
 
     user: str | None = None
     metadata: Annotated[dict[str, str] | None, Few] = None
@@ -193,7 +197,7 @@ class KnownFields(SamplingFields):
     keep_alive: str | int | float | None = None
 
     def ignored_fields(self) -> list[str]:
-        """The names of the fields that the request has and that change nothing here, for the log."""
+        """Return the names of the ignored fields that the request has, for the log."""
         own = KnownFields.__annotations__
         return [name for name in type(self).model_fields if name in own and getattr(self, name) is not None]
 
@@ -204,12 +208,12 @@ Texts = Annotated[list[PromptText], Field(min_length=1, fail_fast=True)]
 SeveralTokenIds = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
 
 
-def few_prompts(value: Any) -> Any:
-    """As `few`, where the entries are prompts; one prompt may have many tokens."""
-    return few(value) if isinstance(value, list) and value and not isinstance(value[0], int) else value
+def check_prompts(value: Any) -> Any:
+    """Check the number of prompts; one prompt may have many tokens."""
+    return check_entries(value) if isinstance(value, list) and value and not isinstance(value[0], int) else value
 
 
-Prompts = Annotated[PromptText | Texts | TokenIds | SeveralTokenIds, BeforeValidator(few_prompts)]
+Prompts = Annotated[PromptText | Texts | TokenIds | SeveralTokenIds, BeforeValidator(check_prompts)]
 
 
 class CompletionRequest(KnownFields):
@@ -225,7 +229,7 @@ class CompletionRequest(KnownFields):
     suffix: str | None = None
 
     def prompts(self) -> list[str | list[int]]:
-        """Each prompt, as text or as token ids."""
+        """Return all prompts, each as text or as token ids."""
         match self.prompt:
             case str() as text:
                 return [text]
@@ -238,12 +242,12 @@ class CompletionRequest(KnownFields):
 class TextPart(Strict):
     type: Literal["text"]
     text: str
-    prompt_cache_breakpoint: dict[str, Any] | None = None  # known and not needed
+    prompt_cache_breakpoint: dict[str, Any] | None = None  # accepted and ignored
     cache_control: CacheControl = None
 
 
 class OtherPart(Strict):
-    """A picture, a sound, a file: known, and refused in words."""
+    """An image, audio or a file: refused with a message."""
 
     model_config = ConfigDict(extra="allow")
     type: Literal["image_url", "input_audio", "file"]
@@ -274,7 +278,7 @@ class UserMessage(Strict):
 
 
 class AssistantMessage(Strict):
-    """An earlier answer; the fields after its name are what clients send back of what they were given."""
+    """Earlier reply of the assistant, with the fields that clients send back."""
 
     role: Literal["assistant"]
     content: Content | None = None
@@ -284,13 +288,13 @@ class AssistantMessage(Strict):
     function_call: dict[str, Any] | None = None
     audio: dict[str, Any] | None = None
     annotations: Annotated[list[Any] | None, Few] = None
-    parsed: Any = None  # what a client made of the content
+    parsed: Any = None  # parsed by the client from the content
     reasoning_content: str | None = None
     cache_control: CacheControl = None
 
 
 class ToolMessage(Strict):
-    """Known, and refused in words."""
+    """Message about a tool call: refused with a message."""
 
     model_config = ConfigDict(extra="allow")
     role: Literal["tool", "function"]
@@ -301,7 +305,7 @@ ChatMessages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True),
 
 
 class ChatFields(KnownFields):
-    """Fields of a chat's answer, whoever keeps the conversation."""
+    """Fields of requests for the reply in a chat, stateless or in a session."""
 
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
@@ -309,9 +313,9 @@ class ChatFields(KnownFields):
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
     def answer_tokens(self, limits: RequestSettings) -> int:
-        """How many tokens an answer may have."""
-        usual = min(limits.default_max_tokens, limits.max_tokens)
-        return self.max_completion_tokens or self.max_tokens or usual
+        """Return the maximum number of tokens of the reply."""
+        default = min(limits.default_max_tokens, limits.max_tokens)
+        return self.max_completion_tokens or self.max_tokens or default
 
     def wanted_logprobs(self) -> int | None:
         if self.top_logprobs and not self.logprobs:
@@ -325,7 +329,7 @@ class ChatRequest(ChatFields):
     model: str
     messages: ChatMessages
     n: Count | None = None
-    # Known, and either not needed or refused in words by `checked`.
+    # Ignored, or refused by `plain_messages`.
     modalities: Annotated[list[str] | None, Field(fail_fast=True), Few] = None
     parallel_tool_calls: bool | None = None
     tools: Annotated[list[Any] | None, Few] = None
@@ -338,12 +342,12 @@ class ChatRequest(ChatFields):
     web_search_options: dict[str, Any] | None = None
 
     def ignored_fields(self) -> list[str]:
-        others = [name for name in IGNORED_IN_CHATS if getattr(self, name) is not None]
-        of_messages = {name: None for message in self.messages for name in ignored_in(message)}
-        return [*super().ignored_fields(), *others, *of_messages]
+        in_request = [name for name in IGNORED_IN_CHATS if getattr(self, name) is not None]
+        in_messages = {name: None for message in self.messages for name in ignored_in(message)}
+        return [*super().ignored_fields(), *in_request, *in_messages]
 
     def plain_messages(self) -> list[dict[str, str]]:
-        """The messages as the chat template takes them. Raises ApiError for what a BDH has no words for."""
+        """Return the messages as the chat template takes them. Raises ApiError for what is not supported."""
         if (self.tools and self.tool_choice != "none") or (self.functions and self.function_call != "none"):
             raise bad_request("tools are not supported here: the model knows no tool calls; leave tools out", "tools")
         if self.audio is not None or set(self.modalities or ["text"]) != {"text"}:
@@ -357,33 +361,31 @@ IGNORED_IN_CHATS = ("parallel_tool_calls", "verbosity", "prediction")
 IGNORED_IN_MESSAGES = ("name", "reasoning_content", "cache_control")
 
 
-def ignored_in(message: InstructionMessage | UserMessage | AssistantMessage | ToolMessage) -> list[str]:
-    """The names of the fields of a message that change nothing here, as "messages[].name"."""
-    found = [f"messages[].{name}" for name in IGNORED_IN_MESSAGES if getattr(message, name, None) is not None]
+def ignored_in(message: ChatMessage) -> list[str]:
+    """Return the names of the ignored fields of a message, as "messages[].name"."""
+    names = [f"messages[].{name}" for name in IGNORED_IN_MESSAGES if getattr(message, name, None) is not None]
     content = getattr(message, "content", None)
     if isinstance(content, list) and any(getattr(part, "cache_control", None) is not None for part in content):
-        found.append("messages[].content[].cache_control")
-    return found
+        names.append("messages[].content[].cache_control")
+    return names
 
 
-def plain_message(
-    message: InstructionMessage | UserMessage | AssistantMessage | ToolMessage, where: str
-) -> dict[str, str]:
-    """One message with its role and text. Raises ApiError."""
+def plain_message(message: ChatMessage, param: str) -> dict[str, str]:
+    """Return the role and text of a message. Raises ApiError."""
     if isinstance(message, ToolMessage) or (
         isinstance(message, AssistantMessage) and (message.tool_calls or message.function_call)
     ):
-        raise bad_request(f"{where} is of a tool call, which are not supported here; leave it out", where)
+        raise bad_request(f"{param} is of a tool call, which are not supported here; leave it out", param)
     if isinstance(message, AssistantMessage) and message.content is None and message.refusal is not None:
         return {"role": message.role, "content": message.refusal}
     if message.content is None:
-        raise bad_request(f"{where} has no content; give text", f"{where}.content")
+        raise bad_request(f"{param} has no content; give text", f"{param}.content")
     role = "system" if message.role == "developer" else message.role
-    return {"role": role, "content": text_of(message.content, f"{where}.content")}
+    return {"role": role, "content": text_of(message.content, f"{param}.content")}
 
 
 def text_of(content: Content, name: str) -> str:
-    """The text of a message's content. Raises ApiError for pictures and the like."""
+    """Return the text of a message's content. Raises ApiError for images and other content."""
     if isinstance(content, str):
         return content
     try:

@@ -1,37 +1,59 @@
-"""What clients get: the answers of the OpenAI API, as its OpenAPI description says and as they are written."""
+"""Responses of the OpenAI API: pydantic models that document the API and produce its JSON."""
 
-import time
-import uuid
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
+from pydantic_core import PydanticSerializationError
+from starlette.responses import Response
 
-from bdh import __version__
+from bdh.json_text import to_json
+from bdh.serving.activity.schemas import BrainChunk, BrainReference
+from bdh.serving.api.errors import ApiError
 
-FINGERPRINT = f"bdh-{__version__}"
+FinishReason = Literal["stop", "length"]
 
 
-class PromptDetails(BaseModel):
+def json_bytes(model: BaseModel) -> bytes:
+    """Encode a response as JSON in ASCII, without the fields that were not set."""
+    try:
+        return model.model_dump_json(exclude_unset=True, by_alias=True, ensure_ascii=True).encode()
+    except PydanticSerializationError:  # half of a surrogate pair, in text from the client
+        return to_json(model.model_dump(exclude_unset=True, by_alias=True), separators=(",", ":")).encode("ascii")
+
+
+class ModelResponse(Response):
+    """JSON response with a pydantic model as its content."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json_bytes(content)
+
+
+def error_response(error: ApiError) -> ModelResponse:
+    return ModelResponse(error.response_model(), error.status, error.headers)
+
+
+class PromptTokensDetails(BaseModel):
     cached_tokens: int = 0
 
 
-class CompletionDetails(BaseModel):
+class CompletionTokensDetails(BaseModel):
     reasoning_tokens: int = 0
 
 
-class Usage(BaseModel):
+class TokenUsage(BaseModel):
     """Tokens of a request; those that a kept state had read already are counted in `cached_tokens` too."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
-    completion_tokens_details: CompletionDetails
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class CompletionLogprobs(BaseModel):
-    """Of the tokens of a completion, in nats; the first of an echoed prompt has none."""
+    """Log-probabilities of the tokens of a completion, in nats; the first token of an echoed prompt has none."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -43,20 +65,7 @@ class CompletionChoice(BaseModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
-
-
-class CompletionAnswer(BaseModel):
-    """What /v1/completions answers, and what each piece of its stream is."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[CompletionChoice]
-    usage: Usage | None = None
-    brain: dict[str, Any] | None = None
+    finish_reason: FinishReason | None
 
 
 class TopLogprob(BaseModel):
@@ -74,7 +83,7 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
-class AnswerMessage(BaseModel):
+class ResponseMessage(BaseModel):
     role: Literal["assistant"]
     content: str
     refusal: None = None
@@ -82,23 +91,9 @@ class AnswerMessage(BaseModel):
 
 class ChatChoice(BaseModel):
     index: int
-    message: AnswerMessage
+    message: ResponseMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
-
-
-class ChatAnswer(BaseModel):
-    """What /v1/chat/completions answers."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChoice]
-    usage: Usage
-    service_tier: str | None = None
-    brain: dict[str, Any] | None = None
+    finish_reason: FinishReason
 
 
 class ChunkDelta(BaseModel):
@@ -110,89 +105,42 @@ class ChunkChoice(BaseModel):
     index: int
     delta: ChunkDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
-class ChatChunk(BaseModel):
-    """A piece of the stream that /v1/chat/completions answers with."""
+class GenerationResponse(BaseModel):
+    """Fields that all responses with generated text have."""
 
     id: str
-    object: Literal["chat.completion.chunk"]
     created: int
     model: str
     system_fingerprint: str
+    session: str | None = Field(default=None, description="Id of the session, in responses of /v1/sessions.")
+
+
+class CompletionResponse(GenerationResponse):
+    """Response of /v1/completions, and each chunk of its stream."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: TokenUsage | None = None
+    brain: BrainChunk | BrainReference | None = None
+
+
+class ChatResponse(GenerationResponse):
+    """Response of /v1/chat/completions."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: TokenUsage
+    service_tier: str | None = None
+    brain: BrainReference | None = None
+
+
+class ChatChunk(GenerationResponse):
+    """Chunk of the stream of /v1/chat/completions."""
+
+    object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
-    usage: Usage | None = None
-    brain: dict[str, Any] | None = None
-
-
-class ModelCard(BaseModel):
-    """A model; `bdh` says what kind of model it is."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    bdh: "ModelFigures"
-
-
-class ModelFigures(BaseModel):
-    n_layer: int
-    n_embd: int
-    n_head: int
-    n_neurons: int = Field(description="Of all heads together.")
-    vocab_size: int
-    n_parameters: int
-    state_bytes: int = Field(description="Of one sequence's synapses, however long it is.")
-    slots: int = Field(description="Continuations in work at once.")
-    device: str
-    dtype: str
-    quantization: str | None
-    chat_template: bool
-    max_prompt_tokens: int
-    max_tokens: int
-
-
-class ModelList(BaseModel):
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
-def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    """The JSON of `Usage`."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {"reasoning_tokens": 0},
-    }
-
-
-class Envelope:
-    """What all pieces of one answer have in common."""
-
-    def __init__(self, prefix: Literal["cmpl", "chatcmpl"], model: str):
-        self.chat = prefix == "chatcmpl"
-        self.id = f"{prefix}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        self.model = model
-
-    def whole(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """The JSON of a whole answer."""
-        return self._around("chat.completion" if self.chat else "text_completion", choices, more)
-
-    def piece(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """The JSON of a piece of a stream."""
-        return self._around("chat.completion.chunk" if self.chat else "text_completion", choices, more)
-
-    def _around(self, kind: str, choices: Sequence[dict[str, Any]], more: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": FINGERPRINT,
-            "choices": list(choices),
-            **more,
-        }
+    usage: TokenUsage | None = None
+    brain: BrainChunk | None = None

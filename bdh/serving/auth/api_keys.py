@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdh.errors import BDHError
-from bdh.serving.identifiers import NAME
+from bdh.serving.config import NAME
 
 FORMAT = 1  # of the file
 SHORTEST_SECRET = 16  # characters, of a secret in the environment

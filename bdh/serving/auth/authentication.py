@@ -1,17 +1,13 @@
 """Authentication of callers: the API key and the address of a request, and the limits on the number of requests."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fastapi import Request
 from starlette.types import Scope
 
 from bdh.serving.api.errors import ApiError, unauthorized
-from bdh.serving.auth.api_keys import Key, KeyRefused
-from bdh.serving.auth.rate_limits import subject_of
-
-if TYPE_CHECKING:
-    from bdh.serving.server import Server
+from bdh.serving.auth.api_keys import Key, KeyRefused, KeyStore
+from bdh.serving.auth.rate_limits import RateLimits, subject_of
 
 REFUSALS = {
     "missing": "no API key was given; send it as: Authorization: Bearer KEY",
@@ -55,7 +51,7 @@ def requires_caller(path: str) -> bool:
     return path.startswith("/v1/") or path in ("/tokenize", "/detokenize")
 
 
-async def admit_caller(scope: Scope, server: "Server") -> None:
+async def admit_caller(scope: Scope, keys: KeyStore, limits: RateLimits) -> None:
     """Authenticates a request and counts it against its limits, before its body is read.
 
     The request is counted as in work last, so one that is refused for another reason keeps no other out.
@@ -67,26 +63,26 @@ async def admit_caller(scope: Scope, server: "Server") -> None:
     address = request.client.host if request.client else "unknown"
     key: Key | None = None
     refusal: ApiError | None = None
-    if server.keys.required:
+    if keys.required:
         try:
-            key = server.keys.check(bearer_token(request.headers.get("authorization")))
+            key = keys.check(bearer_token(request.headers.get("authorization")))
         except KeyRefused as refused:
             refusal = unauthorized(REFUSALS[refused.problem])
-    headers = await server.limits.admit(key, address, refused=refusal is not None)
+    headers = await limits.admit(key, address, refused=refusal is not None)
     if refusal is not None:
         raise refusal
     request.state.limit_headers = headers
-    server.limits.acquire(key, address)
+    limits.acquire(key, address)
     request.state.caller = Caller(key, address)
     if key is not None:
         request.state.log.update(key=key.id, key_name=key.name)
 
 
-def release_caller(scope: Scope, server: "Server") -> None:
+def release_caller(scope: Scope, limits: RateLimits) -> None:
     """Counts a request as no longer in work, if it was admitted."""
     caller: Caller | None = scope["state"].get("caller")
     if caller is not None:
-        server.limits.release(caller.key, caller.address)
+        limits.release(caller.key, caller.address)
 
 
 async def current_caller(request: Request) -> Caller:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bdh.errors import BDHError
 from bdh.serving.auth.api_keys import FORMAT, ID, Key, hash_of, iso, read_keys
-from bdh.serving.identifiers import checked_name
+from bdh.serving.config import checked_name
 
 
 def add_key(

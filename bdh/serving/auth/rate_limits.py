@@ -3,41 +3,14 @@
 import ipaddress
 import math
 from collections import Counter
-from dataclasses import dataclass
 
 from bdh.errors import BDHError
 from bdh.serving.api.errors import TooManyRequests
 from bdh.serving.auth.api_keys import Key
 from bdh.serving.auth.rate_counters import UNLIMITED, CountEntry, Counts, Usage
+from bdh.serving.config import LimitSettings
 
 RateHeaders = dict[str, str]
-
-
-@dataclass
-class LimitSettings:
-    """How much a caller may ask for in a minute. More is refused with 429 and a Retry-After header.
-
-    Attributes:
-        requests_per_minute: Of one key that has no limit of its own, or of one address where no keys are asked for;
-            None: any number.
-        tokens_per_minute: Read and written, of one key or address likewise. A request counts with all that it reads and
-            may write from its beginning on, and what it did not use is given back when it ends: it is refused if there
-            is not so much left. One that may write more than the whole limit begins only while no other is in work, and
-            counts against those that follow. None: any number.
-        concurrent_requests: In work at once, of one key or address likewise, counted by each server for itself. None:
-            any number.
-        address_requests_per_minute: From one address, whatever its keys; those refused for a wrong key count too, so
-            that nobody guesses fast. An IPv6 address counts with its /64 network. None: any number.
-        storage: Where it is counted: "memory://", by each server for itself, or "redis://HOST:PORT/DB" (or rediss://),
-            by several servers together. While Redis does not answer, each server counts for itself, and serving goes
-            on; the log has a warning.
-    """
-
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    concurrent_requests: int | None = None
-    address_requests_per_minute: int | None = None
-    storage: str = "memory://"
 
 
 class Reservation:

@@ -10,21 +10,20 @@ from bdh.errors import QueueFull
 from bdh.serving.auth.authentication import Caller
 
 if TYPE_CHECKING:
-    from bdh.serving.auth.rate_limits import Reservation
-    from bdh.serving.server import Server
+    from bdh.serving.auth.rate_limits import RateLimits, Reservation
 
 
 class TokenMeter:
     """The tokens that one request reserves before it is worked on, and settles when it ends.
 
     Args:
-        server: Has the limits.
+        limits: The limits that the tokens count against.
         caller: Of the request; the tokens count for it.
         request: Its answer gets the headers about the limit.
     """
 
-    def __init__(self, server: "Server", caller: Caller, request: Request):
-        self._limits = server.limits
+    def __init__(self, limits: "RateLimits", caller: Caller, request: Request):
+        self._limits = limits
         self._caller = caller
         self._headers: dict[str, str] = request.state.limit_headers
         self._reservation: Reservation | None = None

@@ -17,13 +17,14 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
+
+from bdh.serving.config import LogSettings
 
 if TYPE_CHECKING:
     from bdh.serving.observability.metrics import Metrics
@@ -45,23 +46,6 @@ SAFE_WORDS = (OSError, RuntimeError, TypeError, AttributeError, NameError, Asser
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 access = logging.getLogger("bdh.access")
-
-
-@dataclass
-class LogSettings:
-    """What is logged, on stderr.
-
-    Attributes:
-        format: "json", "text", or "auto": text on a terminal, else JSON.
-        level: "debug", "info", "warning" or "error".
-        prompts: Whether prompts and answers are written too. They may hold anything that users say.
-        access: Whether each request gets a line.
-    """
-
-    format: Literal["auto", "json", "text"] = "auto"
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    prompts: bool = False
-    access: bool = True
 
 
 def configure_logging(settings: LogSettings) -> None:

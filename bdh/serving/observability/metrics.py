@@ -227,9 +227,10 @@ class Metrics:
         self.cached_tokens.labels(known).inc(cached)
         self.completion_tokens.labels(known).inc(completion)
 
-    def refused(self, reason: str) -> None:
-        """A request was turned away. The reason is a short name of ours, never a client's words."""
-        self.refusals.labels(reason).inc()
+    def refused(self, reason: str | None) -> None:
+        """Counts a refused request by the short name of the reason; None is not counted."""
+        if reason is not None:
+            self.refusals.labels(reason).inc()
 
     def disconnected(self, model: str | None) -> None:
         """A client went away before its answer was complete."""

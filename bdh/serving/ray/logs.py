@@ -12,7 +12,8 @@ import sys
 import threading
 from pathlib import Path
 
-from bdh.serving.observability.logs import LogSettings, configure_logging
+from bdh.serving.config import LogSettings
+from bdh.serving.observability.logs import configure_logging
 
 log = logging.getLogger(__name__)
 

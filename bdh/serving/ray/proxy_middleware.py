@@ -14,16 +14,16 @@ import secrets
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import uvicorn.config
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bdh.serving.api.admission import SAFE, read_body, replaying
 from bdh.serving.api.errors import ApiError, unavailable
-from bdh.serving.api.http_protocol import PatientProtocol
-from bdh.serving.api.sse import JSONAnswer, as_event, error_answer
-from bdh.serving.config import RequestSettings, ServeConfig
-from bdh.serving.observability.logs import LogSettings, incoming_id
+from bdh.serving.api.health import Health
+from bdh.serving.api.middleware import SECURITY_HEADERS, read_body, replay_body
+from bdh.serving.api.response_schemas import ModelResponse, error_response
+from bdh.serving.api.sse import sse_event
+from bdh.serving.config import LogSettings, RequestSettings, ServeConfig
+from bdh.serving.observability.logs import incoming_id
 from bdh.serving.ray.logs import log_to
 from bdh.serving.sessions.ids import DIGITS
 
@@ -66,7 +66,6 @@ def middlewares() -> list[Middleware]:
     settings = json.loads(os.environ[VARIABLE])
     limits = RequestSettings(**settings["requests"])
     log_to(settings["sink"], LogSettings(**settings["logging"]))
-    uvicorn.config.HTTP_PROTOCOLS["auto"] = PatientProtocol.within(limits.body_seconds)  # type: ignore[assignment]
     return [Middleware(Gate, limits=limits)]
 
 
@@ -93,13 +92,13 @@ class Gate:
             if body is None:  # the client went away
                 return
             if scope["path"] == "/health/live":
-                await JSONAnswer({"status": "alive"})(scope, receive, with_headers(send, id))
+                await ModelResponse(Health(status="alive"))(scope, receive, with_headers(send, id))
             else:
                 await self._pass_on(scope, body, id, receive, send)
         except ApiError as error:
             about = {"request_id": id, "path": scope["path"][:200], "status": error.status, "code": error.code}
             log.warning("a request got no answer of a replica", extra=about)
-            await error_answer(error)(scope, receive, with_headers(send, id))
+            await error_response(error)(scope, receive, with_headers(send, id))
 
     async def _pass_on(self, scope: Scope, body: bytes, id: str, receive: Receive, send: Send) -> None:
         """Raises ApiError if no replica answered."""
@@ -108,7 +107,7 @@ class Gate:
             headers = [*without(RAYS_HEADERS | {b"x-request-id"}, scope["headers"]), (b"x-request-id", id.encode())]
             if found := PLACED.fullmatch(scope["path"]):
                 headers.append((PLACE_HEADER, found[1].encode()))
-            await self._call({**scope, "headers": headers}, replaying(body, passage.receive), passage)
+            await self._call({**scope, "headers": headers}, replay_body(body, passage.receive), passage)
             if passage.gone or passage.complete:
                 return
             if passage.began:
@@ -176,7 +175,9 @@ class Passage:
         if self.streams:
             error = ApiError(502, "the replica that wrote this is gone; send the request once more", "server_error",
                              code="replica_failed")  # fmt: skip
-            await self._send({"type": "http.response.body", "body": as_event(error.body()), "more_body": False})
+            await self._send(
+                {"type": "http.response.body", "body": sse_event(error.response_model()), "more_body": False}
+            )
 
 
 def with_headers(send: Send, id: str) -> Send:
@@ -184,7 +185,7 @@ def with_headers(send: Send, id: str) -> Send:
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            ours = [(b"x-request-id", id.encode()), *SAFE]
+            ours = [(b"x-request-id", id.encode()), *SECURITY_HEADERS]
             headers = [*without({name for name, _ in ours}, message["headers"]), *ours]
             message = {**message, "headers": headers}
         await send(message)

@@ -17,12 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bdh.cli.main import quiet_libraries
 from bdh.serving.app import create_app
 from bdh.serving.config import ServeConfig
-from bdh.serving.model_registry import Models
+from bdh.serving.model_registry import ModelRegistry
 from bdh.serving.ray.logs import log_to
 from bdh.serving.ray.proxy_middleware import REPLICA_HEADER
 from bdh.serving.server import Server
 from bdh.serving.sessions.ids import place_of_replica
-from bdh.serving.sessions.routes import card
+from bdh.serving.sessions.routes import SessionCard, card
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +44,6 @@ class ReplicaServer(Server):
         if self.failure is not None:
             raise self.failure
 
-    def begin_drain(self) -> None:
-        """Takes no new requests from now on. The log has it from whoever asks all replicas to."""
-        self.draining = True
-
 
 @serve.ingress()
 class Replica:
@@ -66,7 +62,7 @@ class Replica:
         log_to(sink, config.logging, name)
         quiet_libraries()
         self.name = name
-        models = Models(config, set_up_logging=partial(log_to, sink, config.logging, name))
+        models = ModelRegistry(config, set_up_logging=partial(log_to, sink, config.logging, name))
         self.server = ReplicaServer(config, environment, place_of_replica(name), models)
         self.server.peers = RayPeers(self)
         await self.server.start()
@@ -84,13 +80,13 @@ class Replica:
     async def figures(self) -> tuple[str, list[Metric]]:
         return self.name, list(self.server.metrics.registry.collect())
 
-    async def session_cards(self, owner: str | None) -> list[dict[str, Any]]:
+    async def session_cards(self, owner: str | None) -> list[SessionCard]:
         return [card(kept) for kept in self.server.sessions.of(owner)]
 
     async def drain(self) -> int:
         """Takes no new requests from now on; returns how many are inside."""
-        self.server.begin_drain()
-        return self.server.inside
+        self.server.drain.start()
+        return self.server.drain.in_flight
 
     async def end(self) -> None:
         """Ends what is still inside, and everything else."""
@@ -148,9 +144,9 @@ class RayPeers:
     async def metrics(self) -> bytes:
         return generate_latest(Together(await self._ask("figures")))  # type: ignore[arg-type]
 
-    async def sessions(self, owner: str | None) -> list[dict[str, Any]]:
+    async def sessions(self, owner: str | None) -> list[SessionCard]:
         cards = [one for some in await self._ask("session_cards", owner) for one in some]
-        return sorted(cards, key=lambda one: one["created"])
+        return sorted(cards, key=lambda one: one.created)
 
     async def _ask(self, method: str, *arguments: Any) -> list[Any]:
         if self._handle is None:

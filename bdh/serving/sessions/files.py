@@ -13,7 +13,7 @@ from bdh.atomic_files import remove_leftovers
 from bdh.errors import BDHError
 from bdh.file_locks import make_locked_folder, remove_unlocked_folders, unlock
 from bdh.serving.api.errors import ApiError, not_found
-from bdh.serving.identifiers import NAME, checked_name
+from bdh.serving.config import NAME, checked_name
 
 EVERYBODY = "everybody"  # whose sessions these are where no keys are asked for; no key's id is like this
 ENDING = ".safetensors"

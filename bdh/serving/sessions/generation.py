@@ -1,26 +1,26 @@
-"""What is said and written in sessions, as one HTTP request asks for it: the answers of chats and of completions."""
+"""Requests that generate text in a session: replies to messages, and continuations."""
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from fastapi import Request
 from pydantic import Field
 
 from bdh.errors import BDHError
-from bdh.serving.api.chat_completions import chat_choices, chat_events
-from bdh.serving.api.choices import Choices, CompletionDialect
-from bdh.serving.api.completions import USUAL_MAX_TOKENS
+from bdh.inference.outputs import Completion
+from bdh.serving.api.completions import DEFAULT_MAX_TOKENS
 from bdh.serving.api.errors import bad_request
-from bdh.serving.api.generation import Writing
-from bdh.serving.api.logprobs import LogprobWriter
-from bdh.serving.api.request_handler import as_events
+from bdh.serving.api.request_handler import RequestHandler
 from bdh.serving.api.request_schemas import LARGEST, ChatFields, Content, KnownFields, text_of
-from bdh.serving.api.response_schemas import Envelope, usage
+from bdh.serving.api.response_builder import ChatResponseBuilder, CompletionResponseBuilder, ResponseBuilder
+from bdh.serving.api.response_schemas import ChatChoice, ChunkChoice, CompletionChoice
+from bdh.serving.auth.authentication import Caller
 from bdh.serving.sessions.memory import Kept
 
 if TYPE_CHECKING:
     from bdh.inference.async_session import AsyncSession, Turn
-    from bdh.serving.server import Server
+    from bdh.serving.sessions.store import SessionStore
 
 One = Literal[1] | None
 
@@ -41,189 +41,146 @@ class WriteRequest(KnownFields):
     n: One = Field(default=None, description="A session writes one text at a time.")
 
 
-class SessionEnvelope(Envelope):
-    """What all pieces of one answer have in common, its session among it."""
-
-    def __init__(self, prefix: Literal["cmpl", "chatcmpl"], kept: Kept):
-        super().__init__(prefix, kept.served.name)
-        self.session = kept.id
-
-    def whole(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return super().whole(choices, **more, session=self.session)
-
-    def piece(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return super().piece(choices, **more, session=self.session)
-
-
-class SessionWork:
-    """One request to have something written in a session.
+class SessionHandler(RequestHandler):
+    """Handler of a request that generates text in a session.
 
     Args:
-        server: Whose.
+        request: The HTTP request.
+        caller: The caller.
         kept: The session.
-        body: How tokens are chosen, and how the answer is to come.
-        writing: Counts the work.
-        envelope: For the answer.
+        body: The parsed body of the request.
+        builder: Builds the responses.
+        param: The field of the body that has the text.
     """
 
     def __init__(
-        self,
-        server: "Server",
-        kept: Kept,
-        body: KnownFields,
-        writing: Writing,
-        envelope: Envelope,
+        self, request: Request, caller: Caller, kept: Kept, body: KnownFields, builder: ResponseBuilder, param: str
     ):
-        self.server = server
+        super().__init__(request, caller, kept.served, body, builder)
         self.kept = kept
-        self.served = kept.served
-        self.body = body
-        self.writing = writing
-        self.envelope = envelope
-        self.choices: Choices | None = None  # None: there is nothing to write
-        self.cached_tokens = 0  # of what was only read
-        writing.log["session"] = kept.id
+        self.param = param
+        self.sessions: SessionStore = request.app.state.sessions
+        self.records_activity = bool(body.brain)
+        self.log["session"] = kept.id
 
-    async def begin(self) -> None:
-        """Checks the request and gives it to the engine. Raises ApiError or BDHError."""
-        raise NotImplementedError
+    def check_text(self, text: str) -> None:
+        """Check the length of the new text and the queue. Raises ApiError."""
+        self.log_text("prompt", [text])
+        self.served.check_length(len(text), self.param)
+        self.served.check_queue(self.caller.client)
 
-    async def began(self, turn: "Turn", choices: Choices) -> None:
-        """Records the turn that was begun, and the activity of neurons if it is asked for."""
-        self.choices = choices
-        self.writing.prompt_tokens = turn.prompt_tokens
-        if self.body.brain:
-            request = turn.text_request.request
-            await self.writing.look(list(request.prompt), request.state)
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Check the new tokens. Raises ApiError."""
+        if tokens:
+            self.served.check_prompt(tokens, self.param)
 
     @asynccontextmanager
-    async def taken(self) -> AsyncGenerator["AsyncSession"]:
-        """The session, for this request's caller to begin something with. Raises ApiError."""
-        async with self.server.sessions.taken(self.kept) as session:
-            session.client = self.writing.caller.client
+    async def session(self) -> AsyncGenerator["AsyncSession"]:
+        """Take the session for an operation. Raises ApiError."""
+        async with self.sessions.taken(self.kept) as session:
+            session.client = self.caller.client
             yield session
 
-    def check(self, param: str) -> Callable[[Sequence[int]], None]:
-        """What refuses too long a text."""
-        return lambda tokens: self.served.check_prompt(tokens, param) if tokens else None
-
-    def log_prompt(self, text: str) -> None:
-        if self.server.config.logging.prompts:
-            self.writing.log["prompt"] = [text]
-
-    @property
-    def streamed(self) -> bool:
-        return bool(self.body.stream)
-
-    async def answer(self) -> Callable[[], dict[str, Any]]:
-        """What makes the JSON of the whole answer. Raises ApiError, BDHError or RuntimeError."""
-        choices = self.choices
-        if choices is None:
-            return lambda: self.envelope.whole([NOTHING], usage=self.usage())
-        [completion] = await self.writing.completions()
-        [choice] = completion.raise_for_error().choices
-        if self.server.config.logging.prompts:
-            self.writing.log["answer"] = [choice.text]
-        more: dict[str, Any] = {"service_tier": None} if self.envelope.chat else {}
-        more |= await self.writing.observed_whole(choice.tokens)
-        return lambda: self.envelope.whole([choices.whole(choice)], usage=self.usage(), **more)
-
-    async def events(self) -> AsyncGenerator[bytes]:
-        """The answer as a stream of events."""
-        async for event in as_events(self.pieces(), self.envelope, self.usage if self.body.wants_usage else None):
-            yield event
-
-    async def pieces(self) -> AsyncGenerator[dict[str, Any]]:
-        if self.choices is None:
-            yield self.envelope.piece([NOTHING])
-            return
-        async for piece in chat_events(self.envelope, self.choices, 1, self.writing):
-            yield piece
-
-    def usage(self) -> dict[str, Any]:
-        """Tokens that this request had read and written; what the session knew before costs nothing."""
-        if self.choices is None:
-            return usage(self.writing.prompt_tokens, 0, self.cached_tokens)
-        return self.writing.usage()
+    async def start_turn(self, turn: "Turn", wants_logprobs: bool) -> None:
+        """Report the output of a turn that was started. Raises ApiError."""
+        self.prompt_tokens = turn.prompt_tokens
+        if wants_logprobs:
+            self.builder.add_logprobs(turn.text_request)
+        if self.records_activity:
+            request = turn.text_request.request
+            await self.start_trace(request.prompt, request.state)
 
 
-NOTHING = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}  # what is written where none is wanted
+class MessageHandler(SessionHandler):
+    """Handler of a message to the assistant."""
 
+    builder: ChatResponseBuilder
 
-class MessageWork(SessionWork):
-    """One message, and the assistant's answer."""
+    def __init__(self, request: Request, caller: Caller, kept: Kept, body: MessageRequest):
+        served = kept.served
+        builder = ChatResponseBuilder(served.name, served.texts, kept.id, include_usage=body.wants_usage)
+        super().__init__(request, caller, kept, body, builder, "content")
+        self.body = body
 
-    body: MessageRequest
-
-    def __init__(self, server: "Server", kept: Kept, body: MessageRequest, writing: Writing):
-        super().__init__(server, kept, body, writing, SessionEnvelope("chatcmpl", kept))
-
-    async def begin(self) -> None:
+    async def start(self) -> None:
         body, limits = self.body, self.served.limits
         text = text_of(body.content, "content")
-        params = body.sampling(limits, body.answer_tokens(limits), logprobs=body.wanted_logprobs())
-        self.log_prompt(text)
-        self.served.check_length(len(text), "content")
-        self.writing.check_queue()
+        params = body.sampling_params(limits, body.answer_tokens(limits), logprobs=body.wanted_logprobs())
+        self.check_text(text)
 
-        async def reserve(read: int) -> None:
-            self.writing.prepaid_tokens = min(self.kept.prepaid_tokens, read)
-            await self.writing.meter.reserve(read - self.writing.prepaid_tokens + params.max_new_tokens)
+        async def reserve(tokens: int) -> None:
+            self.prepaid_tokens = min(self.kept.prepaid_tokens, tokens)
+            await self.meter.reserve(tokens - self.prepaid_tokens + params.max_new_tokens)
 
-        async with self.taken() as session:
-            turn = await session.send(
-                text, params, wants_deltas=bool(body.stream), check=self.check("content"), reserve=reserve
-            )
-            self.writing.calls.append(turn)
+        async with self.session() as session:
+            turn = await session.send(text, params, wants_deltas=self.stream, check=self.check_tokens, reserve=reserve)
+            self.calls.append(turn)
         self.kept.prepaid_tokens = 0
-        await self.began(turn, chat_choices(self.served, turn.text_request))
+        await self.start_turn(turn, params.logprobs is not None)
+
+    async def opening_choices(self, number: int) -> list[ChunkChoice]:
+        return [self.builder.role_choice(0)]
 
 
-class WriteWork(SessionWork):
-    """A text to read, and what the model writes on from there."""
+class WriteHandler(SessionHandler):
+    """Handler of a text to read and to continue; with `max_tokens` 0 it is only read."""
 
-    body: WriteRequest
+    builder: CompletionResponseBuilder
 
-    def __init__(self, server: "Server", kept: Kept, body: WriteRequest, writing: Writing):
-        super().__init__(server, kept, body, writing, SessionEnvelope("cmpl", kept))
+    def __init__(self, request: Request, caller: Caller, kept: Kept, body: WriteRequest):
+        served = kept.served
+        builder = CompletionResponseBuilder(
+            served.name,
+            served.texts,
+            kept.id,
+            include_usage=body.wants_usage,
+            top_logprobs=bool(body.logprobs),
+        )
+        super().__init__(request, caller, kept, body, builder, "prompt")
+        self.body = body
 
-    async def begin(self) -> None:
+    async def start(self) -> None:
         body = self.body
-        max_tokens = USUAL_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        params = body.sampling(self.served.limits, max(1, max_tokens), logprobs=body.logprobs)
+        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        params = body.sampling_params(self.served.limits, max(1, max_tokens), logprobs=body.logprobs)
         text = body.prompt or ""
-        self.log_prompt(text)
-        self.served.check_length(len(text), "prompt")
-        self.writing.check_queue()
+        self.check_text(text)
         if max_tokens == 0:
             await self.read(text)
             return
 
-        async def reserve(read: int) -> None:
-            await self.writing.meter.reserve(read + params.max_new_tokens)
+        async def reserve(tokens: int) -> None:
+            await self.meter.reserve(tokens + params.max_new_tokens)
 
-        async with self.taken() as session:
-            turn = await session.write(
-                params, text, wants_deltas=bool(body.stream), check=self.check("prompt"), reserve=reserve
-            )
-            self.writing.calls.append(turn)
-        texts, ends = self.served.texts, turn.text_request.request.ends
-        writers = None if body.logprobs is None else [LogprobWriter(texts, ends, tells_end=True)]
-        await self.began(turn, Choices(CompletionDialect(texts, bool(body.logprobs)), writers))
+        async with self.session() as session:
+            turn = await session.write(params, text, wants_deltas=self.stream, check=self.check_tokens, reserve=reserve)
+            self.calls.append(turn)
+        await self.start_turn(turn, params.logprobs is not None)
 
     async def read(self, text: str) -> None:
-        """Has the text read, and nothing written."""
-        if self.body.brain:
+        """Read a text without generating. Raises ApiError or BDHError."""
+        if self.records_activity:
             raise bad_request("brain is for texts that are written; leave it out, or set max_tokens to 1", "brain")
+        self.reads_only = True
 
-        async def reserve(read: int) -> None:
-            await self.writing.meter.reserve(read)
-            self.writing.prompt_tokens = read  # also if the client disconnects before they are read
+        async def reserve(tokens: int) -> None:
+            await self.meter.reserve(tokens)
+            self.prompt_tokens = tokens  # also if the client disconnects before they are read
 
-        async with self.taken() as session:
+        async with self.session() as session:
             try:
-                read = await session.read(text, check=self.check("prompt"), reserve=reserve)
-            except BDHError:  # the engine has not taken it
-                self.writing.prompt_tokens = 0
+                read = await session.read(text, check=self.check_tokens, reserve=reserve)
+            except BDHError:  # the engine has refused it
+                self.prompt_tokens = 0
                 raise
-        self.cached_tokens = read.cached
+        self.cached_tokens_read = read.cached
+
+    async def opening_choices(self, number: int) -> list[CompletionChoice]:
+        return [self.empty_choice()] if self.reads_only else []
+
+    def whole_choices(self, completions: list[Completion]) -> list[CompletionChoice | ChatChoice]:
+        return [self.empty_choice()] if self.reads_only else super().whole_choices(completions)
+
+    def empty_choice(self) -> CompletionChoice:
+        """Build the choice of a response without generated text."""
+        return self.builder.whole_choice(0, "", None, "length")

@@ -1,6 +1,9 @@
 """What a server that is one of several asks the others, so that all answer as one."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from bdh.serving.sessions.routes import SessionCard
 
 
 class Peers(Protocol):
@@ -9,5 +12,5 @@ class Peers(Protocol):
     async def metrics(self) -> bytes:
         """The figures of all, in Prometheus' text format, each with a label that says whose it is."""
 
-    async def sessions(self, owner: str | None) -> list[dict[str, Any]]:
+    async def sessions(self, owner: str | None) -> "list[SessionCard]":
         """The cards of an owner's sessions, wherever they are."""

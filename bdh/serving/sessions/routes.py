@@ -3,29 +3,25 @@
 import asyncio
 import os
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response, StreamingResponse
 
+from bdh.serving.api.dependencies import CurrentCaller, Limits, Models, OtherReplicas, Sessions
 from bdh.serving.api.errors import bad_request
-from bdh.serving.api.generation import Writing
 from bdh.serving.api.openapi import errors, links, streamed
 from bdh.serving.api.request_body import JSONBodyRoute
-from bdh.serving.api.request_handler import answered
 from bdh.serving.api.request_schemas import Strict
-from bdh.serving.api.response_schemas import ChatAnswer, ChatChunk, CompletionAnswer
-from bdh.serving.api.sse import JSONAnswer
-from bdh.serving.auth.authentication import Caller, current_caller
+from bdh.serving.api.response_schemas import ChatChunk, ChatResponse, CompletionResponse, ModelResponse
+from bdh.serving.auth.authentication import Caller
+from bdh.serving.auth.rate_limits import RateLimits
 from bdh.serving.auth.token_usage import TokenMeter
-from bdh.serving.identifiers import NAME
+from bdh.serving.config import NAME
 from bdh.serving.model_registry import ServedModel
-from bdh.serving.sessions.generation import MessageRequest, MessageWork, WriteRequest, WriteWork
+from bdh.serving.sessions.generation import MessageHandler, MessageRequest, WriteHandler, WriteRequest
 from bdh.serving.sessions.memory import Kept
-
-if TYPE_CHECKING:
-    from bdh.serving.server import Server
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=JSONBodyRoute)
 
@@ -93,21 +89,9 @@ class SavedAnswer(BaseModel):
     bytes: int
 
 
-class SessionChatAnswer(ChatAnswer):
-    session: str
-
-
-class SessionCompletionAnswer(CompletionAnswer):
-    session: str
-
-
-CurrentCaller = Annotated[Caller, Depends(current_caller)]
-
-
-async def own_session(request: Request, id: str, caller: CurrentCaller) -> Kept:
+async def own_session(id: str, caller: CurrentCaller, sessions: Sessions) -> Kept:
     """The session that a path names. Raises ApiError 404 if there is none, or it is another key's."""
-    server: Server = request.app.state.server
-    return server.sessions.get(caller.owner, id)
+    return sessions.get(caller.owner, id)
 
 
 Own = Annotated[Kept, Depends(own_session)]
@@ -122,62 +106,57 @@ Own = Annotated[Kept, Depends(own_session)]
         201: links("#/id", id=("one_session", "say", "write", "save", "state", "end")),
     },
 )
-async def create(body: NewSession, request: Request, caller: CurrentCaller) -> Response:
+async def create(
+    body: NewSession, request: Request, caller: CurrentCaller, models: Models, sessions: Sessions, limits: Limits
+) -> Response:
     """Begins a session."""
-    server: Server = request.app.state.server
-    served = server.models.get(body.model)
+    served = models.get(body.model)
     if body.saved is None:
-        count = 0 if body.system is None else await count_tokens(request, caller, served, body.system)
-        kept = await server.sessions.create(caller.owner, served, body.system, body.name)
+        count = 0 if body.system is None else await count_tokens(request, limits, caller, served, body.system)
+        kept = await sessions.create(caller.owner, served, body.system, body.name)
         kept.prepaid_tokens = count
     elif body.system is None:
-        kept = await server.sessions.reopen(caller.owner, served, body.saved, body.name)
+        kept = await sessions.reopen(caller.owner, served, body.saved, body.name)
     else:
         raise bad_request("a saved session has its own system message; leave system out", "system")
-    return JSONAnswer(card(kept), 201)
+    return ModelResponse(card(kept), 201)
 
 
 @router.get("", response_model=SessionList)
-async def all_sessions(request: Request, caller: CurrentCaller) -> Response:
+async def all_sessions(caller: CurrentCaller, sessions: Sessions, peers: OtherReplicas) -> Response:
     """The sessions there are."""
-    server: Server = request.app.state.server
-    saved = [vars(one) for one in await server.sessions.saved(caller.owner)]
-    if server.peers is None:
-        data = [card(kept) for kept in server.sessions.of(caller.owner)]
+    saved = [SavedCard(**vars(one)) for one in await sessions.saved(caller.owner)]
+    if peers is None:
+        data = [card(kept) for kept in sessions.of(caller.owner)]
     else:
-        data = await server.peers.sessions(caller.owner)
-    return JSONAnswer({"object": "list", "data": data, "saved": saved})
+        data = await peers.sessions(caller.owner)
+    return ModelResponse(SessionList(object="list", data=data, saved=saved))
 
 
 @router.get("/{id}", response_model=SessionDetails)
-async def one_session(request: Request, kept: Own) -> Response:
+async def one_session(sessions: Sessions, kept: Own) -> Response:
     """A session, and what was said in it."""
-    server: Server = request.app.state.server
-    messages = await server.sessions.messages(kept)
-    return JSONAnswer({**card(kept), "messages": messages})
+    messages = [SaidMessage(**message) for message in await sessions.messages(kept)]
+    return ModelResponse(SessionDetails(**card(kept).model_dump(), messages=messages))
 
 
-@router.post("/{id}/messages", response_model=SessionChatAnswer, responses={**streamed(ChatChunk), **errors(409, 507)})
+@router.post("/{id}/messages", response_model=ChatResponse, responses={**streamed(ChatChunk), **errors(409, 507)})
 async def say(body: MessageRequest, request: Request, kept: Own, caller: CurrentCaller) -> Response:
     """Says something to the assistant, who answers. Only what is new is read."""
-    server: Server = request.app.state.server
-    work = MessageWork(server, kept, body, Writing(server, kept.served, caller, request))
-    return await answered(work, request)
+    return await MessageHandler(request, caller, kept, body).respond()
 
 
 @router.post(
     "/{id}/completions",
-    response_model=SessionCompletionAnswer,
-    responses={**streamed(CompletionAnswer), **errors(409, 507)},
+    response_model=CompletionResponse,
+    responses={**streamed(CompletionResponse), **errors(409, 507)},
 )
 async def write(body: WriteRequest, request: Request, kept: Own, caller: CurrentCaller) -> Response:
     """Reads a text, if there is one, and writes on from there; with `max_tokens` 0 it only reads.
 
     After an answer that was cut short, and without a prompt, this goes on with the answer.
     """
-    server: Server = request.app.state.server
-    work = WriteWork(server, kept, body, Writing(server, kept.served, caller, request))
-    return await answered(work, request)
+    return await WriteHandler(request, caller, kept, body).respond()
 
 
 @router.post(
@@ -185,11 +164,9 @@ async def write(body: WriteRequest, request: Request, kept: Own, caller: Current
     response_model=SavedAnswer,
     responses={**errors(409, 507), 200: links("#/name", name=("delete_saved",))},
 )
-async def save(body: SaveRequest, request: Request, kept: Own) -> Response:
+async def save(body: SaveRequest, sessions: Sessions, kept: Own) -> Response:
     """Saves a session under a name; what was saved under it before is replaced."""
-    server: Server = request.app.state.server
-    size = await server.sessions.save(kept, body.name)
-    return JSONAnswer({"name": body.name, "bytes": size})
+    return ModelResponse(SavedAnswer(name=body.name, bytes=await sessions.save(kept, body.name)))
 
 
 @router.get(
@@ -203,10 +180,9 @@ async def save(body: SaveRequest, request: Request, kept: Own) -> Response:
         },
     },
 )
-async def state(request: Request, kept: Own) -> Response:
+async def state(sessions: Sessions, kept: Own) -> Response:
     """The state itself."""
-    server: Server = request.app.state.server
-    file = await server.sessions.state_file(kept)
+    file = await sessions.state_file(kept)
     headers = {
         "content-length": str(os.fstat(file.fileno()).st_size),
         "content-disposition": f'attachment; filename="{kept.id}.safetensors"',
@@ -215,41 +191,38 @@ async def state(request: Request, kept: Own) -> Response:
 
 
 @router.delete("/{id}", status_code=204, response_class=Response, responses=errors(409))
-async def end(request: Request, kept: Own) -> Response:
+async def end(sessions: Sessions, kept: Own) -> Response:
     """Ends a session. What was saved of it stays."""
-    server: Server = request.app.state.server
-    await server.sessions.delete(kept)
+    await sessions.delete(kept)
     return Response(status_code=204)
 
 
 @router.delete("/saved/{name}", status_code=204, response_class=Response)
-async def delete_saved(name: SavedName, request: Request, caller: CurrentCaller) -> Response:
+async def delete_saved(name: SavedName, sessions: Sessions, caller: CurrentCaller) -> Response:
     """Deletes a saved session. Sessions that it was reopened as go on."""
-    server: Server = request.app.state.server
-    await server.sessions.delete_saved(caller.owner, name)
+    await sessions.delete_saved(caller.owner, name)
     return Response(status_code=204)
 
 
-def card(kept: Kept) -> dict[str, Any]:
-    """The JSON of a `SessionCard`."""
-    return {
-        "id": kept.id,
-        "object": "session",
-        "model": kept.served.name,
-        "name": kept.name,
-        "created": kept.created,
-        "position": kept.position,
-        "state_bytes": kept.state_nbytes,
-        "busy": kept.busy,
-    }
+def card(kept: Kept) -> SessionCard:
+    return SessionCard(
+        id=kept.id,
+        object="session",
+        model=kept.served.name,
+        name=kept.name,
+        created=kept.created,
+        position=kept.position,
+        state_bytes=kept.state_nbytes,
+        busy=kept.busy,
+    )
 
 
-async def count_tokens(request: Request, caller: Caller, served: ServedModel, system: str) -> int:
+async def count_tokens(request: Request, limits: RateLimits, caller: Caller, served: ServedModel, system: str) -> int:
     """The number of tokens of a system message, which then count as read. Raises ApiError if no message could follow
     it, or the caller has too few tokens left."""
     check_text(system, "system")
     served.check_length(len(system), "system")
-    meter, llm = TokenMeter(request.app.state.server, caller, request), served.llm
+    meter, llm = TokenMeter(limits, caller, request), served.llm
     tokens = await meter.encode(
         llm.run_in_thread(lambda: llm.prompt_encoder.encode(system, literal=True), caller.client),
         served.token_bound([system]),

@@ -5,15 +5,14 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from bdh.errors import BDHError
 from bdh.serving.api.errors import ApiError, bad_request, not_found
-from bdh.serving.background_tasks import attempt, repeat
+from bdh.serving.config import SessionSettings
 from bdh.serving.sessions.files import SavedFiles, SavedSession, remove_left, unknown_saved
 from bdh.serving.sessions.ids import check_place
 from bdh.serving.sessions.memory import Kept, SessionMemory, discard, no_room
@@ -26,26 +25,6 @@ log = logging.getLogger(__name__)
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 60.0  # seconds between two looks for sessions that end
 PAUSE_WHEN_FULL = 10.0  # seconds, when the disk is
-
-
-@dataclass
-class SessionSettings:
-    """What sessions may take, each of which has a state of its own.
-
-    Attributes:
-        folder: Where sessions are saved, and where those that do not fit into the memory are until they are used again.
-            None: these are in a temporary folder, and saving is refused.
-        memory_bytes: What the states of sessions in memory may take. Where one more needs room, the one not used for
-            longest is put away on disk; while all others are in use, it waits. There is always room for one.
-        max_sessions: That one key may have, and as many saved ones; more are refused with 429. Where no keys are asked
-            for, everybody together.
-        expire_seconds: After which a session that nobody uses ends. Saved ones stay.
-    """
-
-    folder: str | None = None
-    memory_bytes: int = 1 << 30
-    max_sessions: int = 256
-    expire_seconds: float = 86400.0
 
 
 class SessionStore:
@@ -298,6 +277,23 @@ class SessionStore:
             await self.memory.tidy()
         except ApiError:  # the disk is full, which is logged where it is noticed
             await asyncio.sleep(PAUSE_WHEN_FULL)
+
+
+async def attempt(name: str, work: Awaitable[object]) -> bool:
+    """Awaits work whose failure must not end its task: it is logged. Returns whether it succeeded."""
+    try:
+        await work
+    except Exception:
+        log.exception("%s failed; the server goes on", name)
+        return False
+    return True
+
+
+async def repeat(name: str, step: Callable[[], Awaitable[object]], retry_seconds: float) -> None:
+    """Repeats a step until the task is cancelled. A failure is logged, and the next step follows after a while."""
+    while True:
+        if not await attempt(name, step()):
+            await asyncio.sleep(retry_seconds)
 
 
 def check(settings: SessionSettings) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from bdh.serving.activity.routes import BrainChunk, BrainTrace, NeuronDetails, TokenDetails
+from bdh.serving.activity.schemas import BrainChunk, BrainTrace, NeuronDetails, TokenDetails
 from tests.inference.small import LETTERS
 from tests.serving.running import Running
 

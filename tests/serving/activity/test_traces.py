@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 
 from bdh.errors import BDHError
 from bdh.inference.async_llm import AsyncLLM
 from bdh.insight.record import raster_of
 from bdh.model import BDHState
-from bdh.serving.activity.routes import BrainChunk, BrainTrace, NeuronDetails, TokenDetails
-from bdh.serving.activity.traces import BrainSettings, TraceStore, Watch
+from bdh.serving.activity.schemas import BrainChunk, BrainTrace, NeuronDetails, TokenDetails
+from bdh.serving.activity.traces import TraceRecorder, TraceStore
 from bdh.serving.api.errors import ApiError
+from bdh.serving.config import BrainSettings, ModelSettings, ServeConfig
+from bdh.serving.model_registry import ServedModel
 from tests.inference.small import BYTES, CHAT, letters, small_model
 
 PROMPT = list(b"The dragon said: ")
@@ -32,11 +35,19 @@ def tiny_llm() -> AsyncLLM:
     return AsyncLLM(small_model(vocab_size=262), CHAT, max_batch_size=2)
 
 
+def served_by(llm: AsyncLLM) -> ServedModel:
+    return ServedModel(ModelSettings("tiny", name="tiny"), ServeConfig(), llm)
+
+
+def as_json(model: BaseModel) -> dict[str, Any]:
+    return model.model_dump(by_alias=True)
+
+
 async def watched(
     store: TraceStore, llm: AsyncLLM, prompt: list[int], owner: str | None = None, state: BDHState | None = None
-) -> Watch:
-    watch = await store.begin("tiny", llm, owner, prompt, state)
-    await watch.prompt()
+) -> TraceRecorder:
+    watch = await store.start(served_by(llm), owner, prompt, state)
+    await watch.read_prompt()
     return watch
 
 
@@ -53,15 +64,15 @@ def test_a_text_is_watched_while_it_is_written() -> None:
     async def work() -> None:
         store, told = TraceStore(BrainSettings()), []
         async with tiny_llm() as llm:
-            watch = await store.begin("tiny", llm, None, PROMPT, None)
-            told.append(await watch.prompt())
+            watch = await store.start(served_by(llm), None, PROMPT, None)
+            told.append(await watch.read_prompt())
             written = []
             async for delta in llm.stream(PROMPT, letters(262)):
                 written += delta.tokens
-                told.append(await watch.tokens(delta.tokens))
+                told.append(await watch.read(delta.tokens))
             watch.close()
             trace = store.get(watch.id, None)
-            whole = trace.whole()
+            whole = as_json(trace.whole())
             assert [token for chunk in told for token in BrainChunk.model_validate(chunk).model_dump()["tokens"]] == (
                 BrainTrace.model_validate(whole).model_dump()["tokens"]
             )
@@ -117,20 +128,20 @@ def test_long_texts_are_kept_in_part() -> None:
     async def work() -> None:
         prompt = [97 + i % 26 for i in range(900)]
         async with tiny_llm() as llm:
-            watch = await TraceStore(BrainSettings(max_tokens=600)).begin("tiny", llm, None, prompt, None)
-            first = await watch.prompt()
+            watch = await TraceStore(BrainSettings(max_tokens=600)).start(served_by(llm), None, prompt, None)
+            first = as_json(await watch.read_prompt())
             assert [token["index"] for token in first["tokens"]] == list(range(44, 300))
-            whole = watch.trace.whole()["tokens"]
+            whole = as_json(watch.trace.whole())["tokens"]
             assert [token["id"] for token in whole] == prompt[600:] and whole[44:] == first["tokens"]
             assert watch.trace.record.start == 600 and watch.trace.record.base is not None
-            assert (await watch.trace.token(0))["layers"][0]["read"]  # from what came before
+            assert as_json(await watch.trace.token(0))["layers"][0]["read"]  # from what came before
 
-            assert len((await watch.tokens([97] * 299))["tokens"]) == 299
+            assert len(as_json(await watch.read([97] * 299))["tokens"]) == 299
             assert watch.observer is not None
-            told = await watch.tokens([98, 99])
+            told = as_json(await watch.read([98, 99]))
             assert [(token["index"], token["id"], token["prompt"]) for token in told["tokens"]] == [(599, 98, False)]
             assert watch.observer is None  # and its memory is free
-            assert await watch.tokens([100]) == {"trace": watch.id, "tokens": []}
+            assert as_json(await watch.read([100])) == {"trace": watch.id, "tokens": []}
             assert len(watch.trace.record) == 600
 
     run(work())
@@ -147,13 +158,13 @@ def test_it_goes_on_from_a_state_and_leaves_it_alone() -> None:
             watch = await watched(store, llm, list(b"Hello"), state=state)
             assert watch.trace.record.start == len(PROMPT)
             assert all(torch.equal(S, kept) for S, kept in zip(state.synapses, before.synapses, strict=True))
-            await alone.tokens(list(b"Hello"))
-            layers = [await one.trace.token(len(one.trace.record) - 1) for one in (alone, watch)]
+            await alone.read(list(b"Hello"))
+            layers = [as_json(await one.trace.token(len(one.trace.record) - 1)) for one in (alone, watch)]
             for one, other in zip(*(view["layers"] for view in layers), strict=True):
                 assert [(s["from"], s["to"]) for s in one["read"]] == [(s["from"], s["to"]) for s in other["read"]]
-            empty = await store.begin("tiny", llm, None, [], state)
-            assert await empty.prompt() == {"trace": empty.id, "tokens": []}
-            assert [token["prompt"] for token in (await empty.tokens([97]))["tokens"]] == [False]
+            empty = await store.start(served_by(llm), None, [], state)
+            assert as_json(await empty.read_prompt()) == {"trace": empty.id, "tokens": []}
+            assert [token["prompt"] for token in as_json(await empty.read([97]))["tokens"]] == [False]
 
     run(work())
 
@@ -169,7 +180,7 @@ def test_traces_belong_to_who_made_them() -> None:
                 store.delete(mine.id, "key_2")
             store.delete(mine.id, "key_1")
             assert missing(store, mine.id, "key_1") and len(store) == 1
-            assert (await mine.tokens([97]))["tokens"] == []  # the text goes on
+            assert as_json(await mine.read([97]))["tokens"] == []  # the text goes on
 
     run(work())
 
@@ -179,11 +190,11 @@ def test_the_trace_longest_out_of_use_goes() -> None:
         store = TraceStore(BrainSettings(max_traces=3))
         async with tiny_llm() as llm:
             watches = [await watched(store, llm, PROMPT) for _ in range(3)]
-            await watches[0].tokens([97])
+            await watches[0].read([97])
             store.get(watches[1].id, None)
             watches.append(await watched(store, llm, PROMPT))
             assert [missing(store, watch.id) for watch in watches] == [False, False, True, False]
-            assert watches[2].observer is None and (await watches[2].tokens([97]))["tokens"] == []
+            assert watches[2].observer is None and (await watches[2].read([97])).tokens == []
             assert len(watches[2].trace.record) == len(PROMPT)
 
     run(work())
@@ -229,11 +240,11 @@ def test_a_watch_ends_with_what_goes_wrong() -> None:
         async with tiny_llm() as llm:
             watch = await watched(store, llm, PROMPT)
             with pytest.raises(IndexError):
-                await watch.tokens([999])
-            assert watch.observer is None and (await watch.tokens([97]))["tokens"] == []
+                await watch.read([999])
+            assert watch.observer is None and as_json(await watch.read([97]))["tokens"] == []
             left = await watched(store, llm, PROMPT)
         with pytest.raises(BDHError, match="closed"):
-            await left.tokens([97])
+            await left.read([97])
 
     run(work())
 
@@ -252,7 +263,7 @@ def test_the_memory_of_a_watch_goes_with_it() -> None:
                     await asyncio.sleep(0.001)
             finally:
                 gc.enable()
-            assert store.get(id, None).whole()["tokens"]
+            assert store.get(id, None).whole().tokens
 
     run(work())
 
@@ -261,10 +272,10 @@ def test_who_may_not_watch_is_told() -> None:
     async def work() -> None:
         async with tiny_llm() as llm:
             with pytest.raises(ApiError, match="off on this server"):
-                await TraceStore(BrainSettings(enabled=False)).begin("tiny", llm, None, PROMPT, None)
+                await TraceStore(BrainSettings(enabled=False)).start(served_by(llm), None, PROMPT, None)
             llm.llm.model = None
             with pytest.raises(ApiError, match="tiny cannot be watched"):
-                await TraceStore(BrainSettings()).begin("tiny", llm, None, PROMPT, None)
+                await TraceStore(BrainSettings()).start(served_by(llm), None, PROMPT, None)
         for settings in (BrainSettings(max_traces=0), BrainSettings(max_tokens=0)):
             with pytest.raises(BDHError, match=r"serve\.brain\.max_\w+ is 0; it must be at least 1"):
                 TraceStore(settings)
@@ -277,7 +288,7 @@ def test_texts_of_tokens() -> None:
         store = TraceStore(BrainSettings())
         async with AsyncLLM(small_model(), BYTES) as llm:
             watch = await watched(store, llm, list("aé\n€\x00".encode()))
-            assert [token["text"] for token in watch.trace.tokens()] == [
+            assert [token.text for token in watch.trace.tokens()] == [
                 *("a", "<0xC3>", "<0xA9>", "\n", "<0xE2>", "<0x82>", "<0xAC>", "\x00")
             ]
         async with tiny_llm() as llm:

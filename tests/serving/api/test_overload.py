@@ -150,32 +150,16 @@ def test_who_goes_away_while_it_is_written_for_frees_its_place(
 
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n" + b" " * 90_000
 
 
-@pytest.mark.parametrize("more", [GET, GET[:-2], POST, 3 * GET], ids=["one", "half", "large", "many"])
-def test_who_sends_more_and_goes_away_frees_its_place_too(crowded: Running, more: bytes) -> None:
-    before = crowded.metric("bdh_client_disconnects_total")
-    connection = begun(crowded.url, "/v1/completions", LONG)
-    until(lambda: at_work(crowded) == 1)
-    connection.send(more)
-    time.sleep(0.1)
-    assert at_work(crowded) == 1
-    connection.close()
-    assert until(lambda: at_work(crowded) == 0) < 1
-    until(lambda: crowded.metric("bdh_client_disconnects_total") == before + 1)
-
-
-@pytest.mark.parametrize(("more", "answers"), [(GET[:-2], 2), (3 * GET, 1), (POST, 1)])
-def test_one_request_may_wait_for_the_answer_before(crowded: Running, more: bytes, answers: int) -> None:
+@pytest.mark.parametrize(("more", "answers"), [(GET[:-2], 2), (2 * GET + GET[:-2], 4)])
+def test_requests_may_wait_for_the_answer_before(crowded: Running, more: bytes, answers: int) -> None:
     with closing(begun(crowded.url, "/v1/completions", {**SHORT, "max_tokens": 300})) as connection:
-        connection.send(more)
-        if answers == 2:
-            connection.send(b"Connection: close\r\n\r\n")
+        connection.send(more, b"Connection: close\r\n\r\n")
         received = connection.rest()
     assert statuses(received) == [200] * answers
     assert b'"completion_tokens":300' in received.replace(b" ", b"")
-    assert (answers == 2) == (b'"owned_by"' in received) and b"connection: close" in received
+    assert received.count(b'"owned_by"') == answers - 1 and b"connection: close" in received.lower()
 
 
 @pytest.mark.parametrize("stream", STREAMED)

@@ -15,9 +15,9 @@ from bdh.inference.llm import LLM
 from bdh.inference.outputs import Delta, TokenLogprob
 from bdh.inference.params import SamplingParams
 from bdh.inference.prompt_encoder import PromptEncoder
-from bdh.serving.api.choices import ChatDialect, Choices, CompletionDialect
-from bdh.serving.api.completions import place_tokens
+from bdh.serving.api.completions import locate_tokens
 from bdh.serving.api.logprobs import LogprobWriter, TokenTexts
+from bdh.serving.api.response_builder import ChatResponseBuilder, CompletionResponseBuilder, ResponseBuilder
 from tests.inference.small import BYTES, CHAT, PLAIN_BYTES, small_llm
 
 WORDS = [b" Hi", b"  ", b" there", b"\n\nUs", b"er:"]
@@ -66,16 +66,18 @@ def written(
     tokens: list[int], stop: Sequence[str] = (), strip: bool = True, together: int = 1
 ) -> tuple[str, list[Any]]:
     """The text of an answer, and its tokens as a chat reports them."""
-    choices = Choices(ChatDialect(TEXTS), [LogprobWriter(TEXTS, frozenset([END]), strip)])
-    pieces = choices_of(choices, deltas_of(tokens, stop, strip, together))
+    builder = ChatResponseBuilder("tiny", TEXTS)
+    builder.logprobs[0] = LogprobWriter(TEXTS, frozenset([END]), strip)
+    pieces = choices_of(builder, deltas_of(tokens, stop, strip, together))
     return (
         "".join(piece["delta"].get("content", "") for piece in pieces),
         [one for piece in pieces for one in piece["logprobs"]["content"]],
     )
 
 
-def choices_of(choices: Choices, deltas: list[Delta]) -> list[dict[str, Any]]:
-    return [piece for delta in deltas for piece in choices.pieces([delta])]
+def choices_of(builder: ResponseBuilder, deltas: list[Delta]) -> list[dict[str, Any]]:
+    choices = [choice for delta in deltas for choice in builder.chunk_choices([delta])]
+    return [choice.model_dump(exclude_unset=True) for choice in choices]
 
 
 @pytest.mark.parametrize(
@@ -120,10 +122,9 @@ def test_bytes_of_the_tokens_are_the_text(tokens: list[int], stop: list[str], st
 @pytest.mark.parametrize("together", [1, 3, 20])
 def test_offsets_of_a_completion(together: int) -> None:
     tokens = [97, 0xE2, 34, 0xC3, 0xA9, HI, PAD, 0xE2, END]
-    choices = Choices(
-        CompletionDialect(TEXTS, False), [LogprobWriter(TEXTS, frozenset([END]), offset=10, tells_end=True)]
-    )
-    pieces = choices_of(choices, deltas_of(tokens, [], False, together))
+    builder = CompletionResponseBuilder("tiny", TEXTS)
+    builder.logprobs[0] = LogprobWriter(TEXTS, frozenset([END]), offset=10, report_end=True)
+    pieces = choices_of(builder, deltas_of(tokens, [], False, together))
     text = "".join(piece["text"] for piece in pieces)
     assert text == 'a\ufffd"é Hi\ufffd'
     offsets = [start for piece in pieces for start in piece["logprobs"]["text_offset"]]
@@ -142,10 +143,10 @@ def test_offsets_in_a_prompt_that_its_tokens_do_not_spell() -> None:
     text = "The   Dragons? the"
     asked = texts.text_request(text)
     assert list(asked.request.prompt) == [1, 2, 3, 0, 1]
-    placed = place_tokens(texts, asked.prompt, [TokenLogprob(token, -1.0) for token in asked.request.prompt])
+    placed = locate_tokens(texts, asked.prompt, [TokenLogprob(token, -1.0) for token in asked.request.prompt])
     assert [one.offset for one in placed] == [0, 6, 12, 13, 15]
     given_as_ids = texts.text_request([1, 2, 3])
-    placed = place_tokens(texts, given_as_ids.prompt, [TokenLogprob(token, -1.0) for token in [1, 2, 3]])
+    placed = locate_tokens(texts, given_as_ids.prompt, [TokenLogprob(token, -1.0) for token in [1, 2, 3]])
     assert given_as_ids.prompt == "the dragons" and [one.offset for one in placed] == [0, 3, 10]
 
 
@@ -158,8 +159,9 @@ def test_chats_with_a_template_and_without(tokenizer: PreTrainedTokenizerFast, b
     asked = llm.chat_request([{"role": "user", "content": "Hi"}], params)
     [(_, completion)] = llm.run([asked])
     texts = TokenTexts(tokenizer, llm.vocab_size)
-    choices = Choices(ChatDialect(texts), [LogprobWriter(texts, asked.request.ends, asked.strip)])
-    whole = choices.whole(completion.raise_for_error().choices[0])
+    builder = ChatResponseBuilder("tiny", texts)
+    builder.add_logprobs(asked)
+    whole = builder.choice(completion.raise_for_error().choices[0]).model_dump()
     content, logprobs = whole["message"]["content"], whole["logprobs"]["content"]
     read = b"".join(bytes(one["bytes"] or []) for one in logprobs)
     assert read.decode("utf-8", "replace") == content
@@ -171,8 +173,8 @@ def test_chats_with_a_template_and_without(tokenizer: PreTrainedTokenizerFast, b
 def test_the_end_of_a_text_is_no_byte() -> None:
     """In a vocabulary of bytes, token 255 is the end of a text; in those of earlier versions the byte 0xFF."""
     texts, plain = (TokenTexts(tokenizer, 256) for tokenizer in (BYTES, PLAIN_BYTES))
-    assert texts.one(255, -1.0) == {"token": "<|endoftext|>", "logprob": -1.0, "bytes": None}
-    assert plain.one(255, -1.0) == {"token": "bytes:\\xff", "logprob": -1.0, "bytes": [255]}
+    assert texts.top_logprob(255, -1.0).model_dump() == {"token": "<|endoftext|>", "logprob": -1.0, "bytes": None}
+    assert plain.top_logprob(255, -1.0).model_dump() == {"token": "bytes:\\xff", "logprob": -1.0, "bytes": [255]}
     assert texts.text(254) == "bytes:\\xfe" and texts.text(97) == "a" and texts.longest == plain.longest == 1
 
 
@@ -182,9 +184,11 @@ def test_tokens_and_text_agree_at_the_end_of_a_text(dialect: str) -> None:
     params = SamplingParams(regex="(yes)+", seed=1, logit_bias={255: 100.0}, logprobs=1)
     (choice,) = llm.generate("a", params)[0].choices
     texts = TokenTexts(BYTES, 256)
-    writer = LogprobWriter(texts, frozenset(llm.end_token_ids), tells_end=dialect == "completions")
-    written_as = CompletionDialect(texts, True) if dialect == "completions" else ChatDialect(texts)
-    shown = Choices(written_as, [writer]).whole(choice)
+    builder: ResponseBuilder = ChatResponseBuilder("tiny", texts)
+    if dialect == "completions":
+        builder = CompletionResponseBuilder("tiny", texts, top_logprobs=True)
+    builder.logprobs[0] = LogprobWriter(texts, frozenset(llm.end_token_ids), report_end=builder.reports_end_tokens)
+    shown = builder.choice(choice).model_dump()
     assert shown["finish_reason"] == "stop"
     if dialect == "chat":
         assert shown["message"]["content"] == "yes"

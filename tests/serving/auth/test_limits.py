@@ -21,7 +21,8 @@ from bdh.serving.api.errors import TooManyRequests
 from bdh.serving.auth import rate_counters as module
 from bdh.serving.auth.api_keys import Key, hash_of
 from bdh.serving.auth.rate_counters import Usage
-from bdh.serving.auth.rate_limits import LimitSettings, RateHeaders, RateLimits, Reservation, network, shown_duration
+from bdh.serving.auth.rate_limits import RateHeaders, RateLimits, Reservation, network, shown_duration
+from bdh.serving.config import LimitSettings
 
 HERE = "203.0.113.7"
 
@@ -141,7 +142,7 @@ def test_requests_of_a_key(storage: str) -> None:
             assert headers["x-ratelimit-remaining-requests"] == str(left)
             assert headers["x-ratelimit-reset-requests"].endswith("s") and "x-ratelimit-limit-tokens" not in headers
         error = await refusal(limits, web, "198.51.100.1")  # wherever it comes from
-        assert error.reason == "request_limit" and error.body()["error"]["type"] == "requests"
+        assert error.reason == "request_limit" and error.response_model().error.type == "requests"
         assert error.headers["x-ratelimit-remaining-requests"] == "0"
         assert "3 requests per minute for this key" in error.message
         await limits.admit(key("phone"), HERE)
@@ -166,7 +167,7 @@ def test_tokens_count_past_the_limit(storage: str) -> None:
         await limits.admit(web, HERE)
         assert (await use(limits, web, 1_000_000))["x-ratelimit-remaining-tokens"] == "0"
         error = await refusal(limits, web)
-        assert error.reason == "token_limit" and error.body()["error"]["type"] == "tokens"
+        assert error.reason == "token_limit" and error.response_model().error.type == "tokens"
         assert "100 tokens per minute for this key are used up" in error.message
         assert int(error.headers["Retry-After"]) > 59  # what was too much stays through the next minute
         await limits.admit(key("large", tokens=2_000_000), HERE)

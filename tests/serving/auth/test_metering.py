@@ -11,9 +11,8 @@ from fastapi import Request
 from bdh.errors import BDHError, QueueFull
 from bdh.serving.api.errors import TooManyRequests
 from bdh.serving.auth.authentication import Caller, admit_caller, release_caller
-from bdh.serving.auth.rate_limits import LimitSettings
 from bdh.serving.auth.token_usage import TokenMeter
-from bdh.serving.config import ModelSettings, ServeConfig
+from bdh.serving.config import LimitSettings, ModelSettings, ServeConfig
 from bdh.serving.server import Server
 
 CALLER = Caller(None, "203.0.113.7")
@@ -46,16 +45,16 @@ def test_a_text_counts_before_it_is_tokenized() -> None:
             return [1] * 20
 
         first, second = request_of(), request_of()
-        task = asyncio.create_task(TokenMeter(server, CALLER, first).encode(tokenize(), 60))
+        task = asyncio.create_task(TokenMeter(server.limits, CALLER, first).encode(tokenize(), 60))
         await begun.wait()
         begun.clear()
         other = tokenize()
         with pytest.raises(TooManyRequests):
-            await TokenMeter(server, CALLER, second).encode(other, 60)
+            await TokenMeter(server.limits, CALLER, second).encode(other, 60)
         assert not begun.is_set() and left(first) == 40
         may_end.set()
         assert await task == [1] * 20 and left(first) == 80
-        await TokenMeter(server, CALLER, second).encode(other, 60)  # which was not begun
+        await TokenMeter(server.limits, CALLER, second).encode(other, 60)  # which was not begun
         assert left(second) == 60
 
     run(work())
@@ -69,7 +68,7 @@ def test_what_fails_counts_if_it_was_tokenized(error: Exception, used: int) -> N
     async def work() -> None:
         request = request_of()
         with pytest.raises(type(error)):
-            await TokenMeter(server_with(tokens_per_minute=100), CALLER, request).encode(fail(), 60)
+            await TokenMeter(server_with(tokens_per_minute=100).limits, CALLER, request).encode(fail(), 60)
         assert left(request) == 100 - used
 
     run(work())
@@ -78,7 +77,7 @@ def test_what_fails_counts_if_it_was_tokenized(error: Exception, used: int) -> N
 def test_a_client_that_disconnects_has_used_what_is_tokenized() -> None:
     async def work() -> None:
         server, request = server_with(tokens_per_minute=100), request_of()
-        task = asyncio.create_task(TokenMeter(server, CALLER, request).encode(asyncio.Future(), 60))
+        task = asyncio.create_task(TokenMeter(server.limits, CALLER, request).encode(asyncio.Future(), 60))
         while "x-ratelimit-remaining-tokens" not in request.state.limit_headers:
             await asyncio.sleep(0)
         task.cancel()
@@ -92,13 +91,13 @@ def test_a_request_that_is_refused_is_not_in_work() -> None:
     async def work() -> None:
         server = server_with(requests_per_minute=1, concurrent_requests=1)
         first, second = request_of({}).scope, request_of({}).scope
-        await admit_caller(first, server)
-        release_caller(first, server)
+        await admit_caller(first, server.keys, server.limits)
+        release_caller(first, server.limits)
         with pytest.raises(TooManyRequests) as raised:
-            await admit_caller(second, server)
+            await admit_caller(second, server.keys, server.limits)
         assert raised.value.reason == "request_limit"
         server.limits.acquire(None, CALLER.address)  # while the refusal is still being sent
-        release_caller(second, server)
+        release_caller(second, server.limits)
         with pytest.raises(TooManyRequests):
             server.limits.acquire(None, CALLER.address)
 

@@ -18,12 +18,12 @@ from bdh.file_locks import LOCK
 from bdh.inference.async_llm import AsyncLLM
 from bdh.inference.params import SamplingParams
 from bdh.serving.api.errors import ApiError
-from bdh.serving.config import ModelSettings, ServeConfig
+from bdh.serving.config import ModelSettings, ServeConfig, SessionSettings
 from bdh.serving.model_registry import ServedModel
 from bdh.serving.sessions import store as sessions
 from bdh.serving.sessions.files import SCRATCH, SavedFiles
 from bdh.serving.sessions.memory import Kept
-from bdh.serving.sessions.store import SessionSettings, SessionStore
+from bdh.serving.sessions.store import SessionStore
 from tests.inference.small import BYTES, letters, small_llm, small_model
 
 STATE = 16384  # bytes of the small model's

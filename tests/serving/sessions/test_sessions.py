@@ -17,9 +17,9 @@ from bdh.inference.async_llm import AsyncLLM
 from bdh.inference.llm import LLM
 from bdh.inference.params import SamplingParams
 from bdh.inference.session import Session
-from bdh.serving.config import ModelSettings, ServeConfig
+from bdh.serving.config import ModelSettings, ServeConfig, SessionSettings
 from bdh.serving.model_registry import ServedModel
-from bdh.serving.sessions.store import SessionSettings, SessionStore
+from bdh.serving.sessions.store import SessionStore
 from tests.inference.small import CHAT, LETTERS, small_model
 from tests.serving.running import Running, running
 
