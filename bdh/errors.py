@@ -2,7 +2,7 @@
 
 
 def one_line(error: BaseException) -> str:
-    """What a library's exception says, in one line that is not too long; its kind, if it says nothing."""
+    """The message of an exception in one line of at most 200 characters; the name of its class if it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

@@ -90,7 +90,7 @@ def message(read: Read) -> str:
 
 
 def messages(read: Read) -> Iterator[str]:
-    """What is said, until the lines end."""
+    """Yields the lines of the user until the input ends."""
     while True:
         try:
             yield message(read)
@@ -142,7 +142,7 @@ def prompt_reader() -> Read:
 
 
 def history() -> "History":
-    """What was typed before, in a file that nobody else may read; forgotten where no such file can be."""
+    """The history of typed lines, in a file that only this user can read; in memory if there can be no such file."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     try:

@@ -1,4 +1,4 @@
-"""What comes of each line of a chat: it is a command, or a message that the model answers."""
+"""Handles the lines of a chat: commands, and messages that the model answers."""
 
 import json
 import signal
@@ -74,7 +74,7 @@ class Chat:
         show(f"{line}\n", stream or self.out)
 
     def introduce(self, name: str) -> None:
-        """What someone at a terminal should know first."""
+        """Prints the introduction of a chat on a terminal."""
         self.tell(f"{name} on {self.llm.runner.device}: {self.changed_settings()}")
         if self.llm.tokenizer.chat_template is None:
             self.tell("its tokenizer has no chat template; it reads the conversation as a plain transcript")

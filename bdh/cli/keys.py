@@ -77,7 +77,7 @@ def add(argv: list[str]) -> int:
 
 
 def expiry(text: str, now: datetime) -> datetime:
-    """When a key expires: a while from now, or the moment named. Raises BDHError."""
+    """The expiry of a key, from a duration or a date. Raises BDHError."""
     try:
         if match := re.fullmatch(r"(\d{1,9})([hdw])", text):
             return now + int(match[1]) * UNITS[match[2]]

@@ -171,7 +171,7 @@ def read_object(line: str) -> dict[str, Any]:
 
 
 def understand(record: dict[str, Any], given: Mapping[str, Any], index: int) -> tuple[Any, "SamplingParams"]:
-    """What to go on from, and how. Raises BDHError."""
+    """Parses a line of the file of prompts into a prompt and its settings. Raises BDHError."""
     from bdh.data.chat_format import check_messages
     from bdh.inference.params import SamplingParams
 
@@ -239,7 +239,7 @@ def write_answers(
 
 
 def head_of(index: int, prompt: Prompt, model: Mapping[str, Any]) -> str:
-    """How the line of a prompt's answer begins; settings that are as usual are left out."""
+    """The first fields of a prompt's output line; settings with the usual values are omitted."""
     from bdh.inference.params import SamplingParams
 
     usual = asdict(SamplingParams())
@@ -266,7 +266,7 @@ def line_of(head: str, completion: "Completion") -> str:
 
 
 def count_answers(file: BinaryIO, path: Path, heads: Sequence[str]) -> tuple[int, int]:
-    """How many answers a file has, errors among them, and how many errors; a line that a crash tore is cut off.
+    """Counts the outputs in a file, errors included, and the errors; truncates a line that a crash left incomplete.
 
     Raises:
         BDHError: It holds something else, or answers to other prompts or with other settings.
@@ -286,7 +286,7 @@ def count_answers(file: BinaryIO, path: Path, heads: Sequence[str]) -> tuple[int
 
 
 def difference(line: bytes, head: str) -> str:
-    """What is wrong with a line that does not begin as it should; without a head, there should be none."""
+    """Describes the fault of an output line with an unexpected beginning; without an expected one, of any line."""
     try:
         found = json.loads(line)
     except ValueError:

@@ -52,7 +52,7 @@ def run(argv: list[str]) -> int:
 
 
 def command_name() -> str:
-    """How this shell can call `bdh`: by name if it is on the path, else by the path to it."""
+    """The command that calls `bdh` in this shell: its name if it is on the path, else its path."""
     if shutil.which("bdh"):
         return "bdh"
     beside_python = Path(sys.executable).parent / "bdh"

@@ -27,7 +27,7 @@ SHORT = {
 
 @dataclass
 class Settings:
-    """What a configuration file for a server has.
+    """Sections of a server's configuration file.
 
     Attributes:
         serve: The server.
@@ -94,7 +94,7 @@ def parsed_config(argv: list[str]) -> ServeConfig:
 
 
 def model_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """What --model has, and all other arguments. Raises BDHError.
+    """Separates the values of --model from all other arguments. Raises BDHError.
 
     It is no flag of the parser: that would take BDH_MODEL, and the `model:` of a file for bdh train, for it, too.
     """

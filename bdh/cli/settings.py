@@ -1,4 +1,4 @@
-"""How text is to be written, as users say it: by flags, by /set in a chat, by a line of a file of prompts."""
+"""Sampling settings as users give them: flags, /set in a chat, or a line of a file of prompts."""
 
 import argparse
 import difflib

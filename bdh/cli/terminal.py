@@ -1,4 +1,4 @@
-"""What a model writes, on its way to someone's screen."""
+"""Output of generated text on a terminal."""
 
 from typing import TextIO
 

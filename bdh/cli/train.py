@@ -89,7 +89,8 @@ def started_again() -> bool:
 
 
 def find(what: str, search: Callable[[], Path | None]) -> Path | None:
-    """What a search for a checkpoint finds, which reads all of it; of several processes one does, where it can."""
+    """Runs a search for a checkpoint, which reads all of its files; of several processes only one runs it, where
+    possible."""
     from bdh.distributed.processes import broadcast_from_main
 
     return broadcast_from_main(what, search)

@@ -28,7 +28,7 @@ WINDOWS_SCANNED = 1024  # at a time
 
 
 class BlockSource(Protocol):
-    """Where rows come from. All processes ask for the same numbers of rows, in the same order."""
+    """Source of rows. All processes request the same row numbers in the same order."""
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The next `count` rows of this process: ids (count, T + 1), and which begin anew, (count,) bool."""
@@ -207,7 +207,7 @@ def generator(seed: int, stream: int, number: int) -> np.random.Generator:
 
 
 def inputs_and_targets(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """What is read and what is predicted of rows (B, T + 1): (B, T) each, targets -100 where nothing is predicted."""
+    """Splits rows (B, T + 1) into inputs and targets, (B, T) each; the target is -100 where nothing is predicted."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (B, T) each
     return torch.where(inputs < 0, ~inputs, inputs), torch.where(targets < 0, -100, targets)
 

@@ -102,7 +102,8 @@ class ChatEncoder(Encoder):
         return [*pieces, *([(whole[place:], False)] if whole[place:] else [])], open_end
 
     def _answer(self, whole: str, begin: int, content: str) -> tuple[int, bool] | None:
-        """Where an answer that begins at a place stops, its end included, and whether it has one; None if none is."""
+        """The end of the answer that begins at an index, its end token included, and whether it has one; None if no
+        answer begins there."""
         for text in (content, content.strip()):
             at = whole.find(text, begin)
             if at >= 0 and not whole[begin:at].strip():

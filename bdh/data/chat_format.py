@@ -1,4 +1,4 @@
-"""How a conversation becomes text: the tokenizer's chat template, or a plain transcript where it has none."""
+"""Renders conversations as text by the tokenizer's chat template, or as a plain transcript if it has none."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ FIRST_STAND_IN = 0x10F000  # private characters, one for each special token
 
 @dataclass(frozen=True)
 class AnswerEnd:
-    """How an answer ends and begins, as the template has it.
+    """The end and the beginning of answers in a chat template.
 
     Attributes:
         token_ids: Special tokens that come after an answer.
@@ -67,7 +67,7 @@ class ChatFormat:
 
     @property
     def template(self) -> str | dict[str, str]:
-        """What writes conversations; several templates have names."""
+        """The template that renders conversations; of several, the named one."""
         return self.tokenizer.chat_template or PLAIN_TEMPLATE
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -85,7 +85,7 @@ class ChatFormat:
         return self._render(messages, False)
 
     def following(self, said: Sequence[Message], message: Message) -> str | None:
-        """What comes after the last answer of a conversation: its end, a new message, the beginning of the next answer.
+        """The text after the last answer of a conversation: its end, a new message, the beginning of the next answer.
 
         None where the template does not simply go on: where the text before the last answer would be another now.
 
@@ -101,7 +101,7 @@ class ChatFormat:
 
     @cached_property
     def answer_end(self) -> AnswerEnd:
-        """How answers end: found out by asking the template what it writes around one."""
+        """Finds the text around answers by rendering the template with one."""
         question = {"role": "user", "content": QUESTION}
         try:
             before = self._render([question], True)

@@ -40,7 +40,7 @@ class Encoder:
 
     @property
     def key(self) -> list[Any]:
-        """What decides, with a text, on its tokens."""
+        """The settings that, with a text, determine its tokens."""
         return [self.backend.to_str(), self.end_of_text]
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What went wrong with a source, in one line: the many exceptions of `datasets` and the hub in the user's words."""
+"""One-line messages for the many exceptions of `datasets` and the hub."""
 
 import os
 import re
@@ -115,7 +115,7 @@ def reason(chain: list[BaseException]) -> str:
 
 
 def cache_folder() -> Path:
-    """Where `datasets` keeps what it prepares."""
+    """The folder of the cache of `datasets`."""
     from datasets import config
 
     return Path(config.HF_DATASETS_CACHE)

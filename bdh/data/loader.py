@@ -423,7 +423,7 @@ class _Opener:
             raise BDHError(counts.nothing_usable(source.path, source.text_column))
 
     def held_out(self, source: SourceConfig, share: float, readers: int) -> tuple[Tokens, int, list[str]]:
-        """What a stream is validated on: its own split, or the documents held out, and their UTF-8 bytes.
+        """The validation data of a stream: its own split or the documents held out, and their UTF-8 bytes.
 
         VALIDATION_TOKENS at the most, and as many as are found in the first VALIDATION_READ characters.
         """

@@ -61,7 +61,7 @@ def is_compressed(file: str) -> bool:
 
 
 def version(file: str) -> str:
-    """What changes when a file on this disk does; its address for others."""
+    """A value that changes when a local file changes; the address of a remote one."""
     if not is_local(file):
         return file
     known = Path(file).stat()
@@ -88,7 +88,7 @@ def text_rows(parts: list[Part]) -> Iterator[dict[str, Any]]:
 
 
 def _good_cut(text: str) -> int:
-    """Where to cut a row off: after a line, else before a word, in the second half of the first PIECE characters."""
+    """The index to cut a row at: after a line, else before a word, in the second half of the first PIECE characters."""
     line = text.rfind("\n", PIECE // 2, PIECE)
     if line >= 0:
         return line + 1
@@ -118,7 +118,7 @@ def _decoded(part: Part) -> Iterator[str]:
 
 
 def _continuation(data: bytes) -> int:
-    """How many bytes at the beginning (3 at the most) go on with a character that began before."""
+    """The number of leading bytes (3 at the most) that continue a character of the bytes before."""
     count = 0
     while count < min(3, len(data)) and data[count] & 0xC0 == 0x80:
         count += 1

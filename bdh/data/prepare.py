@@ -27,7 +27,7 @@ PARALLEL_BYTES = 8 << 20  # less text than this is not worth a second process
 
 @dataclass
 class Counts:
-    """What was read, and what of it was not as it should be.
+    """Counts of rows and documents read, and of irregular ones.
 
     Attributes:
         documents: Documents with text.
@@ -58,7 +58,7 @@ class Counts:
         return f"data: {name} holds no text{under}: {f'all {self.empty:,} rows are empty' if self.empty else 'no rows'}"
 
     def remarks(self, name: str) -> list[str]:
-        """What is worth a line."""
+        """Lines about irregular rows, for the user."""
         lines = []
         if self.empty:
             lines.append(f"{name}: {self.empty:,} empty documents are skipped, {self.documents:,} are read")
@@ -96,7 +96,7 @@ class Prepared:
 
 
 def rows_encoder(encoder: Encoder) -> "Rows | ChatRows":
-    """What encodes batches of rows: of texts, or of conversations."""
+    """The encoder of batches of rows: texts, or conversations."""
     return ChatRows(encoder) if isinstance(encoder, ChatEncoder) else Rows(encoder)
 
 
@@ -253,7 +253,7 @@ def cut_between(prepared: Prepared, share: float) -> tuple[Documents, Tokens, in
 
 
 def text_tokens(tokens: Tokens, encoder: Encoder) -> int:
-    """How many of a text's tokens do not end a document."""
+    """The number of tokens of a text that do not end a document."""
     if encoder.end_of_text is None:
         return len(tokens)
     return sum(int((array != encoder.end_of_text).sum()) for array in tokens.arrays)
@@ -272,7 +272,7 @@ def _fingerprint(dataset: Any, encoder: Encoder) -> str:
 
 
 def _cache_file(dataset: Any, fingerprint: str) -> Path | None:
-    """Where the tokens are kept: beside the text in the cache of `datasets`; of a text elsewhere, in a folder there."""
+    """The file of cached tokens: beside the text in the cache of `datasets`; for other texts, in a folder there."""
     if not dataset.cache_files:
         return None
     place = Path(dataset.cache_files[0]["filename"]).parent

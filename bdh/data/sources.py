@@ -167,7 +167,7 @@ def _generated(rows: Any, features: Features, gen_kwargs: dict[str, Any], stream
 
 
 def _saved(location: Location, source: SourceConfig, streaming: bool, split: str) -> Dataset | IterableDataset:
-    """What `save_to_disk` wrote: one dataset, or several by the names of their splits."""
+    """Loads the output of `save_to_disk`: one dataset, or several by the names of their splits."""
     saved = datasets.load_from_disk(location.name)
     if isinstance(saved, DatasetDict):
         if split not in saved:

@@ -28,7 +28,7 @@ LONGEST = 1 << 22  # tokens of a document that a lane holds; a longer one ends t
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """How a stream becomes rows.
+    """Settings that turn a stream into rows.
 
     Attributes:
         source: What to read.

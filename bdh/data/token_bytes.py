@@ -1,4 +1,4 @@
-"""What single tokens stand for, as bytes, whatever kind the vocabulary is of."""
+"""The bytes of single tokens, for all kinds of vocabularies."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def _kinds(decoder: Mapping[str, Any]) -> set[str]:
 
 
 def _from_symbols(token: str, bytes_of: Mapping[str, int]) -> bytes:
-    """What byte-level decoding makes of a token; added ones that are not made of its symbols stand for themselves."""
+    """Decodes a token of byte-level symbols; added tokens with other characters are taken literally."""
     return bytes(bytes_of[symbol] for symbol in token) if all(map(bytes_of.__contains__, token)) else token.encode()
 
 
@@ -64,7 +64,7 @@ def _beyond_ascii(token: str) -> bytes | None:
 
 
 def _decoded(backend: Tokenizer, ids: Sequence[int]) -> dict[int, tuple[bytes, bytes]]:
-    """What the decoder makes of each token alone, and of it after another one."""
+    """The decoder's text of each token alone, and of each after another token."""
     alone = backend.decode_batch([[i] for i in ids], skip_special_tokens=False)
     before = next((n for n, text in enumerate(alone) if text.strip()), 0)
     pairs = backend.decode_batch([[ids[before], i] for i in ids], skip_special_tokens=False)

@@ -112,7 +112,7 @@ def use_once(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """How many tokens a model must know for a tokenizer: its highest id and one; there may be gaps below."""
+    """The vocabulary size that a model needs for a tokenizer: its highest id plus one; ids may have gaps."""
     return max(tokenizer.get_vocab().values(), default=0) + 1
 
 

@@ -48,7 +48,7 @@ class Piece:
 
 
 class Pieces(IterableDataset):
-    """What a worker process runs: its reader's rows, from its position on, ROWS at a time."""
+    """Iterates over a reader's rows in a worker process, from its position on, ROWS at a time."""
 
     def __init__(self, streams: list[RowStream], positions: list[Position], first: int):
         self.streams = streams

@@ -1,4 +1,4 @@
-"""What neurons and synapses do while a model reads. It reads `bdh.model` only."""
+"""Activity of neurons and synapses while a model reads. Imports `bdh.model` only."""
 
 from bdh.insight.observer import Observer
 from bdh.insight.record import Record

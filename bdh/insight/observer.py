@@ -41,7 +41,7 @@ class Observer:
 
     @property
     def room(self) -> int:
-        """How many more tokens the record has room for."""
+        """The number of tokens that still fit into the record."""
         return self.record.max_tokens - len(self.record)
 
     @torch.inference_mode()

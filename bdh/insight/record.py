@@ -1,4 +1,4 @@
-"""What is kept of a text that a model read: little, as all else follows from it.
+"""Compact record of a text that a model read, from which all activity can be computed again.
 
 A neuron's activity is a function of the vector x that comes into its layer, X = relu(x E), and so are the synapses that
 a token writes and reads. So of each token the record keeps that one vector a layer, and what is asked about neurons and
@@ -100,8 +100,8 @@ class Record:
 
 
 def bins_of(n: int) -> int:
-    """How many bins the rasters of n neurons have: as many as neurons, or up to `BINS` of ceil(n / BINS) neurons each,
-    of which the last may have fewer."""
+    """The number of raster bins for n neurons: n, or up to `BINS` bins of ceil(n / BINS) neurons, the last maybe
+    with fewer."""
     return math.ceil(n / math.ceil(n / BINS))
 
 

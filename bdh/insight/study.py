@@ -1,4 +1,4 @@
-"""What one token did in one layer, worked out from the record by the equations.
+"""Activity, reads and writes of one token in one layer, computed from the record by the equations.
 
 Shapes in comments: D `n_embd`, h heads, N neurons of a head, n = h * N; C recorded tokens; t the token in question.
 The token's *rows* are its active neurons and the rotary partners of these, r of them: whatever it writes into the
@@ -45,7 +45,7 @@ class Synapse:
 
 @dataclass(frozen=True)
 class LayerView:
-    """What a token did in a layer. All lists begin with the strongest, by absolute value.
+    """Activity and synapses of a token in a layer. All lists begin with the strongest, by absolute value.
 
     Attributes:
         layer: From 0.
@@ -112,11 +112,11 @@ class LayerStudy:
         self.M = self.base()  # (r, D)
 
     def vectors(self, tokens: slice) -> Tensor:
-        """What came into the layer, (C, D)."""
+        """The inputs of the layer, (C, D)."""
         return self.record.vectors[tokens, self.layer].to(self.model.device)
 
     def recorded(self, values: Tensor, tokens: slice) -> Tensor:
-        """What the record keeps of each head in the layer: (max_tokens, L, h, ...) -> (C, h, ...)."""
+        """A record of the heads in the layer: (max_tokens, L, h, ...) -> (C, h, ...)."""
         return values[tokens, self.layer].to(self.model.device, self.dtype)
 
     def remains(self, tokens: slice) -> Tensor | None:
@@ -184,7 +184,7 @@ class LayerStudy:
 
     @torch.inference_mode()
     def view(self) -> LayerView:
-        """What was found."""
+        """Returns the results."""
         active = int((self.X > 0).sum())
         log_decay, beta = self.record.log_decay, self.record.write_strength
         return LayerView(
@@ -236,7 +236,7 @@ class Strongest:
 
     @property
     def bar(self) -> float:
-        """What a synapse must be above to count."""
+        """The strength that a synapse must exceed to enter the list."""
         return abs(self.found[-1].strength) if len(self.found) == SYNAPSES else 0.0
 
     def add(self, strength: Tensor, senders: Tensor, receivers: Tensor) -> None:
@@ -274,7 +274,7 @@ def strongest(values: Tensor, count: int) -> list[tuple[int, float]]:
 
 @torch.inference_mode()
 def neuron_activity(model: BDHForCausalLM, record: Record, layer: int, neuron: int) -> Tensor:
-    """How much each recorded token excited one neuron of a layer: X(neuron), (tokens), on the CPU."""
+    """The activity X of one neuron of a layer for each recorded token: (tokens), on the CPU."""
     x = record.vectors[: len(record), layer].to(model.device)  # (tokens, D)
     weight = model.model.layer.encoder.weight[neuron : neuron + 1]  # (1, D)
     return F.relu(F.linear(x, weight))[:, 0].to(synapse_dtype(model.dtype)).cpu()  # (tokens)

@@ -33,7 +33,7 @@ def architecture(config: BDHConfig) -> dict[str, str]:
 
 
 def decay_text(config: BDHConfig) -> str:
-    """How the synapses of a model decay, in words."""
+    """Describes the decay of a model's synapses in words."""
     if config.decay == "none":
         return "none, as published"
     lives = ", ".join("never" if life is None else f"{life:g}" for life in config.decay_half_lives or [])

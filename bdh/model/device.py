@@ -1,4 +1,4 @@
-"""Where a model computes."""
+"""Selection of the device of a model."""
 
 import torch
 

@@ -207,12 +207,12 @@ def rotate(X: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def synapse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What synapses are kept in beside activity of `dtype`: a sum over the whole past wants float32 at least."""
+    """The dtype of synapses for activity of `dtype`: float32 at least, as they are a sum over the whole past."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def read_synapses(R: Tensor, S: Tensor) -> Tensor:
-    """What the synapses say to each token: R S. (B, h, T, N), (B, h, N, D) -> (B, h, T, D) in R's dtype."""
+    """Reads the synapses for each token: R S. (B, h, T, N), (B, h, N, D) -> (B, h, T, D) in R's dtype."""
     if R.shape[2] == 1:  # one token: cheaper to widen R than to narrow S
         return (R.to(S.dtype) @ S).to(R.dtype)  # (B, h, 1, D)
     return R @ S.to(R.dtype)  # (B, h, T, D)

@@ -48,7 +48,7 @@ def render(runs: list[Run], made: str) -> str:
 
 
 def digest(text: str) -> str:
-    """How a policy names what stands in the page itself."""
+    """The hash of an inline script or style, as a Content-Security-Policy names it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 

@@ -1,4 +1,4 @@
-"""What a run's folder tells, read with patience: runs may be in progress, torn by a kill, or lack a file."""
+"""Reads the folders of runs, also of runs in progress, with incomplete lines, or without some of the files."""
 
 import json
 import math
@@ -147,7 +147,7 @@ def sorted_points(points: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def along(steps: np.ndarray, known: dict[int, float]) -> np.ndarray:
-    """What is known at some steps, at all of these; between two by a straight line. Zeros where nothing is known."""
+    """Interpolates values that are known at some steps linearly to all of these steps; zeros if none is known."""
     if not known:
         return np.zeros_like(steps)
     return np.interp(steps, *sorted_points(known))

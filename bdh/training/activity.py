@@ -1,4 +1,5 @@
-"""What only a BDH has to tell while it learns: which part of its neurons is active, which never is, what it remembers.
+"""Statistics of BDH's neurons during training: the share that is active, neurons never active, and the size of
+synapses.
 
 A few fixed windows of the validation text are read once more, one at a time, and looked into by hooks on the layer's
 matrices: what comes out of the encoders are X and Y before their relu, what goes into the decoder is Z.

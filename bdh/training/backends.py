@@ -1,4 +1,4 @@
-"""Where a run's figures may go besides its folder: one class a service, all with the interface `Backend`.
+"""Tracker services that receive a run's metrics: one class for each, with the interface `Backend`.
 
 Each takes what its library offers and no more; queues, deadlines and trouble are the business of
 `bdh.training.trackers`. A library is imported when its backend is opened.
@@ -64,7 +64,7 @@ class Backend(Protocol):
         """Histograms of a step."""
 
     def samples(self, step: int, texts: Samples) -> None:
-        """What the model writes at a step: pairs of prompt and continuation."""
+        """Sends the samples of a step: pairs of prompt and continuation."""
 
     def close(self) -> None:
         """Writes what is still to be written."""

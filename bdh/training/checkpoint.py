@@ -186,7 +186,7 @@ def step_of(path: Path) -> int:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None if each is there with its recorded size and SHA-256."""
+    """Describes the first fault of a checkpoint's files; None if each has its recorded size and SHA-256."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if "state.json" not in manifest:
@@ -386,7 +386,7 @@ def _as_one_process() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong beneath what torch.distributed.checkpoint wraps every exception in."""
+    """The original exception inside the one that torch.distributed.checkpoint wraps it in."""
     if isinstance(error, CheckpointException):
         causes = [cause for cause, _ in error.failures.values()]
         return next((cause for cause in causes if isinstance(cause, OSError)), causes[0] if causes else error)

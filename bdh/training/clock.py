@@ -1,4 +1,4 @@
-"""Where the time of a step goes, measured without making a GPU wait."""
+"""Timer of the phases of a training step that does not synchronize with the GPU."""
 
 import time
 from collections import defaultdict

@@ -161,7 +161,7 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    """What is said along the way.
+    """Settings of metrics, samples and trackers.
 
     Args:
         interval: Steps between lines of metrics.jsonl and of plain output.
@@ -528,7 +528,7 @@ def _whole(path: Any) -> Any:
 
 
 def compare(saved: dict[str, Any], config: TrainConfig) -> list[str]:
-    """What differs between a checkpoint's configuration and the one to go on with, a line each.
+    """Lists the differences between a checkpoint's configuration and the current one, one line each.
 
     Raises:
         BDHError: The architecture or the adapters differ, and all differing fields are named; or the optimizer does,

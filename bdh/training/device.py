@@ -1,4 +1,4 @@
-"""Where a run computes, in which precision, and what it keeps in memory."""
+"""Device, precision and memory settings of a run."""
 
 import random
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +33,7 @@ def recompute_layers(model: BDHForCausalLM) -> None:
 
 
 def hardware(device: torch.device) -> str:
-    """What computes, in words."""
+    """Describes the device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

@@ -36,7 +36,7 @@ class Evaluation:
     tokens: int
 
     def figures(self) -> dict[str, float]:
-        """What is logged of it, by the names it has there."""
+        """The metrics to log, by name."""
         return {
             "validation_loss": self.loss,
             "perplexity": self.perplexity,

@@ -140,7 +140,7 @@ def _title(state: dict[str, Any]) -> str:
 
 
 def training_sections(state: dict[str, Any]) -> list[Section]:
-    """What the card of a checkpoint tells of its data, training and validation."""
+    """Sections of a model card about the data, the training and the validation of a checkpoint."""
     data, training = state["config"]["data"], state["config"]["training"]
     sections: list[Section] = [
         (
@@ -193,7 +193,7 @@ def beyond_block_row(beyond: dict[str, Any] | None) -> dict[str, str]:
 
 
 def start_rows(config: TrainConfig) -> dict[str, str]:
-    """What a card tells of fine-tuning; nothing where it was none."""
+    """Rows of a model card about fine-tuning; none for a model trained from scratch."""
     if config.init_from is None:
         return {}
     rows, lora = {"fine-tuned from": start_name(config.init_from)}, config.lora
@@ -203,7 +203,7 @@ def start_rows(config: TrainConfig) -> dict[str, str]:
 
 
 def start_name(where: str) -> str:
-    """What a model to begin with is called, without where it lay on the disk."""
+    """The name of the model that a run starts from, without its path on the disk."""
     path = Path(where)
     if checkpoint.NAME.fullmatch(path.name):
         return f"{path.parent.parent.name} at step {checkpoint.step_of(path)}"
@@ -211,7 +211,7 @@ def start_name(where: str) -> str:
 
 
 def text_name(data: DataConfig) -> str:
-    """What a text is called, without where it lay on the disk."""
+    """The name of a text, without its path on the disk."""
     names = [f"{_last_part(source.path)} {source.config or ''}".strip() for source in data.sources()]
     weights = [f" (weight {source.weight:g})" if data.mixture else "" for source in data.sources()]
     return ", ".join(map("".join, zip(names, weights, strict=True))) or data.corpus
@@ -222,7 +222,7 @@ def _last_part(path: str) -> str:
 
 
 def tokens_row(identity: dict[str, Any], data: DataConfig) -> dict[str, str]:
-    """How much of a text there was to train on."""
+    """Row of a model card with the amount of training text."""
     parts = identity.get("mixture", [identity])
     if data.streaming:
         return {"tokens": "a stream"}

@@ -118,7 +118,7 @@ class RunFolder:
             self.path.rmdir()
 
     def way_on(self) -> str:
-        """How to take this run up again."""
+        """The command that resumes this run."""
         if self.store.latest()[0] is None:
             return f"begin again (no checkpoint was written): bdh train --config {self.path / 'config.yaml'}"
         return f"go on with: bdh train --resume {self.path}"

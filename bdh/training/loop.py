@@ -452,7 +452,7 @@ class Trainer:
         )
 
     def hardware(self) -> str:
-        """What computes, in words."""
+        """Describes the device in words."""
         count = self.processes.size
         return hardware(self.device) if count == 1 else f"{count} x {hardware(self.device)}"
 

@@ -1,4 +1,4 @@
-"""What a step's record says about the work itself: where the time went, how much memory it took, how well it went."""
+"""Metrics of a training step: time, memory and hardware utilization."""
 
 import os
 import resource

@@ -18,7 +18,7 @@ BINS = 64
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often values fall between neighbouring edges.
+    """Counts of values between neighbouring edges.
 
     Attributes:
         edges: `len(counts) + 1` of them, rising.

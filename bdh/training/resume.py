@@ -1,4 +1,4 @@
-"""What a run leaves in its checkpoints beside tensors, and what it takes from one: tokenizer, place, random states."""
+"""The contents of a checkpoint besides tensors, saved and restored: tokenizer, data position, random states."""
 
 import platform
 from dataclasses import asdict
@@ -99,7 +99,7 @@ def state_to_save(
 
 
 def by_process(everywhere: list[tuple[dict[str, Any], dict[str, Any]]], processes: Processes) -> dict[str, Any]:
-    """What a checkpoint keeps of each process beside the first one's: its random states, and its place in the text.
+    """The part of a checkpoint that each process after the first saves: its random states and its data position.
 
     Args:
         everywhere: The place in the text and the random states, by rank.

@@ -1,4 +1,4 @@
-"""What changes while a run goes on, and how a run ended."""
+"""State of a run that changes during training, and the outcome of a run."""
 
 import signal
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from bdh.training.evaluation import Evaluation
 
 @dataclass
 class Outcome:
-    """How a call of `train` ended.
+    """The result of a call of `train`.
 
     Attributes:
         run_dir: The run's folder.
@@ -36,7 +36,8 @@ class Outcome:
 
 @dataclass
 class RunState:
-    """What changes while a run goes on, besides weights, optimizer and random states; all of it is in a checkpoint.
+    """Everything that changes during training besides weights, optimizer and random states; checkpoints contain all of
+    it.
 
     `beyond_block` is the loss at positions beyond the training block, from the same validation as `evaluation`; None
     where that was not measured.
@@ -65,7 +66,7 @@ class CarriedState:
 
     @classmethod
     def empty(cls, config: BDHConfig, size: int, count: int, device: torch.device) -> "CarriedState":
-        """What rows go on from before the first step: nothing; for `count` forward passes of `size` rows."""
+        """The carried state before the first step: no past, for `count` forward passes of `size` rows."""
         return cls(BDHState.zeros(config, size, device) for _ in range(count))
 
     def before(self, piece: int, fresh: Tensor) -> BDHState:
@@ -78,7 +79,8 @@ class CarriedState:
         self.pieces[piece] = state.detach()
 
     def tensors(self, mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
-        """What a checkpoint keeps: synapses.LAYER (B, h, N, D) and position (B,), all pieces together.
+        """The tensors for a checkpoint: synapses.LAYER (B, h, N, D) and position (B,), concatenated over forward
+        passes.
 
         With a mesh (replicas, shards, heads), of the whole batch and all heads, of which this process has its part.
         """

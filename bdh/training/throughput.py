@@ -1,4 +1,4 @@
-"""How well the hardware is used: what a model's mathematics costs, over what the hardware could do."""
+"""Hardware utilization: FLOPs of the model's products as a share of the device's peak."""
 
 import torch
 
@@ -49,7 +49,7 @@ def flops_per_token(config: BDHConfig, length: int, carry_state: bool = False) -
 
 
 def peak_flops(device: torch.device, bfloat16: bool) -> float | None:
-    """What one device could do in a second at best, None where that is not known."""
+    """Peak FLOP/s of one device; None if it is not known."""
     if device.type != "cuda":
         return None
     name = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "

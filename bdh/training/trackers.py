@@ -205,7 +205,7 @@ def open_trackers(
 
 
 def read_ids(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """What trackers.json holds; nothing if it is missing or torn."""
+    """Reads trackers.json; empty if the file is missing or incomplete."""
     try:
         found = json.loads((run_dir / IDS).read_text(encoding="utf-8"))
         return {name: {"id": str(entry["id"]), "given": int(entry["given"])} for name, entry in found.items()}

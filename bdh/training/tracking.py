@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, the progress bar or plain lines, samples.md, loss.png."""
+"""Local output of a run: metrics.jsonl, the progress bar or plain lines, samples.md, loss.png."""
 
 import json
 import os
@@ -151,7 +151,7 @@ class Tracker:
         )
 
     def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
-        """What the model writes at a step: pairs of prompt and continuation."""
+        """Writes the samples of a step: pairs of prompt and continuation."""
         blocks = [f"## Step {step}\n"]
         for prompt, continuation in texts:
             body = "\n".join(f"    {line}" for line in (prompt + continuation).splitlines())

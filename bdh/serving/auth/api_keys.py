@@ -179,7 +179,7 @@ def environment_keys_of(value: str) -> list[Key]:
 
 
 class KeyStore:
-    """Who may come in: the keys of a file, those of the environment, or both.
+    """The accepted API keys: those of a file, of the environment, or both.
 
     The file is looked at with every check and read again when it has changed, so a key that is revoked is refused from
     then on. While it cannot be read, the keys last read go on to count, and the log has a warning.
@@ -250,7 +250,7 @@ class KeyStore:
 
 
 def signature(status: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file does; its permissions count too, as they decide whether it can be read."""
+    """A value that changes when a file or its permissions change, which decide whether it can be read."""
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

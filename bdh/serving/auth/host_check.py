@@ -78,7 +78,7 @@ class HostCheck:
 
 
 def hint(host: str) -> str:
-    """How to have a refused host accepted."""
+    """The setting that makes the server accept a refused host."""
     match = HOST.fullmatch(host)
     name = "NAME" if match is None else match["name"]
     return (

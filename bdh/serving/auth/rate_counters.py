@@ -65,7 +65,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class CountEntry:
-    """Where an amount was counted: the storage, the name and the minute of the clock."""
+    """A counted amount: its storage, its name and its minute of the clock."""
 
     storage: Storage
     name: str

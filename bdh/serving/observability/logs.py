@@ -1,4 +1,4 @@
-"""What a server writes about itself: one line a record on stderr, for people on a terminal and as JSON elsewhere.
+"""Log of a server on stderr, one line for each record: readable text on a terminal, JSON elsewhere.
 
 Everything goes through the standard library's `logging`, as uvicorn and torch use it too; python-json-logger is only a
 formatter for it, where structlog would be a second way of logging beside the one that the libraries have.
@@ -97,7 +97,7 @@ def without_values(record: logging.LogRecord) -> bool:
 
 
 def time_of(record: logging.LogRecord) -> str:
-    """When a record was made, in UTC as ISO 8601 has it."""
+    """The time of a record in UTC, in ISO 8601."""
     return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -243,7 +243,7 @@ class Exchange:
         self._send = send
 
     def status(self, gone: bool) -> int:
-        """What was answered; where nothing was: 500, or 499 if nobody waits for it."""
+        """The status of the response; without one 500, or 499 if the client has disconnected."""
         if self._status is not None:
             return self._status
         return CLIENT_GONE if gone else 500

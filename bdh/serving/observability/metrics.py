@@ -1,4 +1,4 @@
-"""What a server tells Prometheus. Each `Metrics` has a registry of its own, so that several apps can share a process.
+"""Prometheus metrics of a server. Each `Metrics` has its own registry, so that several apps can share a process.
 
 Labels have few values, whatever clients send: a model that is not served here is "unknown", and requests are counted by
 the template of their route. The engines' figures are read when they are asked for, and cost nothing before.

@@ -90,7 +90,7 @@ def made_absolute(config: ServeConfig) -> ServeConfig:
 
 
 def chosen_address(config: ServeConfig) -> str:
-    """Where the server will be, its port free so far where Ray is on this machine. Raises BDHError."""
+    """The address of the server, whose port is free if Ray is on this machine. Raises BDHError."""
     if config.ray.address is not None:
         if config.port == 0:
             raise BDHError("serve.port is 0; name a port that is free on all machines of the Ray cluster")
@@ -163,7 +163,7 @@ class Running:
             raise BDHError(f"Ray Serve cannot begin: {str(error).strip().splitlines()[-1]}") from error
 
     def _application(self) -> "Application":
-        """What Ray is to run."""
+        """The application that Ray runs."""
         import ray
         from ray import serve
 
@@ -244,7 +244,7 @@ class Running:
 
 
 def asked(handle: "DeploymentHandle[Any]", method: str) -> list[Any]:
-    """What all replicas that answer in time say."""
+    """The results of all replicas that respond in time."""
     from bdh.serving.ray.replica import answers
 
     try:

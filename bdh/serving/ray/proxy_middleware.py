@@ -1,4 +1,4 @@
-"""What stands in Ray's HTTP proxies before all else, so that they treat clients as `bdh serve` itself does.
+"""Middleware of Ray's HTTP proxies, with which they treat clients as `bdh serve` does.
 
 A proxy of Ray's passes requests on to replicas. Left alone, it would read bodies of any size, let clients have a say in
 how it works by headers, keep requests waiting while there is no replica, answer in words of its own, and say nothing at
@@ -43,7 +43,7 @@ PATIENCE = 5.0  # seconds that a request waits while there is no replica
 
 @dataclass
 class Present:
-    """What the router of this process knows: how many replicas there are."""
+    """The number of replicas that the router of this process knows."""
 
     replicas: int = 0
 
@@ -199,7 +199,7 @@ def without(names: set[bytes] | frozenset[bytes], headers: Any) -> list[tuple[by
 
 
 def refusal(status: int) -> ApiError:
-    """What a client is told where Ray alone answered, or nobody would."""
+    """The error response for requests that no replica has answered."""
     if status in (404, 503):  # no replica is ready, or none is there any more
         return unavailable("no replica is ready; try again in a moment", "loading", 2)
     return ApiError(502, f"Ray could not pass the request on (status {status})", "server_error",

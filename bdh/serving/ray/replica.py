@@ -47,7 +47,7 @@ class ReplicaServer(Server):
 
 @serve.ingress()
 class Replica:
-    """What Ray makes of a server.
+    """A server as a replica of Ray Serve.
 
     Args:
         config: Of the server.

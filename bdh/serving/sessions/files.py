@@ -40,7 +40,7 @@ class SavedSession:
 
 
 class SavedFiles:
-    """Where saved sessions are: `FOLDER/saved/OWNER/NAME.safetensors`. No name leads anywhere else, and no link does.
+    """Files of saved sessions: `FOLDER/saved/OWNER/NAME.safetensors`. No name and no link leads outside the folder.
 
     Args:
         folder: Is made if it is not there.
@@ -70,7 +70,8 @@ class SavedFiles:
                 log.warning("incomplete session files in %s cannot be removed: %s", folder, error.strerror)
 
     def place(self, owner: str | None, name: str) -> Path:
-        """Where to save a session; its folder is made. Raises BDHError for what is no name, and ApiError or OSError."""
+        """The path to save a session to; creates its folder. Raises BDHError for an invalid name, and ApiError or
+        OSError."""
         checked_name(name, "the session's name")
         folder = self._of(owner)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -98,7 +99,7 @@ class SavedFiles:
             raise unknown_saved(name) from error
 
     def names(self, owner: str | None) -> list[str]:
-        """What an owner has saved."""
+        """The names of an owner's saved sessions."""
         folder = self._of(owner)
         if not self._is_own(folder):
             return []
@@ -107,7 +108,7 @@ class SavedFiles:
         return sorted(name for name in found if NAME.fullmatch(name))
 
     def list(self, owner: str | None) -> list[SavedSession]:
-        """What an owner has saved, but for files that are something else."""
+        """The saved sessions of an owner, without files of other kinds."""
         from bdh.inference.state_metadata import read_metadata
 
         saved = []

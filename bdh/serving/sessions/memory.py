@@ -1,4 +1,4 @@
-"""Where the sessions of a server are: in memory, as many as have room there, or on disk."""
+"""Memory of a server's sessions: states in memory up to a limit, the others on disk."""
 
 import asyncio
 import logging
@@ -68,7 +68,7 @@ class Kept:
 
     @property
     def state_nbytes(self) -> int:
-        """What the state of any session with this model takes."""
+        """Bytes of the state of a session with this model."""
         return self.served.llm.model_info.state_nbytes
 
     def put_away(self, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a server that is one of several asks the others, so that all answer as one."""
+"""Requests between the servers that share one address, so that all give the same results."""
 
 from typing import TYPE_CHECKING, Protocol
 

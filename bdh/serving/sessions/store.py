@@ -152,7 +152,7 @@ class SessionStore:
             self._free(kept)
 
     async def messages(self, kept: Kept) -> list[dict[str, str]]:
-        """What was said in a session."""
+        """The messages of a session."""
         if kept.session is None and kept.file is not None:
             from bdh.inference.conversation import read_transcript
 
@@ -202,7 +202,7 @@ class SessionStore:
         return path.lstat().st_size
 
     async def saved(self, owner: str | None) -> list[SavedSession]:
-        """What an owner has saved."""
+        """The saved sessions of an owner."""
         return [] if self.files is None else await asyncio.to_thread(self.files.list, owner)
 
     async def delete_saved(self, owner: str | None, name: str) -> None:
