@@ -18,7 +18,7 @@ _HOME = {
     "Engine": "bdh.inference.engine",
     "LLM": "bdh.inference.llm",
     "Request": "bdh.inference.request",
-    "SamplingParams": "bdh.inference.params",
+    "SamplingParams": "bdh.inference.sampling_params",
     "TrainConfig": "bdh.training.config",
     "byte_tokenizer": "bdh.data.tokenizer",
     "load_export": "bdh.model.export",
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from bdh.inference.async_llm import AsyncLLM as AsyncLLM
     from bdh.inference.engine import Engine as Engine
     from bdh.inference.llm import LLM as LLM
-    from bdh.inference.params import SamplingParams as SamplingParams
     from bdh.inference.request import Request as Request
+    from bdh.inference.sampling_params import SamplingParams as SamplingParams
     from bdh.model import BDHConfig as BDHConfig
     from bdh.model import BDHForCausalLM as BDHForCausalLM
     from bdh.model import BDHModel as BDHModel

@@ -1,5 +1,8 @@
 """Errors a user can cause and mend."""
 
+import difflib
+from collections.abc import Iterable
+
 
 def one_line(error: BaseException) -> str:
     """The message of an exception in one line of at most 200 characters; the name of its class if it has none."""
@@ -9,6 +12,13 @@ def one_line(error: BaseException) -> str:
 def error_text(error: BaseException) -> str:
     """The cause of an error in one line: the operating system's words if it has them, as for a full disk."""
     return getattr(error, "strerror", None) or one_line(error)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of an error line about an unknown name: the closest known one, or the list of all."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
 
 
 class BDHError(Exception):

@@ -33,9 +33,9 @@ import torch
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.inference.engine import Engine
-from bdh.inference.params import SamplingParams
 from bdh.inference.request import Request
 from bdh.inference.runner import Runner, make_runner
+from bdh.inference.sampling_params import SamplingParams
 from bdh.model import BDHState, state_of
 from benchmarks.record import RESULTS, save
 

@@ -19,7 +19,7 @@ import torch
 from bdh.data.corpora import load_corpus
 from bdh.evaluation.by_position import read_in_pieces
 from bdh.inference.llm import LLM
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 from bdh.inference.session import Session
 from bdh.model.export import load_export
 from benchmarks.record import save

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bdh.training.tracking import read_metrics
+from bdh.training.run_log import read_metrics
 from benchmarks.record import save
 
 

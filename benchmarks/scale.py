@@ -47,7 +47,7 @@ def worker(args: argparse.Namespace) -> None:
     from bdh.distributed.processes import Processes
     from bdh.model import BDHConfig, BDHForCausalLM
     from bdh.training.config import TrainingConfig
-    from bdh.training.device import recompute_layers
+    from bdh.training.device_setup import recompute_layers
     from bdh.training.optimizer import build_optimizer, learning_rate_at
 
     given = json.loads(args.worker)
@@ -122,8 +122,8 @@ def reverse_heads(model: Any) -> None:
 def checkpoints(parallel_model: Any, optimizer: Any, processes: Any) -> list[dict[str, float]]:
     """How long some checkpoints hold up the training, and how long they take."""
     from bdh.data.tokenizer import byte_tokenizer
+    from bdh.training.background_saver import Saver
     from bdh.training.checkpoint import CheckpointStore, collect
-    from bdh.training.saver import Saver
 
     def failed(error: OSError) -> None:
         raise error

@@ -155,8 +155,8 @@ async def clients(count: int, host: str, port: int, seconds: float) -> Tally:
 def engine_alone(args: argparse.Namespace) -> float:
     """Tokens a second of the engine with the same requests, as many in work as there are clients."""
     from bdh.inference.engine_process import EngineSettings, load
-    from bdh.inference.params import SamplingParams
     from bdh.inference.request import Request
+    from bdh.inference.sampling_params import SamplingParams
 
     llm = load(EngineSettings(args.model, max_batch_size=args.slots))
     mixes = [requests(number) for number in range(args.clients)]

@@ -25,7 +25,7 @@ from bdh.distributed.config import DistributedConfig
 from bdh.distributed.parallel import ParallelModel
 from bdh.distributed.processes import Processes
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.training.device import recompute_layers
+from bdh.training.device_setup import recompute_layers
 from benchmarks.record import save
 from benchmarks.scale import LARGE
 

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from bdh.cli.parsing import build_config, train_parser
-from bdh.training.clock import StepClock
+from bdh.cli.run_config import build_config, train_parser
 from bdh.training.config import TrainConfig
 from bdh.training.loop import Trainer
+from bdh.training.step_timer import StepClock
 from bdh.training.trackers import Trackers, open_trackers
 from benchmarks.record import save
 

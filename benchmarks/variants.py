@@ -14,7 +14,7 @@ from bdh.kernels.dispatch import use_kernels
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import state_of
 from bdh.training.config import TrainingConfig
-from bdh.training.device import autocast, seed_everything
+from bdh.training.device_setup import autocast, seed_everything
 from bdh.training.optimizer import build_optimizer, learning_rate_at
 
 

@@ -19,7 +19,7 @@ from bdh.data.tokenizer import load_tokenizer, save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.training.config import CheckpointConfig, LoggingConfig, ModelConfig, TrainConfig, TrainingConfig
 from bdh.training.loop import train
-from bdh.training.tracking import read_metrics
+from bdh.training.run_log import read_metrics
 from benchmarks.record import save
 
 CORPUS = DataConfig(corpus="stdlib", block_size=512)

@@ -27,8 +27,8 @@ from bdh.data.blocks import ValidationWindows
 from bdh.data.loader import TrainingData, open_data
 from bdh.data.settings import DataConfig
 from bdh.data.tokenizer import load_tokenizer
-from bdh.model.card import model_card
 from bdh.model.export import save_export
+from bdh.model.model_card import model_card
 
 
 def example(row: Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from bdh.cli import train
 from bdh.errors import BDHError
 from bdh.inference.llm import LLM
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 from bdh.inference.state_file import checksum
 from bdh.model.export import save_export
 from bdh.model.published import convert, to_published

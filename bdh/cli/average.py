@@ -18,7 +18,7 @@ def run(argv: list[str]) -> int:
     if len(args.sources) < 2:
         raise BDHError(f"only {args.sources[0]} is given; averaging takes two checkpoints or more")
 
-    from bdh.training.average import average
+    from bdh.training.weight_averaging import average
 
     average(args.sources, args.output)
     print(f"{args.output} is the average of {len(args.sources)} models")

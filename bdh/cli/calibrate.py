@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
     from bdh.evaluation.calibration import calibrate, calibrated_card, check_calibratable, comparison, describe
     from bdh.model.device import choose_device
     from bdh.model.export import check_target, load_export, read_config, save_export
-    from bdh.training.device import autocast
+    from bdh.training.device_setup import autocast
 
     check_calibratable(read_config(args.model), str(args.model))
     check_target(args.output)

@@ -42,7 +42,7 @@ def run(argv: list[str]) -> int:
     if args.session is not None and not os.access(args.session.parent, os.W_OK):
         raise BDHError(f"--session {args.session} cannot be saved: its folder is missing, or not to be written to")
 
-    from bdh.inference.params import SamplingParams
+    from bdh.inference.sampling_params import SamplingParams
 
     SamplingParams(**given)  # mistakes are told before the model is loaded
     llm = open_model(args, 1)
@@ -64,7 +64,7 @@ def run(argv: list[str]) -> int:
 
 def open_session(llm: "LLM", args: Any, given: dict[str, Any]) -> "Session":
     """The conversation to go on with, or a new one. Raises BDHError."""
-    from bdh.inference.params import SamplingParams
+    from bdh.inference.sampling_params import SamplingParams
 
     if args.session is None or not args.session.exists():
         return llm.session(args.system, SamplingParams(**given))

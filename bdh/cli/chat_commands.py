@@ -10,9 +10,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from bdh.cli.settings import SETTINGS, from_text, nearest
+from bdh.cli.settings import SETTINGS, from_text
 from bdh.cli.terminal import show
-from bdh.errors import BDHError
+from bdh.errors import BDHError, suggestion
 
 if TYPE_CHECKING:
     from bdh.inference.llm import LLM
@@ -115,7 +115,7 @@ class Chat:
         name, _, rest = line.partition(" ")
         name, rest = name.strip(), rest.strip()
         if name not in COMMANDS:
-            raise BDHError(f"{name} is not a command; {nearest(name, COMMANDS)}")
+            raise BDHError(f"{name} is not a command; {suggestion(name, COMMANDS)}")
         takes, _, act = COMMANDS[name]
         if rest and not takes:
             raise BDHError(f"{name} takes nothing")
@@ -129,11 +129,11 @@ class Chat:
         self.tell("\n".join(f"{row:<{width}}  {words}" for row, words in rows.items()) + LINES_HELP)
 
     def set(self, rest: str) -> None:
-        from bdh.inference.params import SamplingParams
+        from bdh.inference.sampling_params import SamplingParams
 
         name, _, text = rest.partition(" ")
         if name and name not in CHAT_SETTINGS:
-            raise BDHError(f"{name} is not a setting; {nearest(name, CHAT_SETTINGS)}")
+            raise BDHError(f"{name} is not a setting; {suggestion(name, CHAT_SETTINGS)}")
         if text:
             value = getattr(SamplingParams(), name) if text == "none" else from_text(name, text.strip())
             params = replace(self.session.params, **{name: value})
@@ -144,7 +144,7 @@ class Chat:
 
     def changed_settings(self) -> str:
         """The settings that are not as usual, and two that one always wants to know."""
-        from bdh.inference.params import SamplingParams
+        from bdh.inference.sampling_params import SamplingParams
 
         always, usual = ("max_new_tokens", "temperature"), SamplingParams()
         values = {name: getattr(self.session.params, name) for name in CHAT_SETTINGS}

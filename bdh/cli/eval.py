@@ -69,8 +69,8 @@ def run(argv: list[str]) -> int:
     from bdh.data.tokenizer import is_tokenizer
     from bdh.model.device import choose_device
     from bdh.model.export import load_export
-    from bdh.training.device import autocast
-    from bdh.training.evaluation import evaluate
+    from bdh.training.device_setup import autocast
+    from bdh.training.validation import evaluate
 
     model, tokenizer = load_export(args.model)
     if data.tokenizer is not None and not is_tokenizer(tokenizer, data.tokenizer):
@@ -150,8 +150,8 @@ def by_position(
 
     from bdh.data.blocks import ValidationWindows
     from bdh.evaluation.by_position import score_by_position, table
-    from bdh.evaluation.picture import draw_by_position
-    from bdh.training.device import autocast
+    from bdh.evaluation.loss_plot import draw_by_position
+    from bdh.training.device_setup import autocast
 
     block_size = model.config.training_block_size
     length = args.by_position or min(LONG_BLOCKS * (block_size or args.data.block_size), len(tokens) - 1)

@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bdh.cli.generate_distributed import first_speaks, open_shared, together
 from bdh.cli.parsing import Parser
 from bdh.cli.prompts import SEED_STRIDE, answer_prompts
 from bdh.cli.settings import add_model, add_settings, given_settings
 from bdh.cli.terminal import show
-from bdh.cli.together import first_speaks, open_shared, together
 from bdh.errors import BDHError
 
 if TYPE_CHECKING:
     from bdh.distributed.processes import Processes
     from bdh.inference.llm import LLM, TokenLogprob
-    from bdh.inference.params import SamplingParams
+    from bdh.inference.sampling_params import SamplingParams
 
 PROMPTS_HELP = (
     'answer a file of prompts: .txt, one a line; or .jsonl, objects with "prompt" or "messages" and settings of their '
@@ -64,7 +64,7 @@ def asked_for(argv: list[str]) -> Any:
 
 def check(args: Any, given: Mapping[str, Any]) -> None:
     """Raises BDHError for flags that do not go together, and for settings that are wrong whatever the model."""
-    from bdh.inference.params import SamplingParams
+    from bdh.inference.sampling_params import SamplingParams
 
     if args.batch_size is not None and args.batch_size < 1:
         raise BDHError(f"batch_size is {args.batch_size}; it must be at least 1")
@@ -81,7 +81,7 @@ def check(args: Any, given: Mapping[str, Any]) -> None:
 
 def answer(args: Any, given: Mapping[str, Any], processes: "Processes") -> int:
     """Continues one prompt; returns the command's exit code. Raises BDHError."""
-    from bdh.inference.params import SamplingParams
+    from bdh.inference.sampling_params import SamplingParams
 
     llm = open_shared(args, processes)
     prompt = processes.on_main(read_stdin) if args.prompt == "-" else args.prompt

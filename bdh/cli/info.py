@@ -16,7 +16,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
 
-    from bdh.model.card import architecture, parameter_count, state_bytes
+    from bdh.model.model_card import architecture, parameter_count, state_bytes
     from bdh.training.export import describe
 
     config, where = describe(args.directory)

@@ -1,14 +1,12 @@
 """`bdh keys`: make API keys for `bdh serve`, look at them, revoke them."""
 
-import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from bdh.cli.parsing import Parser
+from bdh.cli.parsing import Parser, run_subcommand
 from bdh.errors import BDHError
 
 USAGE = """usage: bdh keys COMMAND [options]
@@ -25,15 +23,8 @@ UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1
 
 
 def run(argv: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {"add": add, "list": show, "revoke": revoke}
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0
-    if argv[0] not in commands:
-        near = difflib.get_close_matches(argv[0], commands, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
-        raise BDHError(f"{argv[0]} is not a command of bdh keys; {hint}")
-    return commands[argv[0]](argv[1:])
+    commands = {"add": add, "list": show, "revoke": revoke}
+    return run_subcommand(argv, "bdh keys", USAGE, commands)
 
 
 def keys_parser(command: str, description: str) -> Parser:

@@ -1,16 +1,15 @@
 """`bdh`: finds the command and runs it. Loads nothing heavy, so that `bdh --help` answers at once."""
 
-import difflib
 import importlib
 import io
-import logging
 import os
 import sys
 from contextlib import suppress
 from errno import EBADF
 
 from bdh import __version__
-from bdh.errors import BDHError, ReportedByOtherRank
+from bdh.errors import BDHError, ReportedByOtherRank, suggestion
+from bdh.library_logging import quiet_libraries
 
 COMMANDS = {
     "quickstart": "train a small model on text that is already here, and let it write (about 2 minutes)",
@@ -48,13 +47,6 @@ def overview() -> str:
     )
 
 
-def quiet_libraries() -> None:
-    """Keeps remarks of libraries about themselves off a terminal where our own lines are to be read."""
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0 done, 2 an error the user can mend, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
@@ -71,9 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character still shows the rest
     try:
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-            raise BDHError(f"{name} is not a command; {hint}")
+            raise BDHError(f"{name} is not a command; {suggestion(name, COMMANDS)}")
         return importlib.import_module(f"bdh.cli.{name}").run(argv[1:])
     except ReportedByOtherRank:
         return 2

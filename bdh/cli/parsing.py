@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,8 +14,8 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from bdh.errors import BDHError, error_text
-from bdh.training.config import KERNEL_ALIASES, TrainConfig, validate
+from bdh.errors import BDHError, error_text, suggestion
+from bdh.kernels import KERNEL_ALIASES
 
 
 def ready_configs() -> dict[str, str]:
@@ -172,29 +172,6 @@ def without_print_config(argv: list[str]) -> list[str]:
     return [arg for arg in argv if not arg.startswith("--print_config")]
 
 
-def train_parser(prog: str, description: str) -> Parser:
-    """A parser of all settings of a run: flags, YAML files in order, and BDH_SECTION__FIELD variables."""
-    parser = Parser(prog=prog, description=description, default_env=True, env_prefix="BDH", allow_abbrev=False)
-    ready = ", ".join(sorted(ready_configs()))
-    parser.add_argument(
-        "--config",
-        action=ReadyConfigFile,
-        help=f"YAML file, or a ready configuration ({ready}); may be given several times, later ones win",
-    )
-    parser.add_class_arguments(TrainConfig)
-    return parser
-
-
-def build_config(parser: Parser, parsed: Any) -> TrainConfig:
-    """The parsed settings as a validated TrainConfig. Raises BDHError."""
-    check_environment(parser)
-    settings = parser.instantiate(parsed)
-    config = TrainConfig(**{name: getattr(settings, name) for name in TrainConfig.__dataclass_fields__})
-    refuse_nulls(config)
-    validate(config)
-    return config
-
-
 def check_environment(parser: Parser) -> None:
     """Raises BDHError for a variable that looks like a setting of what the parser is for, and is none."""
     own = {f"BDH_{action.dest.upper().replace('.', '__')}" for action in parser._actions}
@@ -203,3 +180,17 @@ def check_environment(parser: Parser) -> None:
     for name in sorted(os.environ):
         if name.startswith("BDH_") and name.startswith("BDH_SERVE__") == serving and name not in known:
             raise BDHError(f"the environment variable {name} is not a setting{_nearest(name, sorted(known))}")
+
+
+def run_subcommand(argv: list[str], prog: str, usage: str, commands: Mapping[str, Callable[[list[str]], int]]) -> int:
+    """Runs the subcommand that the first argument names, or prints the usage; returns the exit code.
+
+    Raises:
+        BDHError: There is no such subcommand.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage)
+        return 0
+    if argv[0] not in commands:
+        raise BDHError(f"{argv[0]} is not a command of {prog}; {suggestion(argv[0], commands)}")
+    return commands[argv[0]](argv[1:])

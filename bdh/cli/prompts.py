@@ -12,17 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from bdh.cli.settings import SETTINGS, nearest, read_text, with_token_ids
+from bdh.cli.generate_distributed import fingerprint, open_shared
+from bdh.cli.settings import SETTINGS, read_text, with_token_ids
 from bdh.cli.terminal import show
-from bdh.cli.together import fingerprint, open_shared
-from bdh.errors import BDHError
+from bdh.errors import BDHError, suggestion
 from bdh.json_text import to_json
 
 if TYPE_CHECKING:
     from bdh.distributed.processes import Processes
     from bdh.inference.llm import LLM
     from bdh.inference.outputs import Completion, TextRequest
-    from bdh.inference.params import SamplingParams
+    from bdh.inference.sampling_params import SamplingParams
 
 SEED_STRIDE = 1 << 16  # prompt i has the seed S + i · this: its n continuations, S, S + 1 …, are not those of the next
 CHOICES, ERROR = '"choices": ', '"error": '  # what follows the head
@@ -48,7 +48,7 @@ def answer_prompts(args: Any, given: Mapping[str, Any], processes: "Processes") 
 
     All processes that share the model call it; the first one reads and writes files.
     """
-    from bdh.inference.params import SamplingParams
+    from bdh.inference.sampling_params import SamplingParams
 
     path: Path | None = args.output
     if path is not None and (path.suffix != ".jsonl" or (path.exists() and not path.is_file())):
@@ -166,14 +166,14 @@ def read_object(line: str) -> dict[str, Any]:
         raise BDHError('it must be a JSON object with either "prompt" or "messages"')
     for name in record:
         if name not in ("prompt", "messages", *SETTINGS):
-            raise BDHError(f"{name} is not a setting; {nearest(name, SETTINGS)}")
+            raise BDHError(f"{name} is not a setting; {suggestion(name, SETTINGS)}")
     return record
 
 
 def understand(record: dict[str, Any], given: Mapping[str, Any], index: int) -> tuple[Any, "SamplingParams"]:
     """Parses a line of the file of prompts into a prompt and its settings. Raises BDHError."""
     from bdh.data.chat_format import check_messages
-    from bdh.inference.params import SamplingParams
+    from bdh.inference.sampling_params import SamplingParams
 
     own = {name: value for name, value in record.items() if name in SETTINGS and value is not None}
     if "logit_bias" in own:
@@ -240,7 +240,7 @@ def write_answers(
 
 def head_of(index: int, prompt: Prompt, model: Mapping[str, Any]) -> str:
     """The first fields of a prompt's output line; settings with the usual values are omitted."""
-    from bdh.inference.params import SamplingParams
+    from bdh.inference.sampling_params import SamplingParams
 
     usual = asdict(SamplingParams())
     settings = {name: value for name, value in asdict(prompt.params).items() if value != usual[name]}

@@ -6,7 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from bdh.cli.parsing import build_config, train_parser, without_print_config
+from bdh.cli.parsing import without_print_config
+from bdh.cli.run_config import build_config, train_parser
 
 DEFAULT_RUN = Path("runs") / "quickstart"
 PROMPTS = ("The ", "If the ", "A function ")
@@ -20,9 +21,9 @@ def run(argv: list[str]) -> int:
     config = build_config(parser, parser.parse_args(given))
 
     from bdh.inference.llm import LLM
-    from bdh.inference.params import SamplingParams
+    from bdh.inference.sampling_params import SamplingParams
     from bdh.training.loop import train
-    from bdh.training.tracking import beyond_block_words, read_metrics
+    from bdh.training.run_log import beyond_block_words, read_metrics
 
     started = time.monotonic()
     outcome = train(config)

@@ -21,7 +21,7 @@ def run(argv: list[str]) -> int:
 
     from bdh.report.page import render
     from bdh.report.runs import read_runs
-    from bdh.training.tracking import write_atomically
+    from bdh.training.run_log import write_atomically
 
     if args.output.is_dir():
         raise BDHError(f"--output {args.output} is a folder; name a file, as report.html")

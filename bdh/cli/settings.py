@@ -1,7 +1,6 @@
 """Sampling settings as users give them: flags, /set in a chat, or a line of a file of prompts."""
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Iterable
@@ -103,13 +102,6 @@ def schema_text(given: str) -> str:
     """A JSON schema, or the one in the file after an @. Raises BDHError."""
     check_text("json_schema", given)
     return read_text(Path(given[1:])) if given.startswith("@") else given
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of a line about an unknown word: the nearest that is known, or all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
 
 
 def read_text(path: Path) -> str:

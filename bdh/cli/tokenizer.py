@@ -1,13 +1,12 @@
 """`bdh tokenizer`: train a vocabulary, look at one, turn text into ids and back."""
 
-import difflib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bdh.cli.parsing import Parser
+from bdh.cli.parsing import Parser, run_subcommand
 from bdh.cli.settings import notify
 from bdh.errors import BDHError
 from bdh.json_text import to_json
@@ -25,15 +24,8 @@ KINDS = ["bpe", "wordpiece", "unigram", "bytes"]
 
 
 def run(argv: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {"train": train, "info": info, "encode": encode, "decode": decode}
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0
-    if argv[0] not in commands:
-        near = difflib.get_close_matches(argv[0], commands, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
-        raise BDHError(f"{argv[0]} is not a command of bdh tokenizer; {hint}")
-    return commands[argv[0]](argv[1:])
+    commands = {"train": train, "info": info, "encode": encode, "decode": decode}
+    return run_subcommand(argv, "bdh tokenizer", USAGE, commands)
 
 
 def train(argv: list[str]) -> int:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bdh.cli.parsing import Parser, build_config, train_parser, without_print_config
+from bdh.cli.parsing import Parser, without_print_config
+from bdh.cli.run_config import build_config, train_parser
 from bdh.errors import BDHError
 from bdh.training.config import TrainConfig, with_earlier_defaults
 
@@ -99,7 +100,7 @@ def find(what: str, search: Callable[[], Path | None]) -> Path | None:
 def newest_in(run: Path) -> Path | None:
     """The newest checkpoint of a run that is whole; None if there is none. Raises BDHError if the run is in use."""
     from bdh.training.checkpoint import CheckpointStore
-    from bdh.training.folder import refuse_if_in_use
+    from bdh.training.run_folder import refuse_if_in_use
 
     store = CheckpointStore(run / "checkpoints", keep=1)
     if store.paths() and is_main():
@@ -113,7 +114,7 @@ def newest_in(run: Path) -> Path | None:
 def checkpoint_of(asked: Path, stays: bool) -> Path:
     """The checkpoint that a path means. Raises BDHError, also if the run is in use in which the new one would be."""
     from bdh.training.checkpoint import find_checkpoint
-    from bdh.training.folder import refuse_if_in_use
+    from bdh.training.run_folder import refuse_if_in_use
 
     if stays and is_main():
         refuse_if_in_use(asked)

@@ -25,7 +25,7 @@ OTHER_ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observa
 LAYOUT = 2  # goes into the fingerprint: raise it when the same conversations give other tokens
 
 Messages = list[dict[str, str]]
-Piece = tuple[str, bool]  # text, and whether it is predicted
+Segment = tuple[str, bool]  # text, and whether it is predicted
 
 
 class ChatEncoder(Encoder):
@@ -74,7 +74,7 @@ class ChatEncoder(Encoder):
             parts.append(self.ending)
         return np.concatenate(parts), size
 
-    def pieces(self, messages: Messages) -> tuple[list[Piece], bool]:
+    def pieces(self, messages: Messages) -> tuple[list[Segment], bool]:
         """The text of a conversation in pieces, answers apart; and whether the last answer has no end of its own.
 
         An answer that the template does not write where it asks for one, as some do with those long past, is text like
@@ -84,7 +84,7 @@ class ChatEncoder(Encoder):
             BDHError: The template does not take these messages, or that is true of all answers.
         """
         whole = self.format.whole(messages)
-        pieces: list[Piece] = []
+        pieces: list[Segment] = []
         place, ended = 0, True
         for number, message in enumerate(messages):
             if number == 0 or message["role"] != "assistant":

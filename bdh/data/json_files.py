@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, BinaryIO
 
-from bdh.data.finding import suffix_of
-from bdh.data.parts import Part, open_file, skip_line
+from bdh.data.path_resolution import suffix_of
+from bdh.data.text_files import Part, open_file, skip_line
 from bdh.errors import BDHError
 
 LINES = frozenset({".jsonl", ".ndjson"})

@@ -17,7 +17,7 @@ from bdh.data.blocks import ALONE, BlockSource, Lanes, Mixture, PackedBlocks, Sh
 from bdh.data.chat import ChatEncoder, messages_of
 from bdh.data.corpora import load_corpus
 from bdh.data.encoding import Encoder
-from bdh.data.finding import counted, find
+from bdh.data.path_resolution import counted, find
 from bdh.data.prepare import (
     Counts,
     Prepared,

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.data.chat import ChatEncoder, ChatRows
 from bdh.data.encoding import Encoder, encode_utf8
-from bdh.data.failures import cache_folder
+from bdh.data.source_errors import cache_folder
 from bdh.data.tokens import Documents, Tokens
 from bdh.errors import BDHError
 

@@ -19,10 +19,9 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 
 from bdh.atomic_files import replace_atomically
 from bdh.data.chat import CHAT_COLUMNS
-from bdh.data.failures import cache_folder, explain, offline, reason
-from bdh.data.finding import Location, find, suffix_of
-from bdh.data.parts import is_local, parts_of, text_rows, whole_files
+from bdh.data.path_resolution import Location, find, suffix_of
 from bdh.data.settings import SourceConfig
+from bdh.data.source_errors import cache_folder, explain, offline, reason
 from bdh.data.tables import (
     SAMPLE_ROWS,
     as_json,
@@ -32,6 +31,7 @@ from bdh.data.tables import (
     table_parts,
     text_values,
 )
+from bdh.data.text_files import is_local, parts_of, text_rows, whole_files
 from bdh.errors import BDHError
 
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it then raises, which is said in our words

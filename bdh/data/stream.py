@@ -50,7 +50,7 @@ class StreamSettings:
 
 
 @dataclass(frozen=True)
-class Batch:
+class EncodedRows:
     """Some rows of text as token ids, and where the source was before and after them."""
 
     before: dict[str, Any]
@@ -77,7 +77,7 @@ class Reader:
         """The position before everything."""
         return {"epoch": 0, "source": None, "counts": asdict(Counts())}
 
-    def batches(self, position: dict[str, Any]) -> Iterator[Batch]:
+    def batches(self, position: dict[str, Any]) -> Iterator[EncodedRows]:
         """Batches from a position on."""
         from bdh.data.sources import explained, open_source
 
@@ -87,7 +87,7 @@ class Reader:
             while True:
                 position = yield from self._epoch(source, position)
 
-    def _epoch(self, source: Any, before: dict[str, Any]) -> Generator[Batch, None, dict[str, Any]]:
+    def _epoch(self, source: Any, before: dict[str, Any]) -> Generator[EncodedRows, None, dict[str, Any]]:
         """Batches to the end of an epoch; returns the position at the beginning of the next."""
         settings = self.settings
         counts = Counts(**before["counts"])
@@ -102,7 +102,7 @@ class Reader:
                 tally(counts, encoded)
             after = {"epoch": epoch, "source": source.state_dict(), "counts": asdict(counts)}
             read = read or any(len(ids) for ids in encoded["tokens"])
-            yield Batch(before, after, encoded["tokens"], encoded["ends"])
+            yield EncodedRows(before, after, encoded["tokens"], encoded["ends"])
             before = after
         if whole and not read:
             if counts.unusable:
@@ -154,7 +154,7 @@ class WindowedBlocks:
         settings = self.reader.settings
         T, count = settings.block_size, settings.shuffle_blocks
         window, taken, skip = position["window"], position["taken"], position["skip"]
-        held: deque[Batch] = deque()  # what the window and what follows it lie in
+        held: deque[EncodedRows] = deque()  # what the window and what follows it lie in
         text = np.empty(0, dtype=settings.encoder.dtype)
         batches = self.reader.batches(position["reader"])
         while True:

@@ -21,9 +21,9 @@ import pandas
 import pyarrow as pa
 from pyarrow import parquet
 
-from bdh.data.finding import suffix_of
 from bdh.data.json_files import LINES, json_columns, json_has_column, json_values
-from bdh.data.parts import Part, is_compressed, is_local, open_file, parts_of, version, whole_files
+from bdh.data.path_resolution import suffix_of
+from bdh.data.text_files import Part, is_compressed, is_local, open_file, parts_of, version, whole_files
 from bdh.errors import BDHError, one_line
 
 SAMPLE_ROWS = 100  # of a file, to learn which columns hold text

@@ -8,7 +8,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from bdh.atomic_files import replace_atomically
-from bdh.data.failures import cache_problem, causes
+from bdh.data.source_errors import cache_problem, causes
 from bdh.errors import BDHError, error_text, one_line
 
 

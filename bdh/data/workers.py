@@ -31,7 +31,7 @@ class RowStream(Protocol):
 
 
 @dataclass
-class Piece:
+class WorkerRows:
     """Rows from one reader, or what went wrong there.
 
     Attributes:
@@ -47,7 +47,7 @@ class Piece:
     failure: str | None = None
 
 
-class Pieces(IterableDataset):
+class WorkerDataset(IterableDataset):
     """Iterates over a reader's rows in a worker process, from its position on, ROWS at a time."""
 
     def __init__(self, streams: list[RowStream], positions: list[Position], first: int):
@@ -55,7 +55,7 @@ class Pieces(IterableDataset):
         self.positions = positions
         self.first = first
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[WorkerRows]:
         worker = get_worker_info()
         number = (self.first + (worker.id if worker else 0)) % len(self.streams)
         try:
@@ -65,12 +65,12 @@ class Pieces(IterableDataset):
                 rows.append(row)
                 fresh.append(anew)
                 if len(rows) == ROWS or row.ndim > 1:
-                    yield Piece(np.stack(rows), np.array(fresh), after)
+                    yield WorkerRows(np.stack(rows), np.array(fresh), after)
                     rows, fresh = [], []
         except Exception as error:  # the traceback of another process would tell the user nothing
             if worker is None or not isinstance(error, BDHError | OSError):
                 raise
-            yield Piece(np.empty(0), np.empty(0), {}, " ".join(str(error).split()))
+            yield WorkerRows(np.empty(0), np.empty(0), {}, " ".join(str(error).split()))
 
 
 class StreamRows:
@@ -89,8 +89,8 @@ class StreamRows:
         self.positions = [stream.start() for stream in streams]
         self.next = 0  # the reader whose turn it is
         self.used = 0  # rows used of its piece
-        self._pieces: Iterator[Piece] | None = None
-        self._piece: Piece | None = None
+        self._pieces: Iterator[WorkerRows] | None = None
+        self._piece: WorkerRows | None = None
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The next `count` rows; whole batches, of streams that make such, are passed on as they are."""
@@ -119,8 +119,8 @@ class StreamRows:
         """As many rows as places: processes that share a stream read parts of their own of it."""
         return list(self.take(len(places))[0]) if places else []
 
-    def _begin(self) -> Iterator[Piece]:
-        pieces = Pieces(self.streams, list(self.positions), self.next)
+    def _begin(self) -> Iterator[WorkerRows]:
+        pieces = WorkerDataset(self.streams, list(self.positions), self.next)
         if not self.workers:
             return iter(pieces)
         loader = DataLoader(
@@ -134,7 +134,7 @@ class StreamRows:
         )
         return iter(loader)
 
-    def _receive(self) -> Piece:
+    def _receive(self) -> WorkerRows:
         assert self._pieces is not None
         try:
             piece = next(self._pieces)

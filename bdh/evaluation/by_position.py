@@ -64,7 +64,7 @@ class PastScore:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ScoredTokens:
     """The losses of some consecutive tokens of a batch of windows, on the CPU.
 
     Attributes:
@@ -104,7 +104,7 @@ def piece_size_of(model: BDHForCausalLM) -> int:
 
 def read_in_pieces(
     model: BDHForCausalLM, batch: Tensor, precision: Precision = nullcontext, end_of_text: int | None = None
-) -> Iterator[Piece]:
+) -> Iterator[ScoredTokens]:
     """Reads windows from their beginning to their end, with carried state; yields the losses of each piece.
 
     Args:
@@ -131,7 +131,7 @@ def read_in_pieces(
             outputs = model(tokens, past_key_values=state, use_cache=True, document_ids=documents)
         state, logits = state_of(outputs), outputs.logits.float()  # (B, C, V)
         nats = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (B, C)
-        yield Piece(nats.cpu().double(), positions, labels.cpu() >= 0)
+        yield ScoredTokens(nats.cpu().double(), positions, labels.cpu() >= 0)
         read = positions[:, -1:]  # (B, 1)
 
 
@@ -263,7 +263,7 @@ def groups(windows: ValidationWindows, skip: int, past: int, stride: int, batch_
 
 def read_windows(
     model: BDHForCausalLM, batches: Iterable[Tensor], precision: Precision, end_of_text: int | None
-) -> Iterator[Piece]:
+) -> Iterator[ScoredTokens]:
     """`read_in_pieces` of each batch, without dropout; the model's mode is restored afterwards."""
     was_training = model.training
     model.eval()

@@ -14,7 +14,7 @@ from bdh.data.tokens import Tokens
 from bdh.errors import BDHError
 from bdh.evaluation.by_position import PositionBin, Precision, bin_edges, score_by_position
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.model.card import Section, model_card
+from bdh.model.model_card import Section, model_card
 from bdh.model.modeling_bdh import BDHGates
 
 GRID = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # common half-lives to try, in training blocks

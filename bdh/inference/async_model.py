@@ -17,8 +17,8 @@ from bdh.errors import ModelClosed, QueueFull
 from bdh.inference import engine_rpc
 from bdh.inference.fair_executor import ExecutorClosed, FairExecutor, PendingLimit
 from bdh.inference.outputs import Completion, Delta, RequestOutput, TextRequest, TokenLogprob
-from bdh.inference.params import SamplingParams
 from bdh.inference.prompt_encoder import Prompt, PromptEncoder
+from bdh.inference.sampling_params import SamplingParams
 from bdh.inference.stats import EngineStats, ModelInfo
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from bdh.inference import engine_rpc
 from bdh.inference.async_model import SHORT_PROMPT, AsyncModel, Call
 from bdh.inference.conversation import Conversation, Plan
 from bdh.inference.outputs import Completion, Delta, RequestOutput, TextRequest
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 
 CheckTokens = Callable[[Sequence[int]], None]
 ReserveTokens = Callable[[int], Awaitable[None]]

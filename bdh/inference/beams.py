@@ -7,8 +7,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from bdh.errors import BDHError
 from bdh.inference.outputs import Completion, RequestOutput, TextRequest
-from bdh.inference.params import SamplingParams
 from bdh.inference.request import Event, FinishReason, Request
+from bdh.inference.sampling_params import SamplingParams
 from bdh.model import BDHForCausalLM
 
 

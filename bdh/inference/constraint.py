@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.data.token_bytes import token_bytes
 from bdh.errors import BDHError
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 
 CACHED = 32  # compiled grammars that are kept
 LONGEST = 4096  # characters of an expression; with a row of a million "a?" the library takes minutes, and all memory

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from bdh.data.chat_format import check_messages
 from bdh.errors import BDHError
 from bdh.inference.outputs import RequestOutput, TextRequest
-from bdh.inference.params import SamplingParams
 from bdh.inference.prompt_encoder import PromptEncoder
 from bdh.inference.request import Request
+from bdh.inference.sampling_params import SamplingParams
 from bdh.inference.state_metadata import read_metadata
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bdh.errors import BDHError, QueueFull
 from bdh.inference.constraint import Constraint, Grammars
-from bdh.inference.prefix import PrefixCache
+from bdh.inference.prefix_cache import PrefixCache
 from bdh.inference.request import Event, FinishReason, PromptLogprobs, Request
 from bdh.inference.runner import Runner
 from bdh.inference.sampling import Sampled, Sampler

@@ -28,8 +28,8 @@ REMOTE_TYPES = frozenset(
         "bdh.model.modeling_bdh.BDHState",
         "bdh.inference.scoring.Scorer",
         "bdh.insight.observer.Observer",
-        "bdh.insight.record.Record",
-        "bdh.insight.study.LayerStudy",
+        "bdh.insight.activity_record.Record",
+        "bdh.insight.layer_study.LayerStudy",
     }
 )
 

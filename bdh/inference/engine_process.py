@@ -324,7 +324,7 @@ def main() -> None:
     connection = Connection(socket.socket(fileno=int(sys.argv[1])))
     loaded = threading.Event()
     threading.Thread(target=connection.exit_with_client, args=(loaded,), daemon=True).start()
-    from bdh.cli.main import quiet_libraries
+    from bdh.library_logging import quiet_libraries
 
     quiet_libraries()
     importlib.import_module("bdh.inference.llm")  # takes seconds, in which the client prepares the settings

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bdh.inference.conversation import SavedConversation, Snapshot
     from bdh.inference.llm import LLM
     from bdh.inference.outputs import Completion, TextRequest, TokenLogprob
-    from bdh.inference.params import SamplingParams
+    from bdh.inference.sampling_params import SamplingParams
     from bdh.inference.scoring import Scorer
 
 _fingerprint = threading.Lock()  # for its single computation

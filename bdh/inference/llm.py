@@ -17,9 +17,9 @@ from bdh.data.tokenizer import vocabulary_size
 from bdh.errors import BDHError
 from bdh.inference.llm_engine import LLMEngine
 from bdh.inference.outputs import Choice, Completion, Delta, TextRequest, TokenLogprob
-from bdh.inference.params import SamplingParams
 from bdh.inference.prompt_encoder import Prompt
 from bdh.inference.runner import ModelRunner, Runner, make_runner
+from bdh.inference.sampling_params import SamplingParams
 from bdh.inference.state_file import model_fingerprint
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.device import choose_device

@@ -15,10 +15,10 @@ from bdh.inference.beams import beam_search, plain_request
 from bdh.inference.constraint import Grammars
 from bdh.inference.engine import Engine
 from bdh.inference.outputs import Completion, Delta, RequestOutput, TextRequest
-from bdh.inference.params import SamplingParams
 from bdh.inference.prompt_encoder import PromptEncoder
 from bdh.inference.request import Event, Request
 from bdh.inference.runner import Runner
+from bdh.inference.sampling_params import SamplingParams
 from bdh.model import BDHConfig, BDHForCausalLM
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from bdh.data.chat_format import (
 )
 from bdh.errors import BDHError, PromptTooLong
 from bdh.inference.outputs import TextRequest
-from bdh.inference.params import SamplingParams
 from bdh.inference.request import Request
+from bdh.inference.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]  # text, or its tokens
 

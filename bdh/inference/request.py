@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 
 from bdh.errors import BDHError
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from bdh.model import BDHState

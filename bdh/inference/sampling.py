@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 
 UNIT = 2.0**40  # the weight of a row's likeliest token; 2^22 tokens of it still fit a signed 64-bit integer
 

@@ -8,7 +8,7 @@ from bdh.data.chat_format import check_messages
 from bdh.inference import engine_rpc
 from bdh.inference.conversation import Conversation, Plan
 from bdh.inference.outputs import Delta
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from bdh.inference.llm import LLM

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdh.insight.record import Record, raster_of
+from bdh.insight.activity_record import Record, raster_of
 from bdh.model import BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import Gates, synapse_dtype
 

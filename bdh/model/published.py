@@ -23,8 +23,8 @@ from bdh.atomic_files import replace_atomically
 from bdh.errors import BDHError, error_text, one_line
 from bdh.json_text import to_json
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.model.card import model_card
 from bdh.model.export import check_target, load_model_only, save_export
+from bdh.model.model_card import model_card
 from bdh.model.weight_files import FLOATS, check_finite
 
 NAMES = ("embed.weight", "encoder", "encoder_v", "decoder", "lm_head")

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from bdh.errors import BDHError
-from bdh.training.tracking import SAMPLE_HEADING
+from bdh.training.run_log import SAMPLE_HEADING
 
 POINTS = 2000  # of one curve, at the most
 NOT_FIGURES = {"step", "tokens", "seconds"}

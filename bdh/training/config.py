@@ -12,9 +12,7 @@ from typing import Any, Literal
 from bdh.data.settings import DataConfig, data_config
 from bdh.distributed.config import DistributedConfig
 from bdh.errors import BDHError
-
-# Earlier values of `model.kernels`, which saved runs, YAML files and flags may still have; help texts omit them.
-KERNEL_ALIASES: dict[str, Literal["torch"]] = {"chunked": "torch"}
+from bdh.kernels import KERNEL_ALIASES
 
 
 @dataclass

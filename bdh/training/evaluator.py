@@ -13,13 +13,13 @@ from bdh.distributed.processes import Processes
 from bdh.errors import BDHError
 from bdh.evaluation.by_position import LONG_WINDOWS, PositionBin, long_length, score_beyond_block
 from bdh.inference.llm import sample_answers, sample_texts
-from bdh.inference.params import SamplingParams
-from bdh.model.card import state_bytes
-from bdh.training.activity import observe_activity
+from bdh.inference.sampling_params import SamplingParams
+from bdh.model.model_card import state_bytes
 from bdh.training.config import TrainConfig
-from bdh.training.evaluation import Evaluation, check_has_targets, evaluate
+from bdh.training.neuron_statistics import observe_activity
 from bdh.training.norms import Histogram, weight_histograms
 from bdh.training.trackers import want_histograms
+from bdh.training.validation import Evaluation, check_has_targets, evaluate
 
 LONG_STATES = 1 << 30  # bytes of the states of the long windows that are read at once
 

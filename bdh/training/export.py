@@ -10,8 +10,8 @@ from bdh.data.settings import DataConfig
 from bdh.data.tokenizer import load_tokenizer
 from bdh.errors import BDHError
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.model.card import Section, adapter_card, model_card, parameter_count
 from bdh.model.export import load_model_only, read_config, save_export
+from bdh.model.model_card import Section, adapter_card, model_card, parameter_count
 from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, from_dict
 

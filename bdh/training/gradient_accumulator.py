@@ -13,8 +13,8 @@ from bdh.distributed.processes import Processes
 from bdh.errors import BDHError, one_line
 from bdh.model import state_of
 from bdh.training.config import TrainConfig
-from bdh.training.meter import Meter
-from bdh.training.state import CarriedState
+from bdh.training.run_state import CarriedState
+from bdh.training.step_metrics import Meter
 
 
 class GradientAccumulator:

@@ -22,27 +22,33 @@ from bdh.errors import BDHError
 from bdh.evaluation.by_position import PositionBin
 from bdh.kernels.dispatch import use_kernels
 from bdh.model import BDHForCausalLM
-from bdh.model.card import parameter_count
 from bdh.model.device import choose_device
+from bdh.model.model_card import parameter_count
 from bdh.training import checkpoint
+from bdh.training.background_saver import Saver
+from bdh.training.checkpoint_contents import (
+    choose_tokenizer,
+    data_positions,
+    position_mismatch,
+    restore_random,
+    state_to_save,
+)
 from bdh.training.config import TrainConfig, compare, validate, with_vocabulary, with_whole_path
-from bdh.training.device import autocast, hardware, recompute_layers, seed_everything
-from bdh.training.evaluation import Evaluation, beyond_block_figures
+from bdh.training.device_setup import autocast, hardware, recompute_layers, seed_everything
 from bdh.training.evaluator import Evaluator
 from bdh.training.export import checkpoint_config, export_run, model_config
-from bdh.training.folder import RunFolder
 from bdh.training.gradient_accumulator import GradientAccumulator
 from bdh.training.init_from import check_start
 from bdh.training.lora import begin_with, check_peft
-from bdh.training.meter import Meter
 from bdh.training.norms import parameter_figures
 from bdh.training.optimizer import build_optimizer, learning_rate_at
-from bdh.training.resume import choose_tokenizer, data_positions, position_mismatch, restore_random, state_to_save
-from bdh.training.saver import Saver
+from bdh.training.run_folder import RunFolder
+from bdh.training.run_log import Tracker
+from bdh.training.run_state import Outcome, RunState
 from bdh.training.signals import caught_signals
-from bdh.training.state import Outcome, RunState
+from bdh.training.step_metrics import Meter
 from bdh.training.trackers import check_trackers, open_trackers
-from bdh.training.tracking import Tracker
+from bdh.training.validation import Evaluation, beyond_block_figures
 
 
 def train(config: TrainConfig, resume: Path | None = None) -> Outcome:

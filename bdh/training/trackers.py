@@ -18,9 +18,9 @@ from typing import Any
 
 from bdh.errors import BDHError
 from bdh.json_text import to_json
-from bdh.training.backends import Backend, MLflow, RunIdentity, Samples, TensorBoard, Trackio, WandB
 from bdh.training.config import LoggingConfig, TrainConfig, flatten
 from bdh.training.norms import Histogram
+from bdh.training.tracker_backends import Backend, MLflow, RunIdentity, Samples, TensorBoard, Trackio, WandB
 
 IDS = "trackers.json"
 OPEN_SECONDS = 60  # training waits no longer for a service that is out of reach
@@ -214,7 +214,7 @@ def read_ids(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_ids(run_dir: Path, known: dict[str, dict[str, Any]], say: Callable[[str], None]) -> None:
-    from bdh.training.tracking import write_atomically
+    from bdh.training.run_log import write_atomically
 
     try:
         write_atomically(run_dir / IDS, to_json(known, indent=1) + "\n")

@@ -26,7 +26,7 @@ from bdh.cli.settings import SETTINGS
 from bdh.cli.terminal import show, visible
 from bdh.data.vocabulary import train_tokenizer
 from bdh.inference.llm import LLM
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 from bdh.model import BDHConfig, BDHForCausalLM
 from tests.cli.terminal import Terminal
 from tests.conftest import Run

@@ -17,7 +17,7 @@ from bdh.cli.main import COMMANDS
 from bdh.model.export import load_export, load_model_only
 from bdh.training.checkpoint import find_checkpoint
 from bdh.training.export import load_model
-from bdh.training.tracking import read_metrics
+from bdh.training.run_log import read_metrics
 from tests.conftest import GOLDEN, TEXT, TINY, Run, environment
 
 

@@ -23,9 +23,9 @@ from bdh.cli.settings import SETTINGS, from_text
 from bdh.cli.terminal import visible
 from bdh.data.vocabulary import train_tokenizer
 from bdh.inference.llm import LLM
-from bdh.inference.params import SamplingParams
-from bdh.model.card import model_card
+from bdh.inference.sampling_params import SamplingParams
 from bdh.model.export import save_export
+from bdh.model.model_card import model_card
 from tests.cli.terminal import Terminal
 from tests.conftest import environment
 from tests.inference.small import small_model

@@ -15,7 +15,7 @@ import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from bdh.inference.llm import LLM
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 from bdh.inference.runner import ModelRunner
 from bdh.data.tokenizer import byte_tokenizer
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState

@@ -20,7 +20,7 @@ from bdh.evaluation.by_position import (
     score_with_past,
     table,
 )
-from bdh.evaluation.picture import draw_by_position
+from bdh.evaluation.loss_plot import draw_by_position
 from bdh.model import BDHConfig, BDHForCausalLM
 
 

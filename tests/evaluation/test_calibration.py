@@ -26,7 +26,7 @@ from bdh.evaluation.calibration import (
     split_windows,
 )
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.model.card import model_card
+from bdh.model.model_card import model_card
 from tests.conftest import TEXT
 
 BLOCK, LENGTH, CUT = 16, 128, 25_000

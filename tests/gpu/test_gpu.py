@@ -12,8 +12,8 @@ from bdh.data.tokenizer import save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.modeling_bdh import attention_chunked, attention_quadratic, attention_recurrent, rotary_phases, rotate
-from bdh.training.device import recompute_layers
-from bdh.training.tracking import read_metrics
+from bdh.training.device_setup import recompute_layers
+from bdh.training.run_log import read_metrics
 from tests.conftest import TEXT, TINY, environment
 from tests.model.test_golden import golden
 

@@ -8,10 +8,10 @@ import torch
 
 from bdh.inference.engine import Engine
 from bdh.inference.llm import LLM
-from bdh.inference.params import SamplingParams
 from bdh.inference.request import Event, Request
 from bdh.inference.runner import cast
 from bdh.inference.runner_cuda import CUDARunner
+from bdh.inference.sampling_params import SamplingParams
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from tests.inference.small import BYTES
 from tests.inference.test_engine import drain, random_request, texts

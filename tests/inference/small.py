@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from bdh.data.tokenizer import byte_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.inference.llm import LLM
-from bdh.inference.params import SamplingParams
 from bdh.inference.runner import ModelRunner
+from bdh.inference.sampling_params import SamplingParams
 from bdh.model import BDHConfig, BDHForCausalLM
 
 BYTES = byte_tokenizer()

@@ -11,7 +11,7 @@ import bdh
 from bdh.errors import BDHError
 from bdh.inference.async_llm import AsyncLLM
 from bdh.inference.engine import QueueFull
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 from tests.inference.small import BYTES, CHAT, Tripwire, letters, small_llm, small_model
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from bdh.errors import BDHError
 from bdh.inference.async_llm import SHORT_PROMPT, AsyncLLM
 from bdh.inference.async_session import AsyncSession, ReserveTokens, TokensRead, Turn
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 from bdh.inference.session import Session
 from bdh.inference.state_metadata import read_metadata
 from bdh.model import BDHForCausalLM

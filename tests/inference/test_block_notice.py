@@ -9,11 +9,11 @@ import pytest
 
 from bdh.inference.async_llm import AsyncLLM
 from bdh.inference.llm import LLM
-from bdh.inference.params import SamplingParams
 from bdh.inference.runner import ModelRunner
+from bdh.inference.sampling_params import SamplingParams
 from bdh.model import BDHForCausalLM
-from bdh.model.card import model_card
 from bdh.model.export import save_export
+from bdh.model.model_card import model_card
 from tests.cli.terminal import Terminal
 from tests.conftest import Run
 from tests.inference.small import BYTES, CHAT, small_model

@@ -19,7 +19,7 @@ from bdh.data.tokenizer import IncrementalDecoder, byte_level_symbols, byte_toke
 from bdh.data.vocabulary import SPECIAL_TOKENS, train_tokenizer
 from bdh.errors import BDHError
 from bdh.inference.constraint import SEARCHED, Constraint, Grammars
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 
 KINDS = ("plain", "byte", "bytes", "bpe", "unigram", "wordpiece")  # plain: bytes without an end token
 WRITE_ALL = ("plain", "byte", "bytes", "bpe")

@@ -11,10 +11,10 @@ from bdh.data.tokenizer import byte_tokenizer
 from bdh.errors import BDHError
 from bdh.inference.constraint import Grammars
 from bdh.inference.engine import Engine, QueueFull
-from bdh.inference.params import SamplingParams
 from bdh.inference.request import Event, Request
 from bdh.inference.runner import ModelRunner, Runner, make_runner
 from bdh.inference.runner_cuda import CUDARunner
+from bdh.inference.sampling_params import SamplingParams
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from tests.inference.small import small_model
 

@@ -9,11 +9,11 @@ import torch
 
 from bdh.errors import BDHError
 from bdh.inference.llm import LLM
-from bdh.inference.params import SamplingParams
 from bdh.inference.runner import ModelRunner
 from bdh.inference.runner_cpu import CPURunner
-from bdh.model.card import model_card
+from bdh.inference.sampling_params import SamplingParams
 from bdh.model.export import save_export
+from bdh.model.model_card import model_card
 from tests.inference.small import BYTES, letters, small_llm, small_model
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -16,11 +16,11 @@ from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
 from bdh.inference.llm import LLM, Prompt, sample_texts
 from bdh.inference.outputs import Delta, TextRequest
-from bdh.inference.params import SamplingParams
 from bdh.inference.request import Request
 from bdh.inference.runner import ModelRunner
-from bdh.model.card import model_card
+from bdh.inference.sampling_params import SamplingParams
 from bdh.model.export import save_export
+from bdh.model.model_card import model_card
 from tests.inference.small import (
     BYTES,
     CHAT,

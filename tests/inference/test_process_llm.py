@@ -21,8 +21,8 @@ from bdh.inference import process_llm
 from bdh.inference.async_session import TokensRead, Turn
 from bdh.inference.engine_messages import FrameDecoder, HandleTable, ObjectTable, RemoteHandle, encode_frame
 from bdh.inference.engine_process import EngineProcess, EngineSettings
-from bdh.inference.params import SamplingParams
 from bdh.inference.process_llm import ProcessLLM
+from bdh.inference.sampling_params import SamplingParams
 from bdh.model import BDHState
 from bdh.model.export import save_export
 from bdh.serving.activity.traces import TraceStore
@@ -401,7 +401,7 @@ def test_it_ends_with_the_process_it_works_for(export: Path) -> None:
     program = f"""
 import asyncio
 from bdh.inference.engine_process import EngineProcess, EngineSettings
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 from bdh.inference.process_llm import ProcessLLM
 async def work():
     llm = await ProcessLLM.open(EngineProcess(), EngineSettings({str(export)!r}))

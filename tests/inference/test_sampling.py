@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bdh.errors import BDHError
-from bdh.inference.params import SamplingParams
 from bdh.inference.sampling import Sampled, Sampler, mix, uniforms
+from bdh.inference.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
 PLAIN = SamplingParams(temperature=1.0)

@@ -8,9 +8,9 @@ import pytest
 from bdh.errors import QueueFull
 from bdh.inference.constraint import Grammars
 from bdh.inference.engine import Engine
-from bdh.inference.params import SamplingParams
 from bdh.inference.request import Event, Request
 from bdh.inference.runner import ModelRunner, Runner, make_runner
+from bdh.inference.sampling_params import SamplingParams
 from bdh.inference.stats import EngineStats, queue_has_room
 from tests.inference.small import BYTES, letters, small_model
 

@@ -22,13 +22,13 @@ from bdh.file_locks import make_locked_folder, unlock
 from bdh.inference.conversation import as_json
 from bdh.inference.llm import LLM
 from bdh.inference.outputs import Delta
-from bdh.inference.params import SamplingParams
 from bdh.inference.runner import ModelRunner
+from bdh.inference.sampling_params import SamplingParams
 from bdh.inference.session import Session
 from bdh.inference.state_file import load_state, save_state
 from bdh.model import BDHState
-from bdh.model.card import model_card
 from bdh.model.export import save_export
+from bdh.model.model_card import model_card
 from tests.conftest import environment
 from tests.inference.small import BYTES, CHAT, Tripwire, ctrl_c_works, letters, small_llm, small_model
 

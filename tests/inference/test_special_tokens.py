@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.data.chat import ChatEncoder
 from bdh.data.tokenizer import byte_tokenizer
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 from bdh.inference.session import Session
 from tests.inference.small import BYTES, CHAT, PLAIN_BYTES, letters, small_llm
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bdh.insight import Observer, Record
-from bdh.insight.record import bins_of, raster_of
+from bdh.insight.activity_record import bins_of, raster_of
 from bdh.model import BDHConfig
 from tests.insight.plain import VARIANTS, gates_of, random_state, small_model
 

@@ -20,7 +20,7 @@ from bdh.kernels.torch.operations import dropout_mask
 from bdh.kernels.triton.operations import TILES, Tiles, TritonOperations
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
 from bdh.model.modeling_bdh import STATE
-from bdh.training.tracking import read_metrics
+from bdh.training.run_log import read_metrics
 from tests.conftest import TEXT
 from tests.training.launching import SMALL, train_all
 

@@ -20,8 +20,8 @@ from bdh.data.tokenizer import byte_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
 from bdh.model import BDHConfig, BDHForCausalLM, BDHModel
-from bdh.model.card import architecture, model_card, parameter_count, state_bytes
 from bdh.model.export import load_export, save_export
+from bdh.model.model_card import architecture, model_card, parameter_count, state_bytes
 from bdh.model.published import save_published
 from bdh.training.lora import save_adapter
 from tests.conftest import environment

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bdh.data.tokenizer import byte_tokenizer
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
-from bdh.model.card import model_card
 from bdh.model.export import load_export, save_export
+from bdh.model.model_card import model_card
 from bdh.model.modeling_bdh import (
     KEY_EPS,
     BDHGates,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bdh.model import BDHConfig, BDHForCausalLM, BDHState
-from bdh.training.device import recompute_layers
+from bdh.training.device_setup import recompute_layers
 
 CONFIG = BDHConfig(n_layer=2, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=11)
 

@@ -11,7 +11,7 @@ from bdh.data.tokens import Tokens
 from bdh.evaluation.by_position import score_beyond_block
 from bdh.model.export import load_export
 from bdh.training.checkpoint import find_checkpoint, read_state
-from bdh.training.tracking import read_metrics
+from bdh.training.run_log import read_metrics
 from tests.conftest import TEXT, TINY, Run
 
 

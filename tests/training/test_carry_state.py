@@ -16,8 +16,8 @@ from bdh.data.tokenizer import save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.model.export import load_export
 from bdh.training.config import CheckpointConfig, LoggingConfig, ModelConfig, TrainConfig, TrainingConfig
-from bdh.training.evaluation import evaluate
 from bdh.training.loop import Trainer, train
+from bdh.training.validation import evaluate
 
 KEYS = "abcdefgh"
 BLOCK = 8

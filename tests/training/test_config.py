@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from bdh.cli import train as cli_train
-from bdh.cli.parsing import build_config, ready_configs, train_parser
+from bdh.cli.parsing import ready_configs
+from bdh.cli.run_config import build_config, train_parser
 from bdh.errors import BDHError
 from bdh.model import BDHConfig
 from bdh.training import checkpoint

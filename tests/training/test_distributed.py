@@ -17,7 +17,7 @@ from bdh.distributed.config import DistributedConfig
 from bdh.distributed.processes import mesh_shape
 from bdh.errors import BDHError
 from bdh.model.export import load_model_only
-from bdh.training.tracking import read_metrics
+from bdh.training.run_log import read_metrics
 from tests.conftest import TEXT, run_bdh
 from tests.training.launching import SMALL, figures, surroundings, torchrun, train_all, validations
 

@@ -15,7 +15,7 @@ from bdh.cli.main import main
 from bdh.data.tokenizer import byte_tokenizer, same_tokenizer
 from bdh.training.checkpoint import find_checkpoint, tokenizer_of
 from bdh.training.export import load_any
-from bdh.training.tracking import read_metrics
+from bdh.training.run_log import read_metrics
 from tests.conftest import TEXT, TINY
 
 PLAIN = byte_tokenizer(end_of_text=False)

@@ -20,14 +20,14 @@ from bdh.data.tokenizer import load_tokenizer, save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
 from bdh.model import BDHForCausalLM
-from bdh.model.card import parameter_count
 from bdh.model.export import load_export
+from bdh.model.model_card import parameter_count
 from bdh.training.checkpoint import _fingerprint
 from bdh.training.config import SYNAPSES, TrainConfig, from_dict
 from bdh.training.export import load_model
 from bdh.training.init_from import starting_settings
 from bdh.training.loop import Trainer
-from bdh.training.tracking import read_metrics
+from bdh.training.run_log import read_metrics
 from tests.conftest import TEXT, TINY, Run, run_bdh
 
 # As TINY, without the sizes of the model.

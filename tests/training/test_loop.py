@@ -19,7 +19,7 @@ from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, compare, from_dict
 from bdh.training.export import load_model
 from bdh.training.loop import Trainer
-from bdh.training.tracking import read_metrics
+from bdh.training.run_log import read_metrics
 from tests.conftest import TEXT, TINY, Run, environment, run_bdh
 
 CLOCK = {"seconds", "seconds_per_step", "tokens_per_second", "evaluation_seconds", "memory_bytes"}

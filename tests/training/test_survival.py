@@ -22,9 +22,9 @@ from bdh.data.tokenizer import save_tokenizer
 from bdh.data.vocabulary import train_tokenizer
 from bdh.training.checkpoint import CheckpointStore, find_checkpoint
 from bdh.training.config import TrainConfig
-from bdh.training.folder import RunFolder, is_run
 from bdh.training.loop import Trainer
-from bdh.training.tracking import read_metrics
+from bdh.training.run_folder import RunFolder, is_run
+from bdh.training.run_log import read_metrics
 from tests.conftest import TEXT, TINY, Run, environment, run_bdh
 from tests.training.test_loop import assert_same_end, weights
 

@@ -17,8 +17,8 @@ from bdh.training import trackers
 from bdh.training.config import LoggingConfig, TrainConfig, from_dict
 from bdh.training.loop import train
 from bdh.training.norms import Histogram
+from bdh.training.run_log import read_metrics
 from bdh.training.trackers import BackgroundTracker, check_trackers
-from bdh.training.tracking import read_metrics
 from tests.conftest import TEXT
 
 VALIDATED = [10, 20, 30]

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from bdh.errors import QueueFull
 from bdh.inference.outputs import Completion, TextRequest, TokenLogprob, token_logprobs
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 from bdh.serving.api.dependencies import CurrentCaller, Models
 from bdh.serving.api.errors import bad_request
 from bdh.serving.api.logprobs import ScoredToken

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pydantic import BaseModel
 
 from bdh.errors import BDHError, ModelClosed, PromptTooLong, QueueFull
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 

@@ -142,7 +142,8 @@ async def read_body(scope: Scope, receive: Receive, settings: RequestSettings) -
             raise ApiError(400, "the headers of the request leave the length of its body open", headers=CLOSE)
         if int(length) > max_bytes:
             raise body_too_large(max_bytes)
-    if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["raw_path"]) > MAX_HEAD_BYTES:
+    header_bytes = sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
+    if header_bytes + len(scope["raw_path"]) > MAX_HEAD_BYTES:
         raise ApiError(400, f"the head of the request is larger than {MAX_HEAD_BYTES} bytes", headers=CLOSE)
     try:
         async with asyncio.timeout(settings.body_seconds):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from bdh.data.message_content import ContentError, content_text
-from bdh.inference.params import REALS, SamplingParams, check_depth
+from bdh.inference.sampling_params import REALS, SamplingParams, check_depth
 from bdh.serving.api.errors import bad_request
 from bdh.serving.config import RequestSettings
 

@@ -72,7 +72,7 @@ class CountEntry:
     minute: int
 
 
-class Counts:
+class SlidingCounters:
     """Sliding counts by name: in Redis if one is given and answers, else in this process.
 
     The storages are used without the strategies of their library: those count nothing that goes past a limit, do not
@@ -157,7 +157,7 @@ class Counts:
 
 
 async def add_to(storage: Storage, name: str, amount: int, limit: int) -> tuple[Usage, CountEntry | None]:
-    """`Counts.add` in one storage.
+    """`SlidingCounters.add` in one storage.
 
     The amount is added before the limit is checked, and taken back if it does not fit: so callers that come together,
     also on several servers, never pass together. What does not fit from the beginning is not added at all, so that a

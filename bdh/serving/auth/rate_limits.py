@@ -7,7 +7,7 @@ from collections import Counter
 from bdh.errors import BDHError
 from bdh.serving.api.errors import TooManyRequests
 from bdh.serving.auth.api_keys import Key
-from bdh.serving.auth.rate_counters import UNLIMITED, CountEntry, Counts, Usage
+from bdh.serving.auth.rate_counters import UNLIMITED, CountEntry, SlidingCounters, Usage
 from bdh.serving.config import LimitSettings
 
 RateHeaders = dict[str, str]
@@ -60,7 +60,7 @@ class RateLimits:
     def __init__(self, settings: LimitSettings):
         check(settings)
         self.settings = settings
-        self.counts = Counts(settings.storage)
+        self.counts = SlidingCounters(settings.storage)
         self._reserved: Counter[str] = Counter()  # tokens of this server's requests in work, by subject
         self._in_work: Counter[str] = Counter()  # requests in work, by subject
 

@@ -14,7 +14,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bdh.cli.main import quiet_libraries
+from bdh.library_logging import quiet_libraries
 from bdh.serving.app import create_app
 from bdh.serving.config import ServeConfig
 from bdh.serving.model_registry import ModelRegistry

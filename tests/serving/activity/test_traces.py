@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from bdh.errors import BDHError
 from bdh.inference.async_llm import AsyncLLM
-from bdh.insight.record import raster_of
+from bdh.insight.activity_record import raster_of
 from bdh.model import BDHState
 from bdh.serving.activity.schemas import BrainChunk, BrainTrace, NeuronDetails, TokenDetails
 from bdh.serving.activity.traces import TraceRecorder, TraceStore

@@ -13,8 +13,8 @@ from bdh.data.tokenizer import byte_level_symbols
 from bdh.inference.detokenizer import Detokenizer
 from bdh.inference.llm import LLM
 from bdh.inference.outputs import Delta, TokenLogprob
-from bdh.inference.params import SamplingParams
 from bdh.inference.prompt_encoder import PromptEncoder
+from bdh.inference.sampling_params import SamplingParams
 from bdh.serving.api.completions import locate_tokens
 from bdh.serving.api.logprobs import LogprobWriter, TokenTexts
 from bdh.serving.api.response_builder import ChatResponseBuilder, CompletionResponseBuilder, ResponseBuilder

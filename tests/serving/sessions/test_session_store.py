@@ -16,7 +16,7 @@ from bdh.atomic_files import PREFIX
 from bdh.errors import BDHError
 from bdh.file_locks import LOCK
 from bdh.inference.async_llm import AsyncLLM
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 from bdh.serving.api.errors import ApiError
 from bdh.serving.config import ModelSettings, ServeConfig, SessionSettings
 from bdh.serving.model_registry import ServedModel

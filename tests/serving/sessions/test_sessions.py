@@ -15,7 +15,7 @@ import pytest
 
 from bdh.inference.async_llm import AsyncLLM
 from bdh.inference.llm import LLM
-from bdh.inference.params import SamplingParams
+from bdh.inference.sampling_params import SamplingParams
 from bdh.inference.session import Session
 from bdh.serving.config import ModelSettings, ServeConfig, SessionSettings
 from bdh.serving.model_registry import ServedModel

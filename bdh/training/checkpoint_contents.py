@@ -16,7 +16,7 @@ from bdh.distributed.processes import Processes
 from bdh.errors import BDHError
 from bdh.training import checkpoint
 from bdh.training.config import TrainConfig, from_dict
-from bdh.training.state import RunState
+from bdh.training.run_state import RunState
 
 
 def choose_tokenizer(config: TrainConfig, resume: Path | None) -> PreTrainedTokenizerFast:

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from bdh.training.clock import StepClock
+from bdh.training.step_timer import StepClock
 
 pytestmark = [
     pytest.mark.gpu,

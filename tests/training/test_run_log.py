@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bdh.training.tracking import Tracker, draw_curves, read_metrics
+from bdh.training.run_log import Tracker, draw_curves, read_metrics
 
 RECORD = {"loss": 2.0, "learning_rate": 1e-3, "tokens_per_second": 10.0, "seconds_per_step": 0.1}
 

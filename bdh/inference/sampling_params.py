@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from bdh.errors import BDHError
+from bdh.errors import BDHError, one_line
 
 GREEDY_BELOW = 1e-5  # dividing logits by less could only ever choose the likeliest token
 
@@ -182,7 +182,7 @@ class SamplingParams:
         try:
             read = json.loads(schema) if isinstance(schema, str) else json.loads(json.dumps(dict(schema)))
         except (TypeError, ValueError, RecursionError) as error:
-            raise BDHError(f"json_schema is {_shown(schema)}; it must be JSON: {_one_line(error)}") from error
+            raise BDHError(f"json_schema is {_shown(schema)}; it must be JSON: {one_line(error)}") from error
         if not isinstance(read, dict | bool):
             raise BDHError(f"json_schema is {_shown(schema)}; it must be a JSON object or true or false")
         check_depth(read)
@@ -229,8 +229,4 @@ def _is(value: object, kind: type) -> bool:
 
 
 def _shown(value: object) -> str:
-    return _one_line(reprlib.repr(value))
-
-
-def _one_line(words: object) -> str:
-    return " ".join(str(words).split())[:150]
+    return " ".join(reprlib.repr(value).split())[:150]

@@ -13,7 +13,7 @@ from bdh.file_locks import lock_file, unlock
 from bdh.model.export import check_target
 from bdh.training.checkpoint import CheckpointStore
 from bdh.training.config import TrainConfig
-from bdh.training.tracking import write_atomically
+from bdh.training.run_log import write_atomically
 
 LEFTOVERS = ("metrics.jsonl", "samples.md", "loss.png", "trackers.json")
 

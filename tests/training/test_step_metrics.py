@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.training.clock import StepClock
 from bdh.training.norms import histogram, norms, parameter_figures
+from bdh.training.step_timer import StepClock
 from bdh.training.throughput import flops_per_token, peak_flops
 
 

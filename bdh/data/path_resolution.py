@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdh.data.parts import COMPRESSIONS, TEXT_SUFFIXES, is_compressed, is_local
+from bdh.data.text_files import COMPRESSIONS, TEXT_SUFFIXES, is_compressed, is_local
 from bdh.errors import BDHError
 
 KINDS = {

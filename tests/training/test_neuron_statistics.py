@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from bdh.data.blocks import ValidationWindows, document_ids
 from bdh.data.tokens import Tokens
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.training.activity import observe_activity
+from bdh.training.neuron_statistics import observe_activity
 from tests.insight.plain import small_model
 
 END = 7

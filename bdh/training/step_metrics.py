@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from bdh.model import BDHConfig
-from bdh.training.clock import StepClock
 from bdh.training.config import TrainConfig
+from bdh.training.step_timer import StepClock
 from bdh.training.throughput import flops_per_token, peak_flops
 
 

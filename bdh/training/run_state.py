@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from bdh.evaluation.by_position import PositionBin
 from bdh.model import BDHConfig, BDHState
-from bdh.training.evaluation import Evaluation
+from bdh.training.validation import Evaluation
 
 
 @dataclass

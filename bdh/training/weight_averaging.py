@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from bdh.data.tokenizer import same_tokenizer
 from bdh.errors import BDHError
 from bdh.model import BDHForCausalLM
-from bdh.model.card import model_card
 from bdh.model.export import check_target, save_export
+from bdh.model.model_card import model_card
 from bdh.training.config import ARCHITECTURE
 from bdh.training.export import load_any
 

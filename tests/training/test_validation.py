@@ -19,9 +19,9 @@ from bdh.data.vocabulary import train_tokenizer
 from bdh.errors import BDHError
 from bdh.model import BDHConfig, BDHForCausalLM, state_of
 from bdh.training.config import LoggingConfig, ModelConfig, TrainConfig, TrainingConfig
-from bdh.training.evaluation import evaluate
 from bdh.training.loop import train
-from bdh.training.tracking import read_metrics
+from bdh.training.run_log import read_metrics
+from bdh.training.validation import evaluate
 
 
 @pytest.fixture

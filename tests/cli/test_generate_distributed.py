@@ -14,8 +14,8 @@ import torch
 
 from bdh.data.tokenizer import byte_tokenizer
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.model.card import model_card
 from bdh.model.export import save_export
+from bdh.model.model_card import model_card
 from tests.training.launching import free_port, surroundings
 
 PROMPTS = [

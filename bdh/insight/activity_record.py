@@ -1,10 +1,10 @@
 """Compact record of a text that a model read, from which all activity can be computed again.
 
-A neuron's activity is a function of the vector x that comes into its layer, X = relu(x E), and so are the synapses that
-a token writes and reads. So of each token the record keeps that one vector a layer, and what is asked about neurons and
-synapses is worked out again, exactly, when it is asked (`bdh.insight.study`). Kept sparsely, the activity itself would
-take some forty times the memory. Where synapses decay, the record also keeps each token's retention; with the delta
-rule, what a token writes depends on all tokens before it, so the attention A is kept too.
+The activity of a neuron is a function of the input x of its layer, X = relu(x E), and so are the synapses that a token
+writes and reads. So the record keeps one vector for each token and layer, and `bdh.insight.layer_study` computes
+activity and synapses from it exactly, on request. The activity itself, stored sparsely, would take about forty times
+the memory. Where synapses decay, the record also keeps the retention of each token. With the delta rule a token's write
+depends on all tokens before it, so the record keeps the attention A as well.
 
 A *raster* is a picture of a layer's activity in at most `BINS` bytes: see `raster_of`.
 """

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdh.insight.record import Record
+from bdh.insight.activity_record import Record
 from bdh.model import BDHForCausalLM
 from bdh.model.modeling_bdh import KEY_EPS, rotary_phases, rotate, synapse_dtype
 

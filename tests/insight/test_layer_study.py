@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bdh.insight import LayerStudy, LayerView, Observer, Synapse, neuron_activity
-from bdh.insight.study import NEURONS, SENDERS, SOURCES, SYNAPSES, Strongest
+from bdh.insight.layer_study import NEURONS, SENDERS, SOURCES, SYNAPSES, Strongest
 from bdh.model import BDHForCausalLM, BDHState
 from tests.insight.plain import VARIANTS, plainly, random_state, small_model
 

@@ -12,8 +12,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bdh.data.parts import Part, parts_of, text_rows, whole_files
 from bdh.data.tables import text_values
+from bdh.data.text_files import Part, parts_of, text_rows, whole_files
 from bdh.errors import BDHError
 
 
